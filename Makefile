@@ -1,0 +1,53 @@
+# `make demo` and `make test` work on a fresh machine that has nothing but Python 3.11 or newer.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHON ?= python3# for `gpu` and `bench`: the interpreter that sees the device
+
+# The first interpreter that runs, is new enough and can make environments: a name on PATH may be a shim of a
+# version manager that answers with an error, and some distributions ship Python without `venv`.
+FIND_PYTHON := for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+		echo "$$candidate"; exit 0; fi; done; \
+	echo "surgery needs Python 3.11 or newer with the venv module; none was found on PATH" >&2; exit 1
+
+.PHONY: help setup demo test check golden gpu bench
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with everything pinned, once
+
+$(READY): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '' >/dev/null 2>&1; then \
+		python=$$($(FIND_PYTHON)); echo "making $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Dolly instructions into 8 categories: plan, train, evaluate, merge, reload (under 5 minutes on 2 cores)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" specs/demo.sh
+
+# One thread per worker: the models are tiny, and two workers with two threads each wait for one another.
+test: $(READY)  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+check: $(READY)  ## formatting, lint, types and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p surgery
+	$(BIN)/mypy tests specs
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+golden: $(READY)  ## write the golden outputs anew; read the difference before you commit it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --update-golden $(ARGS)
+
+gpu:  ## the tests that need a CUDA device, with the machine's own Python
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -q -m gpu tests/gpu $(ARGS)
+
+bench:  ## the Delta-LoRA step beside its frozen floor and peft, on a CUDA device
+	PYTHONPATH="$(CURDIR)" $(PYTHON) tests/benchmarks/step_on_gpu.py $(ARGS)
