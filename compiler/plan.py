@@ -1,0 +1,212 @@
+"""The plan, on one screen: every site, what is done to it, what is known about it, and how the step runs. JSON in and out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """Base of everything in the plan: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Place(Record):
+    """Where in the spec a thing comes from: file, line and column (from 1), and offsets into that file's text."""
+
+    file: str
+    line: int
+    column: int
+    start: int
+    end: int
+
+
+class TensorPlan(Record):
+    """A tensor of one site. `key` is its full name in `adapters.safetensors`; sites that share it have the same key."""
+
+    name: str
+    key: str
+    role: Literal["train", "frozen", "state"]
+    shape: tuple[int, ...]
+    start: str  # the start as it is spelt: "kaiming_uniform", "normal(0.02)"
+    numbers: int  # how many entries
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+class Facts(Record):
+    """What the compiler proves about a site's equation."""
+
+    identity_at_start: bool
+    rank_bound: int | None  # None: full
+    merges: bool
+    exports_as_lora: bool
+    keeps_zeros: bool
+    moves_base: bool
+    needs_dense_weight: bool
+    needs_calibration: bool = False
+
+
+class Candidate(Record):
+    """One way to run a site, with its cost per step at the planned tokens (forward and backward, beyond the frozen site)."""
+
+    strategy: str
+    flops: int
+    bytes: int
+    legal: bool
+    reason: str
+
+
+class Site(Record):
+    """One adapted weight."""
+
+    path: str  # the module (or parameter) path: encoder.layer.0.attention.self.query
+    parameter: str  # the parameter that holds W: encoder.layer.0.attention.self.query.weight
+    module_class: Literal["Linear", "Conv1D"]
+    kind: str  # the path below its block: attention.self.query
+    layer: int | None  # number of its block among the rule's blocks
+    shape: tuple[int, int]  # [out, in], the logical matrix
+    transposed: bool  # stored as [in, out] (Conv1D)
+    bias: bool
+    rule: int  # index of the adapt rule in the spec
+    formula: str  # key into Plan.formulas
+    method: str  # "lora(rank = 8, alpha = 16)"
+    rank: int | None
+    tensors: tuple[TensorPlan, ...]
+    trainable: int  # numbers trained at this site (a shared tensor counts at its first site)
+    frozen: int  # numbers of the method that are not trained
+    strategy: str = ""  # branch or fold; set by p4_choose
+    reason: str = ""
+    update: Literal["none", "literal", "telescope"] = "none"
+    facts: Facts
+    candidates: tuple[Candidate, ...] = ()
+    place: Place
+
+
+class Formula(Record):
+    """One equation with its sizes filled in; many sites share one. `algebra.formula.concrete(plan, key)` gives the trees."""
+
+    method: str  # name of the method
+    arguments: dict[str, Any]
+    outputs: int
+    inputs: int
+    equation: str  # for people: "delta = (16 / 8) * B @ A"
+
+
+class WholeParameter(Record):
+    """A parameter of the model that is trained as it is (`train classifier`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    numbers: int
+    lr: float | None = None
+    weight_decay: float | None = None
+    place: Place
+
+
+class OptimizerPlan(Record):
+    """`adamw(lr, betas, eps, weight_decay)` or `sgd(lr, momentum, weight_decay, nesterov)`."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+class SchedulePlan(Record):
+    """`constant`, `linear(warmup = 0.1)`, `cosine(warmup = 0.03)`: warmup below 1 is a share of the steps, else steps."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    minimum: float = 0.0  # share of lr at the end
+
+
+class StepPlan(Record):
+    """The `step` block with its defaults filled in."""
+
+    optimizer: OptimizerPlan = OptimizerPlan()
+    schedule: SchedulePlan = SchedulePlan()
+    batch: int = 8  # sequences per optimizer step
+    micro_batch: int | None = None  # None: the whole batch at once
+    steps: int | None = None
+    epochs: float | None = None
+    clip: float | None = None  # largest gradient norm
+    precision: Literal["model", "bfloat16", "float16"] = "model"  # forward under autocast
+    adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+    compile: Literal["auto", "on", "off"] = "auto"
+    loss: Literal["auto", "causal_lm", "cross_entropy", "mse", "output"] = "auto"
+    evaluate: int | None = None  # every so many steps
+    save: int | None = None
+    keep: int | None = None  # how many saves to keep
+    log: int = 10
+
+
+class ModelPlan(Record):
+    """The `model` line resolved; `task` decides the loss and the example inputs."""
+
+    source: Literal["hub", "config", "python", "given"]
+    name: str
+    task: str | None = None
+    labels: int | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    attention: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    architecture: str = ""  # class name of the model
+    parameters: int = 0  # numbers in the model
+    fingerprint: str = ""  # hash of parameter names and shapes
+
+
+class DataPlan(Record):
+    """The `data` block."""
+
+    path: str
+    text: str | None = None  # template: "{instruction} {input}"
+    label: str | None = None  # column
+    max_length: int = 512
+    holdout: float = 0.0
+    eval: str | None = None
+    place: Place | None = None  # of the block in the spec
+
+
+class EventPlan(Record):
+    """An event of a rule's method, as the step runs it."""
+
+    formula: str
+    text: str  # as it stands in the spec, on one line
+    phase: Literal["before forward", "after backward", "after step"]
+    update: Literal["literal", "telescope", "assign"]
+    place: Place
+
+
+class Totals(Record):
+    """Sums over the plan."""
+
+    sites: int
+    trainable: int
+    frozen: int  # numbers of methods that are not trained
+    model: int  # numbers in the model itself
+    share: float  # trainable / model
+
+
+class Plan(Record):
+    """What `surgery plan` prints and everything after it reads."""
+
+    version: int = 1
+    spec: str  # the whole program as text, with the methods it uses
+    file: str  # name of the spec's file
+    model: ModelPlan
+    sites: tuple[Site, ...]
+    formulas: dict[str, Formula]
+    trained: tuple[WholeParameter, ...] = ()
+    step: StepPlan = StepPlan()
+    data: DataPlan | None = None
+    events: tuple[EventPlan, ...] = ()
+    tokens: int  # planned tokens per micro-batch
+    totals: Totals
