@@ -1,0 +1,48 @@
+"""The lines of the README are run: its Python blocks in one namespace, its commands in a shell, its spec planned."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    """The fenced blocks of a language; `sh skip` is another language than `sh`."""
+    text = (ROOT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_spec_is_planned(tmp_path: Path) -> None:
+    (text,) = blocks("surg")
+    plan = surgery.plan(surgery.parse(text))
+    assert len(plan.sites) == 12
+    assert all(site.facts.identity_at_start and site.facts.merges for site in plan.sites)
+
+
+def test_the_python_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "with lora(rank = 2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines()])
+def test_the_commands_run(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    assert words[0] == "surgery"
+    code = "from surgery.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_the_method_of_the_guide_is_a_method() -> None:
+    for text in blocks("surg", "CONTRIBUTING.md"):
+        surgery.parse(text)
