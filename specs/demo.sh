@@ -17,12 +17,18 @@ surgery train specs/head_only.surg -o "$runs/head_only"
 say "Delta-LoRA on every linear of the encoder"
 surgery train specs/demo.surg -o "$runs/demo"
 
-say "held-out accuracy: frozen encoder, then Delta-LoRA"
-surgery eval "$runs/head_only"
-surgery eval "$runs/demo"
-
 say "merged into an ordinary model folder"
 surgery merge "$runs/demo" -o "$runs/demo_merged"
 
-say "the merged folder in plain transformers, without surgery"
-python specs/check_merged.py "$runs/demo_merged" "$runs/demo"
+# The number behind a name in a JSON object on standard input.
+number() { python -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+
+baseline=$(surgery eval "$runs/head_only" --format json | number accuracy)
+adapted=$(surgery eval "$runs/demo" --format json | number accuracy)
+
+say "held-out accuracy, 596 rows"
+printf '%-52s %.4f\n' "frozen encoder, classifier trained" "$baseline"
+printf '%-52s %.4f\n' "Delta-LoRA on every linear, classifier trained" "$adapted"
+
+say "the merged folder in plain transformers"
+python specs/check_merged.py "$runs/demo_merged" "$runs/demo" "$adapted"
