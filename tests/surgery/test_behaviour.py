@@ -37,7 +37,8 @@ class Perceptron(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[batch, 3]` from features `[batch, 7]`."""
         hidden = torch.tanh(self.blocks[0](features))
-        return self.head(torch.tanh(self.blocks[1](hidden)) * self.scale)
+        logits: Tensor = self.head(torch.tanh(self.blocks[1](hidden)) * self.scale)
+        return logits
 
 
 def build(kind: str) -> tuple[nn.Module, str]:
@@ -54,9 +55,9 @@ def build(kind: str) -> tuple[nn.Module, str]:
         max_position_embeddings=24,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=3,
         initializer_range=0.2,
     )
+    config.num_labels = 3
     model: nn.Module = BertForSequenceClassification(config)
     return model.double(), "bert.encoder.layer.** : Linear"
 
@@ -76,7 +77,7 @@ def inputs(of: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in of.items() if name != "labels"}
 
 
-def logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The logits of a model that returns a tensor, or of one that returns a structure."""
     found: Tensor = output if isinstance(output, Tensor) else output.logits
     return found
@@ -116,7 +117,7 @@ def test_the_start_equals_the_base_where_the_plan_says_so(kind: str, method: str
     for rows in (4, 2):
         example = inputs(batch(kind, seed=rows, rows=rows))
         with torch.no_grad():
-            torch.testing.assert_close(logits(step.forward(**example)), logits(model.eval()(**example)))
+            torch.testing.assert_close(logits_of(step.forward(**example)), logits_of(model.eval()(**example)))
 
 
 def test_merging_equals_the_forward(kind: str, method: str) -> None:
@@ -127,9 +128,9 @@ def test_merging_equals_the_forward(kind: str, method: str) -> None:
         n for n, _ in model.named_parameters()
     ]
     with torch.no_grad():
-        adapted = logits(step.forward(**example))
-        torch.testing.assert_close(logits(merged.eval()(**example)), adapted, rtol=1e-9, atol=1e-9)
-        assert not torch.allclose(adapted, logits(model.eval()(**example)))
+        adapted = logits_of(step.forward(**example))
+        torch.testing.assert_close(logits_of(merged.eval()(**example)), adapted, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(adapted, logits_of(model.eval()(**example)))
         for site in step.plan.sites:
             expected = merged.get_parameter(f"{site.path}.weight")
             torch.testing.assert_close(step.effective_weight(site.path), expected.float(), rtol=1e-5, atol=1e-6)
@@ -194,7 +195,7 @@ def test_saved_and_loaded_steps_are_equal(kind: str, method: str, tmp_path: Path
     loaded = surgery.load(tmp_path / "run", model=model)
     example = inputs(batch(kind, seed=5))
     with torch.no_grad():
-        assert torch.equal(logits(step.forward(**example)), logits(loaded.forward(**example)))
+        assert torch.equal(logits_of(step.forward(**example)), logits_of(loaded.forward(**example)))
 
 
 def test_gradients_equal_those_of_the_merged_weight(kind: str, method: str) -> None:
@@ -212,7 +213,7 @@ def test_gradients_equal_those_of_the_merged_weight(kind: str, method: str) -> N
         weights = dict(step.merge().named_parameters())
         with torch.no_grad():
             output = functional_call(model.eval(), weights, (), inputs(batch(kind)))
-            return float(F.cross_entropy(logits(output), batch(kind)["labels"]))
+            return float(F.cross_entropy(logits_of(output), batch(kind)["labels"]))
 
     numeric: dict[tuple[str, str], float] = {}
     directions: dict[tuple[str, str], Tensor] = {}

@@ -38,8 +38,11 @@ class Architecture:
         """The model with random weights, without dropout of its own."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(**self.config)
-        auto = AutoModelForCausalLM if self.task == "causal_lm" else AutoModelForSequenceClassification
-        model: nn.Module = auto.from_config(config)
+        model: nn.Module
+        if self.task == "causal_lm":
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
         return model.train()
 
     def batch(self) -> dict[str, Tensor]:
@@ -111,7 +114,7 @@ ARCHITECTURES = {
     ),
 }
 
-METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
 def spec(architecture: Architecture, method: str, dropout: float) -> str:
@@ -187,7 +190,7 @@ def test_outputs_and_gradients_equal_peft(name: str, method: str, dropout: float
     }
     torch.manual_seed(7)  # peft draws a mask per site from torch's generator, in the order of the forward
     theirs = architecture.loss(wrapped.train()(**inputs).logits, batch["labels"])
-    theirs.backward()
+    theirs.backward()  # type: ignore[no-untyped-call]
     torch.manual_seed(7)
     ours = step(batch).loss
     close(ours, theirs.detach(), "loss in training")
