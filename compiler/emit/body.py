@@ -1,0 +1,185 @@
+"""The statements of one emitted function: nested expressions where they read well, one name per value, comments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from surgery.compiler.emit.naming import Names, by_operation, operation, snake
+from surgery.compiler.emit.outline import module_path
+from surgery.compiler.emit.spelling import Text, spell
+from surgery.compiler.span import Span
+
+WIDTH = 112
+_NESTED = 84  # longer expressions get a name of their own
+_SHORT = 20  # what is as short as this may stand in any call
+
+
+class Body:
+    """Writes nodes as statements in exactly their order, so that autograd and random numbers see the same sequence.
+
+    `known` names what comes from outside, `weight` spells a `get_attr` target, `kept` are the nodes that are read later on
+    and need a name, `within` is the module path that comments and names leave out.
+    """
+
+    def __init__(
+        self, known: dict[fx.Node, str], weight: Callable[[str], str], names: Names, kept: set[fx.Node], within: str = ""
+    ) -> None:
+        self.known, self.weight, self.names, self.kept, self.within = known, weight, names, kept, within
+        self.lines: list[str] = []
+        self.uses_device = False
+        self._pending: list[tuple[fx.Node, Text]] = []
+        self._section = ""
+        self._place: tuple[str, int] | None = None
+        self._modules: dict[str, list[fx.Node]] = {}
+
+    def write(self, nodes: Sequence[fx.Node], wanted: dict[fx.Node, str] | None = None) -> None:
+        """Append the statements of `nodes`; `wanted` are names that the caller asks for."""
+        wanted = wanted or {}
+        self._modules = {}
+        for node in nodes:
+            self._modules.setdefault(module_path(node), []).append(node)
+        inside = set(nodes)
+        for node in nodes:
+            self._node(node, inside, wanted)
+        self._flush(wanted)
+
+    def text(self, node: fx.Node) -> Text:
+        """How a node that has a name, or a weight, is written."""
+        return Text(self.weight(str(node.target)) if node.op == "get_attr" else self.known[node])
+
+    def _node(self, node: fx.Node, inside: set[fx.Node], wanted: dict[fx.Node, str]) -> None:
+        needed: list[fx.Node] = []
+
+        def record(argument: fx.Node) -> Text:
+            if any(argument is waiting for waiting, _ in self._pending):
+                needed.append(argument)
+                return Text("x")
+            return self.text(argument)
+
+        spell(node, record)
+        count = len(needed)
+        tail = [waiting for waiting, _ in self._pending[len(self._pending) - count :]]
+        if needed and (tail != needed or self._longer(node, count)):
+            self._flush(wanted)
+            count = 0
+        nested = dict(self._pending[len(self._pending) - count :]) if count else {}
+        text = spell(node, lambda argument: nested[argument] if argument in nested else self.text(argument))
+        del self._pending[len(self._pending) - count :]
+        if any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values())):
+            self.uses_device = True
+        if self._may_nest(node, inside, wanted) and len(text.source) <= _NESTED:
+            self._pending.append((node, text))
+            return
+        self._flush(wanted)
+        self._assign(node, text, wanted)
+
+    def _longer(self, node: fx.Node, count: int) -> bool:
+        nested = dict(self._pending[len(self._pending) - count :])
+        if all(len(text.source) <= _SHORT for text in nested.values()):
+            return False
+        text = spell(node, lambda argument: nested[argument] if argument in nested else self.text(argument))
+        return len(text.source) > _NESTED
+
+    def _may_nest(self, node: fx.Node, inside: set[fx.Node], wanted: dict[fx.Node, str]) -> bool:
+        """Read exactly once, in this body, and not the result of a module, which deserves its name."""
+        if node in self.kept or node in wanted or len(node.users) != 1 or self._is_result(node):
+            return False
+        user = next(iter(node.users))
+        uses = sum(argument is node for argument in _flat((user.args, tuple(user.kwargs.values()))))
+        return user in inside and uses == 1 and operation(node) not in ("scaled_dot_product_attention", "getitem")
+
+    def _is_result(self, node: fx.Node) -> bool:
+        path = module_path(node)
+        return len(path) > len(self.within) and self._modules[path][-1] is node and not self._has_children(path)
+
+    def _has_children(self, path: str) -> bool:
+        return any(other.startswith(path + ".") for other in self._modules)
+
+    def _flush(self, wanted: dict[fx.Node, str]) -> None:
+        pending, self._pending = self._pending, []
+        for node, text in pending:
+            self._assign(node, text, wanted)
+
+    def _assign(self, node: fx.Node, text: Text, wanted: dict[fx.Node, str]) -> None:
+        self._comment(node)
+        statement = text.source
+        if node.users or node in self.kept:
+            self.known[node] = wanted[node] if node in wanted else self.names.claim(self._name(node))
+            statement = f"{self.known[node]} = {statement}"
+        self.lines += wrapped(statement, self._trailing(node))
+
+    def _name(self, node: fx.Node) -> str:
+        if self._is_result(node):
+            last = [part for part in module_path(node).split(".") if not part.isdecimal()][-1:]
+            return snake(last[0]) if last else by_operation(node, None)
+        first = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
+        while first is not None and first not in self.known and first.op != "get_attr":  # an expression that was nested
+            first = next((argument for argument in first.args if isinstance(argument, fx.Node)), None)
+        base = None
+        if first is not None:
+            base = self.known.get(first) or str(first.target).rpartition(".")[2]
+        return by_operation(node, base)
+
+    def _comment(self, node: fx.Node) -> None:
+        path = module_path(node)
+        if path.startswith(self.within):
+            path = path[len(self.within) :].lstrip(".")
+        nodes = self._modules.get(module_path(node), [])
+        section = path if len(nodes) > 1 else path.rpartition(".")[0]
+        if not section or section == self._section or self._section.startswith(section + "."):
+            return
+        self._section = section
+        self.lines.append(f"# {section}")
+
+    def _trailing(self, node: fx.Node) -> str:
+        """Where in the spec a node comes from, said once for a run of nodes from one line."""
+        span = node.meta.get("span")
+        place = (Path(span.file).name, span.line) if isinstance(span, Span) else None
+        new, self._place = place is not None and place != self._place, place
+        return f"{place[0]}:{place[1]}" if new and place is not None else ""
+
+
+def _flat(value: object) -> list[object]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for entry in value for leaf in _flat(entry)]
+    if isinstance(value, slice):
+        return [value.start, value.stop, value.step]
+    return [value]
+
+
+def wrapped(statement: str, comment: str = "") -> list[str]:
+    """A statement on one line, or with the arguments of its outermost call on lines of their own."""
+    if comment and len(statement) + len(comment) + 4 > WIDTH:
+        return [f"# {comment}", *wrapped(statement)]
+    if comment:
+        return [f"{statement}  # {comment}"]
+    if len(statement) <= WIDTH or not statement.endswith((")", "]")):
+        return [statement]
+    depth, cuts, start = 0, [], -1
+    for position in range(len(statement) - 1, -1, -1):
+        character = statement[position]
+        if character in ")]":
+            depth += 1
+        elif character in "([":
+            depth -= 1
+            if depth == 0:
+                start = position
+                break
+        elif character == "," and depth == 1:
+            cuts.append(position)
+    bounds = [start, *reversed(cuts), len(statement) - 1]
+    parts = [statement[left + 1 : right].strip() for left, right in zip(bounds, bounds[1:], strict=False)]
+    lines, row = [statement[: start + 1]], ""
+    for part in parts:
+        if row and len(row) + len(part) + 6 > WIDTH:
+            lines.append(f"    {row}")
+            row = ""
+        row += (" " if row else "") + part + ","
+    if row:
+        lines.append(f"    {row.rstrip(',') if len(parts) == 1 else row}")
+    return [*lines, statement[-1]]
+

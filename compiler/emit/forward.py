@@ -1,0 +1,282 @@
+"""The forward functions of step.py: one per distinct block, and the one that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.compiler.emit.body import Body, wrapped
+from surgery.compiler.emit.loops import Call, Function, Loops
+from surgery.compiler.emit.naming import Names, describe, snake
+from surgery.compiler.emit.outline import Block, Item, outline
+from surgery.compiler.graph import TRAINING, Graph, drop_dead_nodes
+
+HELPER = '''\
+def blocks(weights: Weights, path: str, indices: range) -> list[Weights]:
+    """The weights of some blocks of the list at `path`, one dictionary per block, with their names inside the block."""
+    found: dict[str, Weights] = {str(index): {} for index in indices}
+    for name, tensor in weights.items():
+        if name.startswith(f"{path}."):
+            index, _, inner = name[len(path) + 1 :].partition(".")
+            if index in found:
+                found[index][inner] = tensor
+    return list(found.values())
+'''
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Source of all forward functions, and the names of the block functions (each may be compiled on its own)."""
+
+    source: str
+    block_functions: tuple[str, ...]
+
+
+def forward_source(graph: Graph) -> Forward:
+    """Python for the forward of a graph: the same operations in the same order as its GraphModule runs them."""
+    module_graph = tidy(graph.copy().module.graph)
+    inline: frozenset[str] = frozenset()
+    while True:
+        items = outline(module_graph, inline)
+        writer = _Writer(module_graph, graph.inputs, items)
+        lonely = writer.stacks_without_twins()
+        if not lonely:
+            return writer.source()
+        # Inside the entries of such a list there may be a list of equal blocks: outline that one instead.
+        inline = inline | lonely
+
+
+def tidy(graph: fx.Graph) -> fx.Graph:
+    """Let equal sizes be read from one place and take out what does nothing; works in place and returns `graph`."""
+    seen: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if node.target is torch.ops.aten.sym_size.int and isinstance(value, torch.SymInt):
+            first = seen.setdefault(str(value.node.expr), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+        elif node.target is torch.ops.aten.add.Tensor and _adds_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    drop_dead_nodes(graph)
+    return graph
+
+
+def _adds_nothing(node: fx.Node) -> bool:
+    """`positions + 0`, as transformers writes it for an empty cache; exact, since the numbers are whole."""
+    value = node.meta.get("val")
+    whole = isinstance(value, torch.Tensor) and value.dtype == torch.int64
+    return whole and len(node.args) == 2 and type(node.args[1]) is int and node.args[1] == 0
+
+
+class _Writer:
+    """Texts of the blocks, then of the function around them."""
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str], items: list[Item]) -> None:
+        self.graph, self.inputs, self.items = graph, inputs, items
+        self.blocks = [item for item in items if isinstance(item, Block)]
+        self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
+        self.names = Names()
+        self.placeholders = {
+            node: TRAINING if node.target == TRAINING else self.names.claim(str(node.target))
+            for node in graph.nodes
+            if node.op == "placeholder"
+        }
+        self.shared: dict[fx.Node, str] = dict(self.placeholders)  # names that blocks and the forward have in common
+        self._name_sizes()
+        several = len(self.stacks) > 1
+        self.flow = {
+            stack: self.names.claim(f"{snake(stack.split('.')[0])}_hidden" if several else "hidden") for stack in self.stacks
+        }
+        self.functions: dict[tuple[str, str], Function] = {}
+        self.written = [self._write_block(block) for block in self.blocks]
+        self._name_functions()
+        self.call_of = {block.path: call for block, call in zip(self.blocks, self.written, strict=True)}
+
+    def stacks_without_twins(self) -> frozenset[str]:
+        """Stacks whose blocks all differ: functions for them would hide the text, not shorten it."""
+        lonely = set(self.stacks)
+        for function in self.functions.values():
+            if len(function.blocks) > 1:
+                lonely -= {block.stack for block in function.blocks}
+        return frozenset(lonely)
+
+    def source(self) -> Forward:
+        """The text of all functions."""
+        parts = [function.text.replace("NAME", function.name, 1) for function in self.functions.values()]
+        around = self._write_around()
+        helper = [HELPER] if "in blocks(" in around or "blocks(weights" in around else []
+        names = tuple(function.name for function in self.functions.values())
+        return Forward("\n\n".join([*helper, *parts, around]), names)
+
+    # --- names ---
+
+    def _name_sizes(self) -> None:
+        lengths = 0
+        for node in self.graph.nodes:
+            if node.target is not torch.ops.aten.sym_size.int or node.args[0] not in self.placeholders:
+                continue
+            source, axis = node.args
+            assert isinstance(source, fx.Node)
+            first = snake(str(source.target)).split("_")[0]
+            if axis == 0:
+                self.shared[node] = "batch" if "batch" not in self.shared.values() else self.names.claim(f"{first}_batch")
+            elif axis == 1 and source.meta["val"].ndim == 2:
+                lengths += 1
+                self.shared[node] = "length" if lengths == 1 else self.names.claim(f"{first}_length")
+
+    def _is_carried(self, node: fx.Node, stack: str) -> bool:
+        """Whether a block's input flows from block to block, rather than being read by all of them."""
+        value = node.meta.get("val")
+        if node in self.shared or not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            return False
+        return sum(node in block.inputs for block in self.blocks if block.stack == stack) < 2
+
+    def _shared_name(self, node: fx.Node) -> str:
+        if node not in self.shared:
+            self.shared[node] = self.names.claim(describe(node))
+        return self.shared[node]
+
+    # --- blocks ---
+
+    def _write_block(self, block: Block) -> Call:
+        names = Names(frozenset(self.names.used))
+        known: dict[fx.Node, str] = {}
+        carried = tuple(node for node in block.inputs if self._is_carried(node, block.stack))
+        for node in carried:
+            known[node] = Names.next_of(self.flow[block.stack], known.values())
+            names.used.add(known[node])
+        others = [node for node in block.inputs if node not in carried]
+        for node in others:
+            known[node] = self._shared_name(node)
+            names.used.add(known[node])
+        outside: dict[str, str] = {}  # weights of other modules: passed by the caller
+
+        def weight(target: str) -> str:
+            if target.startswith(block.path + "."):
+                return f'w["{target[len(block.path) + 1 :]}"]'
+            if target not in outside:
+                outside[target] = names.claim(snake("_".join(target.split(".")[-2:])))
+            return outside[target]
+
+        body = Body(known, weight, names, set(block.outputs), within=block.path)
+        body.write(block.nodes)
+        order = sorted(others, key=lambda node: (self.shared[node] == TRAINING, isinstance(node.meta.get("val"), torch.SymInt)))
+        parameters = ["w: Weights", *(f"{known[node]}: Tensor" for node in carried), *(f"{name}: Tensor" for name in outside.values())]
+        parameters += [f"{known[node]}: {_kind(node)}" for node in order]
+        if body.uses_device:
+            parameters.append("device: torch.device")
+        results = [known[node] for node in block.outputs]
+        returned = "Tensor" if len(results) == 1 else "tuple[" + ", ".join(["Tensor"] * len(results)) + "]"
+        head = wrapped(f"def NAME({', '.join(parameters)})", "")
+        head[-1] += f" -> {returned}:"
+        lines = [*head, "    DOCUMENTATION", *(f"    {line}" for line in body.lines), f"    return {', '.join(results)}"]
+        text = "\n".join(lines) + "\n"
+        function = self.functions.setdefault((block.class_name, text), Function(text, block.class_name))
+        function.blocks.append(block)
+        passed = (*(f'weights["{name}"]' for name in outside), *order)
+        return Call(block, function, carried, (*passed, *(["device"] if body.uses_device else [])))
+
+    def _name_functions(self) -> None:
+        by_class: dict[str, list[Function]] = {}
+        for function in self.functions.values():
+            by_class.setdefault(snake(function.class_name), []).append(function)
+        names = Names(frozenset(self.names.used))
+        for stem, functions in by_class.items():
+            for function in functions:
+                first = function.blocks[0]
+                function.name = names.claim(stem if len(functions) == 1 else f"{stem}_{first.index}")
+                function.text = function.text.replace("DOCUMENTATION", f'"""{documentation(function.blocks)}"""', 1)
+
+    # --- the function around them ---
+
+    def _write_around(self) -> str:
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        self.known: dict[fx.Node, str] = dict(self.placeholders)
+        wanted = dict(self.shared)
+        for call in self.written:
+            start = call.carried[0] if call.carried else None
+            # The value that enters the first block takes the name that the loop goes on with, unless others read it.
+            if start is not None and start not in wanted and all(user in call.block.nodes for user in start.users):
+                wanted[start] = self.flow[call.block.stack]
+        kept = {node for block in self.blocks for node in block.inputs}
+        body = Body(self.known, lambda name: f'weights["{name}"]', self.names, kept)
+        position, uses_device = 0, any("device" in call.passed for call in self.written)
+        while position < len(self.items):
+            end = position
+            if isinstance(self.items[position], Block):
+                stack = self.items[position].stack  # type: ignore[union-attr]
+                while end < len(self.items) and isinstance(self.items[end], Block) and self.items[end].stack == stack:  # type: ignore[union-attr]
+                    end += 1
+                calls = [self.call_of[item.path] for item in self.items[position:end] if isinstance(item, Block)]
+                body.lines += ["", *Loops(self.known, self.flow[stack], self.names).write(calls), ""]
+            else:
+                while end < len(self.items) and isinstance(self.items[end], fx.Node):
+                    end += 1
+                body.write([item for item in self.items[position:end] if isinstance(item, fx.Node)], wanted)
+            position = end
+        value = output.args[0]
+        result = literal_output(value, body)
+        parameters = ["weights: Weights", *(f"{self.placeholders[node]}: {_kind(node)}" for node in self.placeholders)]
+        head = wrapped(f"def forward({', '.join(parameters)})".replace(f"{TRAINING}: bool", f"{TRAINING}: bool = True"))
+        head[-1] += " -> Tensor:" if isinstance(value, fx.Node) else " -> Any:"
+        lines = [*head, '    """The adapted model: its outputs, from inputs [batch, ...]; dropout is live while `training`."""']
+        first = next(iter(self.placeholders.values()))
+        if uses_device or body.uses_device:
+            lines.append(f"    device = {first}.device")
+        body.lines = _without_blank_ends(body.lines)
+        lines += [f"    {line}" if line else "" for line in body.lines]
+        return "\n".join([*lines, f"    return {result}"]) + "\n"
+
+
+def literal_output(value: Any, body: Body) -> str:
+    """The text of a graph's output: a node, or a nested list of nodes and constants."""
+    if isinstance(value, fx.Node):
+        return body.text(value).source
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(literal_output(entry, body) for entry in value) + "]"
+    return repr(value)
+
+
+def _without_blank_ends(lines: list[str]) -> list[str]:
+    while lines and not lines[0]:
+        lines = lines[1:]
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    return [line for number, line in enumerate(lines) if line or lines[number - 1]]
+
+
+def _kind(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if node.op == "placeholder" and node.target == TRAINING:
+        return "bool"
+    if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        return "int"
+    return "float" if isinstance(value, (float, torch.SymFloat)) else "Tensor"
+
+
+def documentation(blocks: Sequence[Block]) -> str:
+    """Which blocks a function runs, in words that do not grow with their number."""
+    parts = []
+    for stack in dict.fromkeys(block.stack for block in blocks):
+        parts.append(f"{stack}.{spans([block.index for block in blocks if block.stack == stack])}")
+    return f"One block: {' and '.join(parts)}."
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`0..15`, `0, 2, ..., 24` or the numbers themselves."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+    if steps == {1}:
+        return f"{numbers[0]}..{numbers[-1]}"
+    if len(steps) == 1 and len(numbers) > 3:
+        return f"({numbers[0]}, {numbers[1]}, ..., {numbers[-1]})"
+    return "(" + ", ".join(map(str, numbers)) + ")"

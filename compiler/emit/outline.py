@@ -1,0 +1,217 @@
+"""Split a captured graph into what stands outside its repeated blocks and the blocks themselves.
+
+A block is an entry of a repeated ModuleList (`model.layers.3`); its nodes are those that ran inside that module. The
+order of the result is valid, and operations that draw random numbers or write into tensors keep the order they had. Where
+a stack of blocks does not allow that, its nodes stay outside any block: the result is always the same computation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+# A value that is computed with one of these is a block's own work, never a shared preparation to be moved out of it.
+_HEAVY = re.compile(r"aten\.(linear|addmm|mm|bmm|matmul|baddbmm|conv\w*|scaled_dot_product_attention|layer_norm)\.")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One entry of a stack: `stack` is the ModuleList's path, `inputs` come from outside, `outputs` are read outside."""
+
+    stack: str
+    index: int
+    class_name: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @property
+    def path(self) -> str:
+        """The block's module path."""
+        return f"{self.stack}.{self.index}"
+
+
+Item = fx.Node | Block
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module in which a node ran; empty if it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(path) for path, _ in reversed(stack.values())), "")
+    return "" if path.startswith("_") else path
+
+
+def is_ordered(node: fx.Node) -> bool:
+    """Whether a node draws random numbers or writes into a tensor, so that it must keep its place among such nodes."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    return node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def outline(graph: fx.Graph, inline: frozenset[str] = frozenset()) -> list[Item]:
+    """The computing nodes of `graph` in a valid order, those of a block gathered; stacks named in `inline` are not gathered."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    while True:
+        owner = _hoist(nodes, {node: place for node in nodes if (place := _place(node, inline))})
+        order, stuck = _arrange(nodes, owner)
+        if not stuck:
+            return order
+        inline = inline | stuck
+
+
+def stacks_inside(graph: fx.Graph, stack: str) -> bool:
+    """Whether modules below the entries of `stack` are entries of a further list."""
+    pattern = re.compile(re.escape(stack) + r"\.\d+\..*\.?\d+(\.|$)")
+    return any(pattern.match(module_path(node)) for node in graph.nodes)
+
+
+_Place = tuple[str, int]
+
+
+def _place(node: fx.Node, inline: frozenset[str]) -> _Place | None:
+    """The outermost list entry that a node ran in, leaving out the stacks that are to stay inline."""
+    parts = module_path(node).split(".")
+    for position in range(1, len(parts)):
+        stack = ".".join(parts[:position])
+        if parts[position].isdecimal() and stack not in inline:
+            return stack, int(parts[position])
+    return None
+
+
+def _hoist(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> dict[fx.Node, _Place]:
+    """Take out of a block what several other blocks of its stack read, if it is a preparation: T5's position bias."""
+    owner = dict(owner)
+    for node in nodes:
+        place = owner.get(node)
+        if place is None:
+            continue
+        readers = {owner[user] for user in node.users if user in owner and owner[user] != place}
+        if sum(reader[0] == place[0] for reader in readers) < 2:
+            continue
+        cone = _cone(node, owner)
+        if cone is not None:
+            for member in cone:
+                del owner[member]
+    return owner
+
+
+def _cone(node: fx.Node, owner: dict[fx.Node, _Place]) -> set[fx.Node] | None:
+    """All that a node needs inside its own block, or None if that is more than a preparation."""
+    place, cone, todo = owner[node], {node}, [node]
+    while todo:
+        member = todo.pop()
+        if is_ordered(member) or _HEAVY.match(str(member.target)):
+            return None
+        for needed in member.all_input_nodes:
+            if owner.get(needed) == place and needed not in cone:
+                cone.add(needed)
+                todo.append(needed)
+            elif needed in owner and owner[needed][0] == place[0] and owner[needed] != place:
+                return None
+    return cone
+
+
+def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[Item], frozenset[str]]:
+    """Topological order over blocks and single nodes; with it the stacks that cannot be gathered, then the order is void."""
+    position = {node: number for number, node in enumerate(nodes)}
+    key = {node: owner.get(node, node) for node in nodes}
+    spans: dict[str, list[int]] = {}
+    for node in nodes:
+        if node in owner:
+            span = spans.setdefault(owner[node][0], [position[node], position[node]])
+            span[1] = position[node]
+    priority = {place: min(position[node] for node in nodes if owner.get(node) == place) for place in set(owner.values())}
+    rank: dict[_Place | fx.Node, float] = dict(priority)
+    for node in nodes:
+        if node not in owner:
+            rank[node] = _rank(node, position[node], spans, owner)
+
+    needs: dict[_Place | fx.Node, set[_Place | fx.Node]] = {item: set() for item in rank}
+    feeds: dict[_Place | fx.Node, set[_Place | fx.Node]] = defaultdict(set)
+    for node in nodes:
+        for needed in node.all_input_nodes:
+            if needed in key and key[needed] != key[node]:
+                needs[key[node]].add(key[needed])
+                feeds[key[needed]].add(key[node])
+
+    first = {item: position[item] if isinstance(item, fx.Node) else priority[item] for item in rank}
+    ready = [(rank[item], first[item], number, item) for number, item in enumerate(rank) if not needs[item]]
+    heapq.heapify(ready)
+    waiting = {item: len(needed) for item, needed in needs.items()}
+    order: list[_Place | fx.Node] = []
+    while ready:
+        item = heapq.heappop(ready)[3]
+        order.append(item)
+        for reader in feeds[item]:
+            waiting[reader] -= 1
+            if waiting[reader] == 0:
+                heapq.heappush(ready, (rank[reader], first[reader], len(rank) + len(order), reader))
+    if len(order) < len(rank):
+        done = set(order)
+        return [], frozenset(item[0] for item in rank if item not in done and isinstance(item, tuple))
+
+    members: dict[_Place, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        if node in owner:
+            members[owner[node]].append(node)
+    items: list[Item] = [item if isinstance(item, fx.Node) else _block(item, members[item]) for item in order]
+    if not _keeps_order(items, position):
+        return [], frozenset(spans)
+    return items, frozenset()
+
+
+def _rank(node: fx.Node, position: int, spans: dict[str, list[int]], owner: dict[fx.Node, _Place]) -> float:
+    """Where a single node would like to stand: outside the run of blocks that it lies in, before it if that can be."""
+    for stack, (start, end) in spans.items():
+        if start < position < end and not is_ordered(node):
+            below = _depends_on(node, stack, owner)
+            return end + 0.5 if below else start - 0.5
+    return float(position)
+
+
+def _depends_on(node: fx.Node, stack: str, owner: dict[fx.Node, _Place]) -> bool:
+    seen, todo = {node}, [node]
+    while todo:
+        for needed in todo.pop().all_input_nodes:
+            if needed in owner and owner[needed][0] == stack:
+                return True
+            if needed not in seen:
+                seen.add(needed)
+                todo.append(needed)
+    return False
+
+
+def _block(place: _Place, nodes: list[fx.Node]) -> Block:
+    inside = set(nodes)
+    inputs: dict[fx.Node, None] = {}
+    for node in nodes:
+        for needed in node.all_input_nodes:
+            if needed not in inside and needed.op != "get_attr":
+                inputs[needed] = None
+    outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
+    return Block(place[0], place[1], _class_name(nodes, f"{place[0]}.{place[1]}"), tuple(nodes), tuple(inputs), outputs)
+
+
+def _class_name(nodes: list[fx.Node], path: str) -> str:
+    for node in nodes:
+        for module, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if module == path:
+                return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    return "Block"
+
+
+def _keeps_order(items: list[Item], position: dict[fx.Node, int]) -> bool:
+    places = [position[node] for node in _flat(items) if is_ordered(node)]
+    return places == sorted(places)
+
+
+def _flat(items: list[Item]) -> Iterator[fx.Node]:
+    for item in items:
+        yield from item.nodes if isinstance(item, Block) else (item,)
