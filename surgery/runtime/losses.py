@@ -1,6 +1,6 @@
 """One loss per task: the sum over the labels and how many there are, equal to what the transformers model returns.
 
-The functions need `torch` alone, because the emitter prints their source into step.py: what is written here is what runs.
+The functions need `torch` alone: the emitter prints their source into step.py, so what is written here is what runs.
 A sum and a count, not a mean: an optimizer step divides by the labels of all its micro-batches together.
 """
 

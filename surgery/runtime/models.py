@@ -1,0 +1,288 @@
+"""The spec's model: its skeleton on the meta device for planning, with weights for training, and its tokenizer.
+
+A model is a hub id, a local folder (relative to the spec's), `package:NAME/folder` (a folder inside an installed
+package, found without importing it), a config file with random weights, or a Python factory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
+from surgery.compiler.plan import ModelPlan
+
+CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "image_classification": "AutoModelForImageClassification",
+    "feature_extraction": "AutoModel",
+}  # task -> the class of transformers that makes its model
+_NEW_HEAD = ("sequence_classification", "token_classification", "image_classification")
+
+
+def load_skeleton(model: ModelPlan, folder: Path, *, allow_code: bool = False) -> nn.Module:
+    """The model on the meta device: modules, names, shapes and dtypes, without reading or allocating a weight.
+
+    `folder` is the spec's. Raises SURG030 (unreadable), SURG031 (the task does not fit the model), SURG029 (a Python
+    factory without `allow_code`).
+    """
+    if model.source == "python":
+        with torch.device("meta"):
+            return _from_python(model, allow_code)
+    with _reading(model), torch.device("meta"):
+        return _from_config(model, _config(model, folder))
+
+
+def load_model(
+    model: ModelPlan,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    label_names: Sequence[str] = (),
+    allow_code: bool = False,
+) -> nn.Module:
+    """The model with its weights, in evaluation mode; what the checkpoint lacks (a new head) is drawn from `seed`.
+
+    Raises SURG029, SURG030 and SURG031 like `load_skeleton`, and SURG030 where the checkpoint lacks a weight that is
+    no task head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if model.source == "python":
+            loaded = _from_python(model, allow_code)
+        elif model.source == "config":
+            with _reading(model):
+                loaded = _from_config(model, _config(model, folder))
+        else:
+            loaded = _from_checkpoint(model, folder)
+    name_labels(loaded, label_names)
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: ModelPlan, folder: Path) -> Any:
+    """The model's tokenizer, padding on the right; SURG030 if the model comes without one."""
+    if model.source in ("config", "python"):
+        raise fail(
+            "SURG030",
+            f'the model "{model.name}" has no tokenizer: it is made from a {model.source} source',
+            help="name a model with a tokenizer, or train on token ids from Python",
+        )
+    from transformers import AutoTokenizer
+
+    with _reading(model):
+        tokenizer = AutoTokenizer.from_pretrained(_place(model, folder), **_access(model, folder))
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # decoders are trained without one; what pads is labelled -100 and never read
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def name_labels(model: nn.Module, names: Sequence[str]) -> None:
+    """Write the names of the labels into the model's config, so that a saved model tells them."""
+    config = getattr(model, "config", None)
+    if names and config is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _from_config(model: ModelPlan, config: Any) -> nn.Module:
+    dtype = _dtype(model) or getattr(config, "dtype", None) or torch.float32
+    made: nn.Module = _class(model, config).from_config(config, dtype=dtype, **_attention(model))
+    return made
+
+
+def _from_checkpoint(model: ModelPlan, folder: Path) -> nn.Module:
+    with _reading(model):
+        config = _config(model, folder)
+        loaded, report = _class(model, config).from_pretrained(
+            _place(model, folder),
+            config=config,
+            dtype=_dtype(model) or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for another number of labels is drawn anew; anything else is refused
+            **_attention(model),
+            **_access(model, folder),
+        )
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
+    lacking = sorted(key for key in {*report["missing_keys"], *mismatched} if not _is_head(key, loaded, model.task))
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        raise fail(
+            "SURG030",
+            f'the checkpoint "{model.name}" does not hold every weight of {type(loaded).__name__}: {shown}',
+            help="take a checkpoint that was saved for this task and architecture",
+        )
+    assert isinstance(loaded, nn.Module)
+    return loaded
+
+
+def _is_head(key: str, model: nn.Module, task: str | None) -> bool:
+    # A classifier starts anew, and so does the pooler below it, which checkpoints of language models leave out.
+    if ".pooler." in f".{key}":
+        return True
+    return task in _NEW_HEAD and not key.startswith(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def _from_python(model: ModelPlan, allow_code: bool) -> nn.Module:
+    if not allow_code:
+        raise fail("SURG029", f'the model "{model.name}" is Python code, which runs only with --allow-code')
+    module_name, _, attribute = model.name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)()
+    except Exception as error:  # someone else's code may raise anything
+        raise fail("SURG030", f'the factory "{model.name}" failed: {type(error).__name__}: {error}') from error
+    if not isinstance(made, nn.Module):
+        raise fail("SURG030", f'the factory "{model.name}" returned a {type(made).__name__}, not a torch.nn.Module')
+    return made
+
+
+def _config(model: ModelPlan, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    labels = {} if model.labels is None else {"num_labels": model.labels}
+    if model.source == "config":
+        return _config_file(model, folder, labels)
+    return AutoConfig.from_pretrained(_place(model, folder), **labels, **_access(model, folder))
+
+
+def _config_file(model: ModelPlan, folder: Path, labels: dict[str, int]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = folder / model.name
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail("SURG030", f"the config {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise fail("SURG030", f"the config {path} is not JSON: {error}") from error
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind not in CONFIG_MAPPING:
+        hint = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise fail("SURG030", f"the config {path} has no `model_type` that transformers knows: {kind!r}", help=hint)
+    if labels:
+        fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+    return AutoConfig.for_model(**{**fields, **labels})
+
+
+def _class(model: ModelPlan, config: Any) -> Any:
+    """The transformers class of the task; SURG031 with the tasks that fit if the architecture has none for it."""
+    import transformers
+
+    if model.task is None:
+        raise fail("SURG031", f'the model "{model.name}" needs a task', help=f"write `task = {next(iter(CLASSES))}`")
+    fitting = [task for task, name in CLASSES.items() if type(config) in getattr(transformers, name)._model_mapping]
+    if model.task not in fitting:
+        raise fail(
+            "SURG031",
+            f'task {model.task} does not fit the model "{model.name}" ({config.model_type})',
+            help=f"tasks that fit: {', '.join(fitting)}" if fitting else None,
+        )
+    return getattr(transformers, CLASSES[model.task])
+
+
+def _dtype(model: ModelPlan) -> torch.dtype | None:
+    return None if model.dtype is None else getattr(torch, model.dtype)
+
+
+def _attention(model: ModelPlan) -> dict[str, str]:
+    return {} if model.attention is None else {"attn_implementation": model.attention}
+
+
+def _place(model: ModelPlan, folder: Path) -> str:
+    """Where the files are: a folder if there is one, else the hub id. SURG030 for a path that does not exist."""
+    name = model.name
+    if name.startswith("package:"):
+        return str(_package_folder(name))
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise fail("SURG030", f'there is no model folder "{name}" ({path})')
+    return name
+
+
+def _package_folder(name: str) -> Path:
+    package, _, inside = name.removeprefix("package:").partition("/")
+    # Only the top-level name is looked up: for a dotted one Python would import the parents.
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise fail("SURG030", f'the package `{package}` of the model "{name}" is not installed')
+    for location in found.submodule_search_locations:
+        if (path := Path(location) / inside).is_dir():
+            return path
+    raise fail("SURG030", f"the package `{package}` has no folder `{inside}`")
+
+
+def _access(model: ModelPlan, folder: Path) -> dict[str, Any]:
+    """How the files are fetched: the revision, and from the cache alone where the hub's name does not resolve."""
+    if Path(_place(model, folder)).is_dir():
+        return {}
+    options: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
+    return options | ({} if _hub_is_known() else {"local_files_only": True})
+
+
+def _hub_is_known() -> bool:
+    # The hub's client retries for half a minute before it says that there is no network.
+    if urllib.request.getproxies():
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _reading(model: ModelPlan) -> Iterator[None]:
+    """Turn what transformers and the hub raise into SURG030 in plain words, and keep their chatter off the terminal."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars: Callable[[], None] = logging.enable_progress_bar if logging.is_progress_bar_enabled() else lambda: None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except SurgError:
+        raise
+    except Exception as error:  # the hub's client, the tokenizers and the configs each have errors of their own
+        raise _unreadable(model, error) from error
+    finally:
+        logging.set_verbosity(level)
+        bars()
+
+
+def _unreadable(model: ModelPlan, error: Exception) -> SurgError:
+    text = " ".join(str(error).split())
+    what, hint = f"it cannot be read: {type(error).__name__}", None
+    if "gated repo" in text or "401" in text or "403" in text:
+        what, hint = "access to it is restricted", "accept its licence on the hub and log in with `hf auth login`"
+    elif "couldn't connect" in text or "local_files_only" in text or "offline" in text.lower():
+        what = "the hub cannot be reached, and the model is not in the local cache"
+        hint = "check the connection, or name a local folder"
+    elif "is not a local folder and is not a valid model identifier" in text or "Repo id must" in text:
+        what, hint = "there is no such model on the hub and no such folder", "check the spelling; a path starts with ./"
+    elif "trust_remote_code" in text:
+        what = "it needs code from the hub, which surgery does not run"
+    elif "no file named" in text or "does not appear to have a file" in text:
+        what, hint = "its files are incomplete", "the folder must hold config.json and the weights as safetensors"
+    note = Note(text[:400])
+    return fail("SURG030", f'the model "{model.name}" cannot be loaded: {what}', notes=[note], help=hint)
