@@ -30,6 +30,7 @@ class TensorPlan(Record):
     key: str
     role: Literal["train", "frozen", "state"]
     shape: tuple[int, ...]
+    dtype: str  # "float32", ...
     start: str  # the start as it is spelt: "kaiming_uniform", "normal(0.02)"
     numbers: int  # how many entries
     lr: float | None = None
@@ -86,12 +87,14 @@ class Site(Record):
 
 
 class Formula(Record):
-    """One equation with its sizes filled in; many sites share one. `algebra.formula.concrete(plan, key)` gives the trees."""
+    """One equation with its sizes filled in; many sites share one. `algebra.instance.instance(plan, key)` gives the algebra."""
 
     method: str  # name of the method
-    arguments: dict[str, Any]
+    arguments: dict[str, int | float | str | bool]
     outputs: int
     inputs: int
+    coordinates: dict[str, int] = Field(default_factory=dict)  # those of layer, slot, site, heads ... that it reads
+    telescope: bool = False  # the event that moves W is read as its closed form
     equation: str  # for people: "delta = (16 / 8) * B @ A"
 
 
@@ -137,7 +140,7 @@ class StepPlan(Record):
     epochs: float | None = None
     clip: float | None = None  # largest gradient norm
     precision: Literal["model", "bfloat16", "float16"] = "model"  # forward under autocast
-    adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # None: float32, or W's if wider
     seed: int = 0
     compile: Literal["auto", "on", "off"] = "auto"
     loss: Literal["auto", "causal_lm", "cross_entropy", "mse", "output"] = "auto"
@@ -199,8 +202,9 @@ class Plan(Record):
     """What `surgery plan` prints and everything after it reads."""
 
     version: int = 1
-    spec: str  # the whole program as text, with the methods it uses
+    spec: str  # the text of the spec
     file: str  # name of the spec's file
+    library: str = ""  # text of the methods that the spec uses but does not define
     model: ModelPlan
     sites: tuple[Site, ...]
     formulas: dict[str, Formula]

@@ -1,0 +1,1 @@
+"""Matrix expressions: sizes, shape rules, proved facts, evaluation, cost and lowering to torch."""

@@ -1,0 +1,287 @@
+"""Tree to algebra: expressions with shapes, located shape errors, and conditions.
+
+The same code reads a method twice: with symbolic sizes (`surgery check`, the methods table) and with a site's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.condition import COMPARE, Condition
+from surgery.compiler.algebra.expression import Expression, Range, Shape
+from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
+from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
+from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
+from surgery.compiler.printer import show
+
+Value = Expression | str | bool
+
+# Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
+LATER = frozenset(
+    "circ skewcirc toeplitz symtoeplitz kron khatri_rao blockdiag grid tile wrap select scatter rotary skew cayley ifft2 "
+    "topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile weight_of grad "
+    "activations onehot_rows left_singular right_singular singular_values hidden_dimension_gain random where".split()
+)
+NUMBERS_ONLY = frozenset({"min", "max"})
+
+
+def number(quantity: Quantity, span: nodes.Span | None = None) -> Expression:
+    """A number as an expression."""
+    return Expression("number", value=quantity, span=span)
+
+
+def spelt(shape: Shape) -> str:
+    """A shape for people: `[out, rank]`, or `a number`."""
+    return f"[{', '.join(map(str, shape))}]" if shape else "a number"
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Reads expressions in the scope of `names`; every error is a `SurgError` at the node that caused it."""
+
+    names: Mapping[str, Value]
+    in_event: bool = False
+    used: set[str] = field(default_factory=set)
+
+    def number(self, node: nodes.Expr, what: str = "a number") -> Quantity:
+        """The expression's value where only a number will do."""
+        value = self.expression(node)
+        if value.value is None or value.shape:
+            raise fail("SURG004", f"{what} is needed here, this is {spelt(value.shape)}", node.span)
+        return value.value
+
+    def size(self, node: nodes.Expr) -> Quantity:
+        """The expression's value where a whole, positive number is needed: a size or an index."""
+        value = self.number(node, "a whole number")
+        if value.constant is None:
+            return value
+        if value.whole is None:
+            raise self._remainder(node, value)
+        return Quantity.of(value.whole)
+
+    def _remainder(self, node: nodes.Expr, value: Quantity) -> SurgError:
+        division = node
+        if isinstance(division, nodes.Binary) and division.operator == "/":
+            left, right = self.number(division.left), self.number(division.right)
+            return fail(
+                "SURG027",
+                f"`{show(node)}` is {left} / {right}, which leaves a remainder",
+                node.span,
+                help=f"a shape needs a whole number: choose a divisor of {left}",
+            )
+        return fail("SURG027", f"`{show(node)}` is {value}, not a whole number", node.span)
+
+    def text(self, node: nodes.Expr) -> str:
+        """The expression's value where only a text will do."""
+        value = self.value(node)
+        if not isinstance(value, str):
+            raise fail("SURG004", "a text in double quotes is needed here", node.span)
+        return value
+
+    def expression(self, node: nodes.Expr) -> Expression:
+        """The algebra of a tree expression; texts, truth values and comparisons are refused."""
+        value = self.value(node)
+        if not isinstance(value, Expression):
+            kind = "a text" if isinstance(value, str) else "true or false"
+            raise fail("SURG004", f"a number or a matrix is needed here, this is {kind}", node.span)
+        return value
+
+    def value(self, node: nodes.Expr) -> Value:
+        """The value of any tree expression."""
+        try:
+            value = self._value(node)
+        except ArithmeticProblem as problem:
+            raise fail("SURG004", f"`{show(node)}`: {problem}", node.span) from problem
+        return replace(value, span=node.span) if isinstance(value, Expression) and value.arguments else value
+
+    def _value(self, node: nodes.Expr) -> Value:
+        match node:
+            case nodes.Number(text):
+                return number(Quantity.of(int(text) if text.isdigit() else float(text)), node.span)
+            case nodes.String(text):
+                return text
+            case nodes.Boolean(truth):
+                return truth
+            case nodes.Name(name):
+                return self._name(node, name)
+            case nodes.Unary("-", operand):
+                inner = self.expression(operand)
+                if inner.value is not None:
+                    return number(-inner.value)
+                return Expression("negate", (inner,), inner.shape)
+            case nodes.Binary(operator, _, _) if operator in COMPARE or operator in ("and", "or"):
+                raise fail("SURG004", "a comparison is no number; it belongs behind `when`, `where` or `requires`", node.span)
+            case nodes.Unary("not", _):
+                raise fail("SURG004", "`not` belongs behind `when`, `where` or `requires`", node.span)
+            case nodes.Binary():
+                return self._binary(node)
+            case nodes.Transpose(operand):
+                inner = self.expression(operand)
+                if len(inner.shape) < 2:
+                    raise fail("SURG005", f"`.T` needs a matrix, this is {spelt(inner.shape)}", node.span)
+                return Expression("transpose", (inner,), (*inner.shape[:-2], inner.shape[-1], inner.shape[-2]))
+            case nodes.Subscript(operand, indices):
+                return self._slice(node, self.expression(operand), indices)
+            case nodes.Call(function, arguments):
+                return self._call(node, function, arguments)
+            case nodes.Comprehension():
+                raise fail("SURG008", "comprehensions are not built yet", node.span)
+            case _:
+                raise fail("SURG004", f"`{show(node)}` has no place in an equation", node.span)
+
+    def _name(self, node: nodes.Name, name: str) -> Value:
+        if name in self.names:
+            self.used.add(name)
+            return self.names[name]
+        if name in ("x", "y"):
+            form = "`input = dropout(x, p)`" if name == "x" else "the `output` form"
+            raise fail("SURG004", f"`{name}` can be used only in {form}", node.span)
+        if name in ("training",):
+            raise fail("SURG008", "`training` in an equation is not built yet", node.span)
+        if name in ("step", "steps"):
+            raise fail("SURG004", f"`{name}` is known only in events", node.span)
+        if name in ("layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out", "kind"):
+            raise fail("SURG033", f"`{name}` is not known here", node.span, help="it is known at a site, in a tensor or an equation")
+        raise fail("SURG002", f"nothing is called `{name}` here", node.span, help=did_you_mean(name, self.names))
+
+    def _binary(self, node: nodes.Binary) -> Expression:
+        left, right = self.expression(node.left), self.expression(node.right)
+        sign = node.operator
+        if left.value is not None and right.value is not None and sign != "@":
+            operations = {
+                "+": Quantity.__add__, "-": Quantity.__sub__, "*": Quantity.__mul__, "/": Quantity.__truediv__,
+                "//": Quantity.__floordiv__, "%": Quantity.__mod__, "**": Quantity.__pow__,
+            }  # fmt: skip
+            return number(operations[sign](left.value, right.value), node.span)
+        names = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide", "@": "matmul", "**": "power"}
+        if sign not in names:
+            raise fail("SURG004", f"`{sign}` is for whole numbers, not for matrices", node.operator_span or node.span)
+        if sign == "**" and right.value is None:
+            raise fail("SURG004", "the exponent must be a number", node.right.span)
+        shape = self._product(node, left, right) if sign == "@" else self._broadcast(node, left, right)
+        return Expression(names[sign], (left, right), shape)
+
+    def _shapes_differ(self, node: nodes.Binary, left: Expression, right: Expression, why: str) -> SurgError:
+        notes = (
+            Note(f"`{show(node.left)}` is {spelt(left.shape)}", node.left.span),
+            Note(f"`{show(node.right)}` is {spelt(right.shape)}", node.right.span),
+        )
+        message = f"{spelt(left.shape)} {node.operator} {spelt(right.shape)}: {why}"
+        return fail("SURG005", message, node.operator_span or node.span, notes=notes)
+
+    def _product(self, node: nodes.Binary, left: Expression, right: Expression) -> Shape:
+        if len(left.shape) < 2 or len(right.shape) < 2:
+            raise self._shapes_differ(node, left, right, "`@` multiplies matrices")
+        if left.shape[-1].differs_from(right.shape[-2]):
+            raise self._shapes_differ(node, left, right, f"{left.shape[-1]} columns meet {right.shape[-2]} rows")
+        leading = self._broadcast_axes(node, left, right, left.shape[:-2], right.shape[:-2])
+        return (*leading, left.shape[-2], right.shape[-1])
+
+    def _broadcast(self, node: nodes.Binary, left: Expression, right: Expression) -> Shape:
+        return self._broadcast_axes(node, left, right, left.shape, right.shape)
+
+    def _broadcast_axes(self, node: nodes.Binary, left: Expression, right: Expression, a: Shape, b: Shape) -> Shape:
+        one = Quantity.of(1)
+        length = max(len(a), len(b))
+        axes = []
+        for p, q in zip((one,) * (length - len(a)) + a, (one,) * (length - len(b)) + b, strict=True):
+            if p != one and q != one and p.differs_from(q):
+                raise self._shapes_differ(node, left, right, f"{p} does not match {q}")
+            axes.append(q if p == one else p)
+        return tuple(axes)
+
+    def _slice(self, node: nodes.Subscript, operand: Expression, indices: tuple[nodes.Expr | nodes.Slice, ...]) -> Expression:
+        shape: list[Quantity] = []
+        taken: list[Range | Quantity | None] = []
+        axis = 0
+        for index in indices:
+            if isinstance(index, nodes.Name) and index.name == "None":
+                taken.append(None)
+                shape.append(Quantity.of(1))
+                continue
+            if axis == len(operand.shape):
+                raise fail("SURG005", f"too many indices for {spelt(operand.shape)}", index.span or node.span)
+            length = operand.shape[axis]
+            axis += 1
+            if isinstance(index, nodes.Slice):
+                start = self.size(index.start) if index.start else Quantity.of(0)
+                stop = self.size(index.stop) if index.stop else length
+                bounds = (start.whole, stop.whole, length.whole)
+                if None not in bounds and not 0 <= bounds[0] <= bounds[1] <= bounds[2]:  # type: ignore[operator]
+                    raise fail("SURG005", f"{start}:{stop} is outside of 0:{length}", index.span or node.span)
+                taken.append(Range(start, stop))
+                shape.append(stop - start)
+            else:
+                entry = self.size(index)
+                if entry.whole is not None and length.whole is not None and not 0 <= entry.whole < length.whole:
+                    raise fail("SURG005", f"index {entry} is outside of 0..{length - Quantity.of(1)}", index.span)
+                taken.append(entry)
+        taken += [Range(Quantity.of(0), length) for length in operand.shape[axis:]]
+        return Expression("slice", (operand,), (*shape, *operand.shape[axis:]), index=tuple(taken))
+
+    def _call(self, node: nodes.Call, function: str, arguments: tuple[nodes.Argument, ...]) -> Expression:
+        if function == "prev":
+            if not self.in_event:
+                raise fail("SURG004", "`prev` is known only in events", node.span)
+            self._check_count(node, 1)
+            inner = self.expression(arguments[0].value)
+            return Expression("previous", (inner,), inner.shape)
+        if function == "dropout":
+            raise fail("SURG004", "`dropout` belongs on the input: `input = dropout(x, p)`", node.span)
+        if function in LATER:
+            raise fail("SURG008", f"`{function}` is not built yet", node.span)
+        if function not in STRUCTURES and function not in Quantity.FUNCTIONS:
+            known = sorted(STRUCTURES.keys() | Quantity.FUNCTIONS.keys())
+            help_text = did_you_mean(function, known)
+            raise fail("SURG002", f"there is no function `{function}`", node.span, help=help_text)
+        if any(argument.name for argument in arguments):
+            named = next(argument for argument in arguments if argument.name)
+            raise fail("SURG008", f"named arguments of `{function}` are not built yet", named.span)
+        values = [self.expression(argument.value) for argument in arguments]
+        quantities = [value.value for value in values if value.value is not None]
+        if function in Quantity.FUNCTIONS and len(quantities) == len(values) and values:
+            if function not in NUMBERS_ONLY:
+                self._check_count(node, 1)
+            return number(Quantity.function(function, *quantities), node.span)
+        if function not in STRUCTURES:
+            raise fail("SURG004", f"`{function}` takes numbers", node.span)
+        structure = STRUCTURES[function]
+        self._check_count(node, structure.arity)
+        try:
+            shape = structure.shape(*(value.shape for value in values))
+        except ShapeProblem as problem:
+            given = ", ".join(spelt(value.shape) for value in values)
+            raise fail("SURG005", f"{problem}", node.span, notes=[Note(f"given: {given}")]) from problem
+        return Expression(function, tuple(values), shape)
+
+    def _check_count(self, node: nodes.Call, arity: int) -> None:
+        if len(node.arguments) != arity:
+            message = f"`{node.function}` takes {arity} argument{'s' * (arity != 1)}, {len(node.arguments)} given"
+            raise fail("SURG004", message, node.span)
+
+    def condition(self, node: nodes.Expr) -> Condition:
+        """A condition: comparisons joined by and, or, not."""
+        match node:
+            case nodes.Binary(operator, left, right) if operator in ("and", "or"):
+                return Condition(operator, (self.condition(left), self.condition(right)))
+            case nodes.Unary("not", operand):
+                return Condition("not", (self.condition(operand),))
+            case nodes.Boolean(truth):
+                return Condition("constant", (truth,))
+            case nodes.Binary(operator, left, right) if operator in COMPARE:
+                sides = self.value(left), self.value(right)
+                kinds = [type(side) for side in sides]
+                if kinds[0] is not kinds[1] or (kinds[0] is not Expression and operator not in ("==", "!=")):
+                    raise fail("SURG004", "the two sides cannot be compared", node.operator_span or node.span)
+                if isinstance(sides[0], Expression):
+                    return Condition(operator, (self.number(left), self.number(right)))
+                return Condition(operator, (_text(sides[0]), _text(sides[1])))
+            case _:
+                raise fail("SURG004", "a condition is needed here, such as `in == out`", node.span)
+
+
+def _text(value: Value) -> str | bool:
+    assert not isinstance(value, Expression)
+    return value

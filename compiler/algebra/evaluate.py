@@ -1,0 +1,155 @@
+"""Expressions to torch: the reference that every lowering must equal, and the part of lowering that forms matrices.
+
+The code is plain torch, so on `torch.fx.Proxy` arguments it records nodes instead of computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.structures import STRUCTURES, Tensor
+from surgery.compiler.algebra.order import multiplication_order
+
+
+def value_of(quantity: Quantity) -> float | int:
+    """A known number as Python has it; whole numbers stay whole."""
+    constant = quantity.constant
+    assert constant is not None, f"{quantity} is not known"
+    return constant if isinstance(constant, int) else float(constant)
+
+
+def whole_of(quantity: Quantity) -> int:
+    """A known size."""
+    whole = quantity.whole
+    assert whole is not None, f"{quantity} is not a known size"
+    return whole
+
+
+def wider(dtype: torch.dtype, other: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype in which weight algebra runs: float32, or the weight's if that is wider."""
+    return torch.promote_types(dtype, other)
+
+
+@dataclass
+class Evaluator:
+    """Values of expressions for one site: `weight` `[out, in]` and the method's tensors, all cast to `dtype`.
+
+    `weight` is a function so that W is read through one place and only where an equation needs it dense.
+    """
+
+    weight: Callable[[], Tensor]
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    _known: dict[tuple[int, bool], tuple[Expression, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, node: Expression, stopped: bool = False) -> Tensor:
+        """The dense value; a part used twice is computed once. `stopped` detaches every tensor on the way."""
+        key = (id(node), stopped)
+        if key not in self._known:
+            self._known[key] = (node, self._value(node, stopped))  # the node is kept, so its id stays taken
+        return self._known[key][1]
+
+    def leaf(self, node: Expression, stopped: bool) -> Tensor:
+        """A tensor of the method as it is stored; its copy from before the step is called NAME_before."""
+        tensor = self.tensors[node.name]
+        return tensor.detach() if stopped else tensor
+
+    def cast(self, value: Tensor, name: str) -> Tensor:
+        """A stored tensor in the working dtype; no cast is recorded where it already is."""
+        return value if self.dtypes.get(name) == self.dtype else value.to(self.dtype)
+
+    def _value(self, node: Expression, stopped: bool) -> Tensor:
+        parts = node.arguments
+        match node.operation:
+            case "number":
+                assert node.value is not None
+                return value_of(node.value)
+            case "weight":
+                return self.cast(self.weight(), "W")
+            case "tensor":
+                return self.cast(self.leaf(node, stopped), node.name)
+            case "matmul":
+                return self._product(node, stopped)
+            case "stop":
+                return self(parts[0], True) if _has_tensors(parts[0]) else self(parts[0], stopped)
+            case "previous":
+                return self(_before(parts[0]), stopped)
+            case "transpose":
+                return self(parts[0], stopped).transpose(-1, -2)
+            case "slice":
+                return self(parts[0], stopped)[_index(node)]
+            case "negate":
+                return -self(parts[0], stopped)
+            case "add":
+                return self(parts[0], stopped) + self(parts[1], stopped)
+            case "subtract":
+                return self(parts[0], stopped) - self(parts[1], stopped)
+            case "multiply":
+                return self(parts[0], stopped) * self(parts[1], stopped)
+            case "divide":
+                return self(parts[0], stopped) / self(parts[1], stopped)
+            case "power":
+                return self(parts[0], stopped) ** self(parts[1], stopped)
+        return STRUCTURES[node.operation].evaluate(*(self(part, stopped) for part in parts))
+
+    def _product(self, node: Expression, stopped: bool) -> Tensor:
+        """A chain of products in its cheapest order."""
+        factors = chain(node)
+        if len(factors) == 2 or any(len(part.shape) != 2 for part in factors):
+            return torch.matmul(self(node.arguments[0], stopped), self(node.arguments[1], stopped))
+        sizes = [whole_of(factors[0].shape[-2]), *(whole_of(part.shape[-1]) for part in factors)]
+        order = multiplication_order(sizes)
+
+        def product(first: int, last: int) -> Tensor:
+            if first == last:
+                return self(factors[first], stopped)
+            split = order[first, last]
+            return torch.matmul(product(first, split), product(split + 1, last))
+
+        return product(0, len(factors) - 1)
+
+
+def chain(node: Expression) -> list[Expression]:
+    """The factors of a product of products, left to right."""
+    if node.operation != "matmul":
+        return [node]
+    return [*chain(node.arguments[0]), *chain(node.arguments[1])]
+
+
+def _has_tensors(node: Expression) -> bool:
+    return node.operation in ("tensor", "weight") or any(_has_tensors(part) for part in node.arguments)
+
+
+def _before(node: Expression) -> Expression:
+    """The expression over the copies that were kept at the start of the step; W's too."""
+    if node.operation in ("tensor", "weight"):
+        return Expression("tensor", (), node.shape, name=f"{node.name}_before")
+    parts = tuple(_before(part) for part in node.arguments)
+    return Expression(node.operation, parts, node.shape, node.name, node.value, node.index)
+
+
+def _index(node: Expression) -> tuple[slice | int | None, ...]:
+    index: list[slice | int | None] = []
+    for part in node.index:
+        if isinstance(part, Range):
+            index.append(slice(whole_of(part.start), whole_of(part.stop)))
+        else:
+            index.append(None if part is None else whole_of(part))
+    return tuple(index)
+
+
+def evaluate(
+    node: Expression, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The dense value of an expression at a site, in `dtype` (default: float32 or the weight's, if wider).
+
+    `weight` is `[out, in]`. This is the reference: float64 arguments give a float64 answer.
+    """
+    value = Evaluator(lambda: weight, tensors, dtype or wider(weight.dtype))(node)
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=dtype or wider(weight.dtype))

@@ -1,0 +1,48 @@
+"""Matrix expressions: the small typed tree that every equation of a method becomes.
+
+A shape is a tuple of sizes: `()` a number, `(n,)` a vector, `(m, n)` a matrix, with leading axes kept. A size is a
+`Quantity`: a whole number once a site is known, symbolic (`rank`, `in`, `in / groups`) before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.span import Span
+
+Shape = tuple[Quantity, ...]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """One node.
+
+    operation   arguments          attributes
+    weight      -                  the site's W, [out, in]
+    tensor      -                  name: a tensor of the method
+    number      -                  value: a Quantity, may hold `step` and other things known only in the run
+    matmul      left, right
+    add, subtract, multiply, divide     left, right (elementwise, broadcast)
+    negate      operand
+    transpose   operand            the last two axes
+    slice       operand            index: per axis `Range(start, stop)`, a Quantity (one entry) or None (a new axis)
+    previous    operand            the value before the optimizer step (`prev`), in events only
+    NAME        ...                a structure or function of `structures/`, by its name: diag, mask, stop, sqrt ...
+    """
+
+    operation: str
+    arguments: tuple[Expression, ...] = ()
+    shape: Shape = ()
+    name: str = ""
+    value: Quantity | None = None
+    index: tuple[Range | Quantity | None, ...] = ()
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Range:
+    """`start:stop` of one axis."""
+
+    start: Quantity
+    stop: Quantity

@@ -1,0 +1,331 @@
+"""What can be proved of an equation, by induction over the expression: start, rank, factors, zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.structures import STRUCTURES, is_structure
+
+ONE = Quantity.of(1)
+ELEMENTWISE = ("add", "subtract", "multiply", "divide", "power")
+
+
+def is_scalar(expression: Expression) -> bool:
+    """Whether a factor multiplies every entry alike: a number, or a shape of ones only."""
+    return all(size == ONE for size in expression.shape)
+
+
+def is_row(expression: Expression) -> bool:
+    """`[n]` or `[1, n]`: times a matrix it scales columns."""
+    shape = expression.shape
+    return len(shape) == 1 or (len(shape) == 2 and shape[0] == ONE)
+
+
+def is_column(expression: Expression) -> bool:
+    """`[m, 1]`: times a matrix it scales rows."""
+    return len(expression.shape) == 2 and expression.shape[1] == ONE
+
+
+# --- the value at the start -------------------------------------------------------------------------------------------
+
+
+def at_start(formula: MethodFormula) -> Expression:
+    """The equation with every tensor replaced by its start, simplified by algebra that holds for any W."""
+    starts = {tensor.name: tensor for tensor in formula.tensors}
+
+    def replaced(node: Expression) -> Expression:
+        if node.operation == "tensor":
+            start = starts[node.name].start
+            if start.expression is not None:
+                return replaced(start.expression)
+            constant = {"zeros": Quantity.of(0), "ones": ONE}.get(start.name)
+            if start.name == "constant":
+                constant = start.arguments[0]
+            if constant is not None and (start.name != "constant" or constant.constant is not None):
+                return Expression("filled", (), node.shape, value=constant)
+            return node
+        arguments = tuple(replaced(argument) for argument in node.arguments)
+        return _simplify(Expression(node.operation, arguments, node.shape, node.name, node.value, node.index))
+
+    return replaced(formula.expression)
+
+
+def _filled(node: Expression) -> Quantity | None:
+    """The number that all entries equal, if they are known to."""
+    return node.value if node.operation in ("filled", "number") else None
+
+
+def _fill(node: Expression, value: Quantity) -> Expression:
+    return Expression("filled" if node.shape else "number", (), node.shape, value=value)
+
+
+def _simplify(node: Expression) -> Expression:
+    zero = Quantity.of(0)
+    parts = node.arguments
+    values = [_filled(part) for part in parts]
+
+    def whole(part: Expression) -> Expression | None:
+        """A part may stand for the node only where broadcasting does not change its shape."""
+        return part if part.shape == node.shape else None
+
+    match node.operation:
+        case "stop":
+            return parts[0]
+        case "surrogate":
+            return parts[0]
+        case "matmul" if zero in values:
+            return _fill(node, zero)
+        case "matmul" if parts[0].operation == "diag" and _filled(parts[0].arguments[0]) == ONE:
+            return parts[1]
+        case "matmul" if parts[1].operation == "diag" and _filled(parts[1].arguments[0]) == ONE:
+            return parts[0]
+        case "add" if values[1] == zero:
+            return whole(parts[0]) or node
+        case "add" if values[0] == zero:
+            return whole(parts[1]) or node
+        case "subtract" if values[1] == zero:
+            return whole(parts[0]) or node
+        case "subtract" if parts[0] == parts[1]:
+            return _fill(node, zero)
+        case "multiply" if zero in values:
+            return _fill(node, zero)
+        case "multiply" if values[0] == ONE:
+            return whole(parts[1]) or node
+        case "multiply" if values[1] == ONE:
+            return whole(parts[0]) or node
+        case "divide" if values[0] == zero:
+            return _fill(node, zero)
+        case "divide" if values[1] == ONE:
+            return whole(parts[0]) or node
+        case "divide" if parts[0] == parts[1]:
+            return _fill(node, ONE)
+        case "negate" | "transpose" | "slice" | "previous" if values[0] == zero:
+            return _fill(node, zero)
+        case "transpose" if parts[0].operation == "transpose":
+            return parts[0].arguments[0]
+        case name if name in STRUCTURES and STRUCTURES[name].is_zero([value == zero for value in values]):
+            return _fill(node, zero)
+    return node
+
+
+def identity_at_start(formula: MethodFormula) -> bool:
+    """Whether the adapted weight is W before training, for every W and every draw of the starts."""
+    start = at_start(formula)
+    if formula.form == "weight":
+        return start.operation == "weight"
+    return _filled(start) == Quantity.of(0)
+
+
+# --- rank and factors -------------------------------------------------------------------------------------------------
+
+
+def _least(bounds: list[Quantity]) -> Quantity:
+    """The best of several true upper bounds: the smallest number, else the one without the site's sizes."""
+    numbers = [bound for bound in bounds if bound.constant is not None]
+    if len(numbers) == len(bounds):
+        return min(numbers, key=lambda bound: bound.constant or 0)
+    return min(bounds, key=lambda bound: (bool(bound.symbols & {"in", "out"}), len(bound.terms), str(bound)))
+
+
+def rank_bound(node: Expression) -> Quantity:
+    """An upper bound on the rank of a matrix; where nothing is known, its smaller side."""
+    rows, columns = node.shape[-2:]
+    bounds = [rows, columns]
+    parts = node.arguments
+    match node.operation:
+        case "filled":
+            bounds.append(Quantity.of(0) if node.value == Quantity.of(0) else ONE)
+        case "matmul":
+            bounds += [rank_bound(part) for part in parts]
+        case "add" | "subtract" if all(part.shape == node.shape for part in parts):
+            bounds.append(rank_bound(parts[0]) + rank_bound(parts[1]))
+        case "multiply":
+            for part, other in (parts, parts[::-1]):
+                if is_scalar(other) or is_row(other) or is_column(other):
+                    bounds += [rank_bound(part)] if part.shape == node.shape else []
+            if all(part.shape == node.shape for part in parts):
+                bounds.append(rank_bound(parts[0]) * rank_bound(parts[1]))
+        case "divide" if is_scalar(parts[1]) or is_row(parts[1]) or is_column(parts[1]):
+            bounds += [rank_bound(parts[0])] if parts[0].shape == node.shape else []
+        case "negate" | "transpose" | "stop" | "previous":
+            bounds.append(rank_bound(parts[0]))
+        case "slice" if len(parts[0].shape) == 2 and all(part is not None for part in node.index):
+            bounds.append(rank_bound(parts[0]))
+        case name if name in STRUCTURES:
+            inner = [rank_bound(part) if len(part.shape) >= 2 else None for part in parts]
+            found = STRUCTURES[name].rank_bound(inner)
+            bounds += [found] if found is not None else []
+    return _least(bounds)
+
+
+def bounded_rank(formula: MethodFormula) -> Quantity | None:
+    """The rank bound of `delta`, or None where it is the full rank (always so for the `weight` form)."""
+    if formula.form != "delta":
+        return None
+    bound = rank_bound(formula.expression)
+    if bound.constant is None:
+        return None if bound.symbols & {"in", "out"} else bound
+    rows, columns = (size.constant or 0 for size in formula.expression.shape)
+    return bound if bound.constant < min(rows, columns) else None
+
+
+def factor(node: Expression) -> tuple[Expression, Expression] | None:
+    """Matrices L `[m, k]` and R `[k, n]` with `node == L @ R` and k the rank bound, or None.
+
+    Exact by algebra: products split at their narrowest place, sums stack, scalings and `stop` go to both or one side.
+    """
+    parts = node.arguments
+    match node.operation:
+        case "matmul":
+            best: tuple[Expression, Expression] = (parts[0], parts[1])
+            for side in (0, 1):
+                inner = factor(parts[side])
+                if inner is None or not _narrower(inner[0].shape[-1], best[0].shape[-1]):
+                    continue
+                best = (inner[0], _matmul(inner[1], parts[1])) if side == 0 else (_matmul(parts[0], inner[0]), inner[1])
+            return best
+        case "multiply":
+            for part, other in (parts, parts[::-1]):
+                inner = factor(part) if part.shape == node.shape else None
+                if inner is None:
+                    continue
+                left, right = inner
+                if is_scalar(other) or is_column(other):
+                    return Expression("multiply", (other, left), left.shape), right
+                if is_row(other):
+                    return left, Expression("multiply", (right, other), right.shape)
+        case "divide":
+            inner = factor(parts[0]) if is_scalar(parts[1]) and parts[0].shape == node.shape else None
+            if inner is not None:
+                return Expression("divide", (inner[0], parts[1]), inner[0].shape), inner[1]
+        case "negate":
+            if inner := factor(parts[0]):
+                return Expression("negate", (inner[0],), inner[0].shape), inner[1]
+        case "stop" | "previous":
+            if inner := factor(parts[0]):
+                left, right = (Expression(node.operation, (side,), side.shape) for side in inner)
+                return left, right
+        case "transpose":
+            if inner := factor(parts[0]):
+                return _transpose(inner[1]), _transpose(inner[0])
+        case "add" | "subtract" if all(part.shape == node.shape for part in parts):
+            first, second = factor(parts[0]), factor(parts[1])
+            if first is None or second is None:
+                return None
+            minus = second[0] if node.operation == "add" else Expression("negate", (second[0],), second[0].shape)
+            rows, columns = node.shape[-2:]
+            width = first[0].shape[-1] + minus.shape[-1]
+            left = Expression("hstack", (first[0], minus), (rows, width))
+            right = Expression("vstack", (first[1], second[1]), (width, columns))
+            return left, right
+    return None
+
+
+def _narrower(a: Quantity, b: Quantity) -> bool:
+    if a.constant is not None and b.constant is not None:
+        return a.constant < b.constant
+    return bool(b.symbols & {"in", "out"}) and not a.symbols & {"in", "out"}
+
+
+def _matmul(left: Expression, right: Expression) -> Expression:
+    return Expression("matmul", (left, right), (*left.shape[:-1], right.shape[-1]))
+
+
+def _transpose(node: Expression) -> Expression:
+    return Expression("transpose", (node,), (*node.shape[:-2], node.shape[-1], node.shape[-2]))
+
+
+# --- zeros and dependence on W ----------------------------------------------------------------------------------------
+
+
+def keeps_zeros(node: Expression) -> bool:
+    """Whether the matrix is zero wherever W is, whatever the tensors hold."""
+    parts = node.arguments
+    match node.operation:
+        case "weight":
+            return True
+        case "filled" | "number":
+            return node.value == Quantity.of(0)
+        case "multiply":
+            return any(keeps_zeros(part) and part.shape == node.shape for part in parts)
+        case "add" | "subtract":
+            return all(keeps_zeros(part) and part.shape == node.shape for part in parts)
+        case "divide" | "negate" | "previous":
+            return keeps_zeros(parts[0]) and parts[0].shape == node.shape
+        case "matmul":
+            return any(
+                keeps_zeros(part) and other.operation == "diag" for part, other in (parts, parts[::-1])
+            )
+        case name if name in STRUCTURES:
+            return STRUCTURES[name].keeps_zeros([keeps_zeros(part) and part.shape == node.shape for part in parts])
+    return False
+
+
+def needs_dense_weight(node: Expression) -> bool:
+    """Whether some part reads W other than through `x @ W.T`, so that a quantized base would not do."""
+
+    def linear(node: Expression) -> bool:
+        match node.operation:
+            case "weight":
+                return True
+            case "add" | "subtract":
+                return all(linear(part) for part in node.arguments)
+            case "negate":
+                return linear(node.arguments[0])
+            case "multiply" | "divide":
+                scaled, by = node.arguments
+                return (linear(scaled) and is_scalar(by) and not reads_weight(by)) or (
+                    node.operation == "multiply" and linear(by) and is_scalar(scaled) and not reads_weight(scaled)
+                )
+            case "matmul":
+                return any(
+                    linear(part) and not reads_weight(other) for part, other in (node.arguments, node.arguments[::-1])
+                )
+        return not reads_weight(node)
+
+    return not linear(node)
+
+
+def reads_weight(node: Expression) -> bool:
+    """Whether W occurs in the expression."""
+    return node.operation == "weight" or any(reads_weight(part) for part in node.arguments)
+
+
+def tensors_read(node: Expression) -> frozenset[str]:
+    """Names of the tensors that occur in the expression."""
+    found = frozenset([node.name]) if node.operation == "tensor" else frozenset()
+    return found.union(*(tensors_read(part) for part in node.arguments))
+
+
+@dataclass(frozen=True)
+class Proved:
+    """The facts of one formula; `rank` is None where delta may have full rank."""
+
+    identity_at_start: bool
+    rank: Quantity | None
+    merges: bool
+    exports_as_lora: bool
+    keeps_zeros: bool
+    moves_base: bool
+    needs_dense_weight: bool
+    needs_calibration: bool = False
+
+
+def prove(formula: MethodFormula) -> Proved:
+    """Everything the compiler states about a method."""
+    rank = bounded_rank(formula)
+    return Proved(
+        identity_at_start=identity_at_start(formula),
+        rank=rank,
+        merges=True,  # `delta` and `weight` forms always do; the `output` form will have to say
+        exports_as_lora=formula.form == "delta" and rank is not None and factor(formula.expression) is not None,
+        keeps_zeros=keeps_zeros(formula.expression),
+        moves_base=any(event.moves_base for event in formula.events),
+        needs_dense_weight=needs_dense_weight(formula.expression),
+    )
+
+
+assert is_structure(Expression("diag"))  # the match statements above rely on the registry being filled at import

@@ -1,0 +1,369 @@
+"""A method's body to its formula, at symbolic sizes or at those of a site; everything wrong is collected and located."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
+from surgery.compiler.algebra.condition import ALWAYS, Condition
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula, Start, TensorFormula
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.structures import STRUCTURES
+from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
+from surgery.compiler.printer import show
+from surgery.compiler.span import Span
+
+RESERVED = frozenset(
+    "W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out step steps training".split()
+)
+FORMS = ("delta", "weight")
+SPECIAL = (*FORMS, "output", "input", "penalty")
+COORDINATES = frozenset("layer layers slot slots site sites heads head_dim max_in max_out".split())
+# Starts and how many numbers each may take.
+STARTS: dict[str, tuple[int, int]] = {
+    "zeros": (0, 0),
+    "ones": (0, 0),
+    "eye": (0, 0),
+    "constant": (1, 1),
+    "normal": (1, 1),
+    "uniform": (1, 1),
+    "kaiming_uniform": (0, 1),
+    "kaiming_normal": (0, 0),
+    "xavier": (0, 0),
+    "orthogonal": (0, 0),
+}
+KINDS = ("int", "real", "text", "bool")
+NOT_YET_OPTIONS: frozenset[str] = frozenset()
+
+
+def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, Value]:
+    """The values of a method's parameters: those given in the call, else the defaults, checked by kind.
+
+    Without a call, a parameter is a symbol of its own name. Raises `SurgError` with all that is wrong.
+    """
+    diagnostics = Diagnostics()
+    given: dict[str, nodes.Argument] = {}
+    names = [parameter.name for parameter in method.parameters]
+    for position, argument in enumerate(call.arguments if call else ()):
+        name = argument.name or (names[position] if position < len(names) else None)
+        span = argument.span or (call.span if call else None)
+        if name is None:
+            diagnostics.error("SURG004", f"`{method.name}` takes {len(names)} parameters, more are given", span)
+        elif name not in names:
+            known = did_you_mean(name, names) or f"`{method.name}` takes no parameters"
+            diagnostics.error("SURG002", f"`{method.name}` has no parameter `{name}`", span, help=known)
+        elif name in given:
+            diagnostics.error("SURG009", f"`{name}` is given twice", span)
+        else:
+            given[name] = argument
+    values: dict[str, Value] = {}
+    for parameter in method.parameters:
+        node = given[parameter.name].value if parameter.name in given else parameter.default
+        if call is None and parameter.kind in ("int", "real"):
+            values[parameter.name] = number(Quantity.symbol(parameter.name))
+            continue
+        if node is None:
+            if call is None:
+                values[parameter.name] = parameter.name
+                continue
+            diagnostics.error("SURG004", f"`{method.name}` needs `{parameter.name}`", call.span)
+            continue
+        try:
+            values[parameter.name] = _of_kind(parameter, node, Builder(dict(values)))
+        except SurgError as error:
+            diagnostics.found += error.diagnostics
+            values[parameter.name] = number(Quantity.symbol(parameter.name))
+    diagnostics.raise_errors()
+    return values
+
+
+def _of_kind(parameter: nodes.Parameter, node: nodes.Expr, builder: Builder) -> Value:
+    value = builder.value(node)
+    wanted = {"int": "a whole number", "real": "a number", "text": "a text", "bool": "true or false"}[parameter.kind]
+    quantity = value.value if isinstance(value, Expression) else None
+    good = {
+        "int": quantity is not None and (quantity.whole is not None or quantity.constant is None),
+        "real": quantity is not None,
+        "text": isinstance(value, str),
+        "bool": isinstance(value, bool),
+    }[parameter.kind]
+    if not good:
+        raise fail("SURG004", f"`{parameter.name}` is {wanted}, not `{show(node)}`", node.span)
+    if parameter.kind == "int" and quantity is not None and quantity.whole is not None:
+        return number(Quantity.of(quantity.whole), node.span)
+    return value
+
+
+@dataclass
+class _Reader:
+    """Reads the statements of one method in order."""
+
+    method: nodes.Method
+    names: dict[str, Value]
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    tensors: dict[str, TensorFormula] = field(default_factory=dict)
+    derived: dict[str, Span | None] = field(default_factory=dict)
+    result: tuple[str, Expression] | None = None
+    result_span: Span | None = None
+    equation: str = ""
+    dropout: float | None = None
+    requirements: list[tuple[Condition, Span | None]] = field(default_factory=list)
+    events: list[EventFormula] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    def builder(self, in_event: bool = False, **more: Value) -> Builder:
+        return Builder({**self.names, **more}, in_event, self.used)
+
+    def read(self) -> None:
+        readers: dict[type, Callable[[nodes.Statement], None]] = {
+            nodes.Tensor: self.tensor,  # type: ignore[dict-item]
+            nodes.Bind: self.bind,  # type: ignore[dict-item]
+            nodes.Require: self.require,  # type: ignore[dict-item]
+            nodes.Event: self.event,  # type: ignore[dict-item]
+        }
+        for statement in self.method.statements:
+            try:
+                readers[type(statement)](statement)
+            except SurgError as error:
+                self.diagnostics.found += error.diagnostics
+                if isinstance(statement, nodes.Bind | nodes.Tensor):  # later uses of the name are no second error
+                    self.derived.setdefault(statement.name, statement.span)
+                    self.poison(statement.name)
+        if self.result is None and self.result_span is None:
+            message = f"method `{self.method.name}` says nothing about the weight"
+            self.diagnostics.error("SURG006", message, self.method.span, help="end with `delta = ...` or `weight = ...`")
+
+    def poison(self, name: str) -> None:
+        """A name whose definition failed: statements that use it are skipped without an error of their own."""
+        self.names.pop(name, None)
+        self.poisoned.add(name)
+
+    poisoned: set[str] = field(default_factory=set)
+
+    def claim(self, name: str, span: Span | None) -> None:
+        if name in RESERVED or name in SPECIAL or name == "bias":
+            what = "is the result of a method" if name in SPECIAL else "is a reserved name"
+            raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help="choose another name")
+        if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
+            raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
+        if name in STRUCTURES or name in LATER or name in STARTS:
+            raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
+
+    def skips(self, *parts: nodes.Node | None) -> bool:
+        return bool(self.poisoned) and any(part is not None and self.poisoned & names_in(part) for part in parts)
+
+    def tensor(self, node: nodes.Tensor) -> None:
+        self.claim(node.name, node.span)
+        if self.skips(node.start):
+            return self.poison(node.name)
+        options = {}
+        for option in node.options:
+            if option.name not in ("lr", "weight_decay"):
+                known = did_you_mean(option.name, ("lr", "weight_decay"))
+                raise fail("SURG002", f"a tensor has no option `{option.name}`", option.span, help=known)
+            constant = self.builder().number(option.value).constant
+            options[option.name] = None if constant is None else float(constant)
+        if node.shared_by not in (None, "model", "layer", "kind"):
+            help_text = did_you_mean(node.shared_by, ("model", "layer", "kind"))
+            raise fail("SURG002", f"a tensor is shared by model, layer or kind, not `{node.shared_by}`", node.span, help=help_text)
+        start, shape = self.start(node)
+        tensor = TensorFormula(
+            node.name, node.role, shape.shape, start, node.shared_by, node.shared_as,
+            options.get("lr"), options.get("weight_decay"), node.span,
+        )  # fmt: skip
+        self.tensors[node.name] = tensor
+        self.names[node.name] = Expression("tensor", (), tensor.shape, name=node.name, span=node.span)
+
+    def start(self, node: nodes.Tensor) -> tuple[Start, Expression]:
+        start = node.start
+        builder = self.builder()
+        if not isinstance(start, nodes.Subscript):
+            if isinstance(start, nodes.Name) and start.name in STARTS:
+                raise fail("SURG004", "a start needs a shape", start.span, help=f"write `{start.name}[out, in]`")
+            value = builder.expression(start)
+            return Start("expression", (), value, show(start)), value
+        shape = []
+        for index in start.indices:
+            if isinstance(index, nodes.Slice):
+                raise fail("SURG004", "a shape has sizes, not a slice", index.span or start.span)
+            length = builder.size(index)
+            if length.whole is not None and length.whole < 1:
+                raise fail("SURG004", f"a size must be at least 1, `{show(index)}` is {length}", index.span)
+            shape.append(length)
+        base = start.operand
+        name = base.function if isinstance(base, nodes.Call) else base.name if isinstance(base, nodes.Name) else None
+        placeholder = Expression("tensor", (), tuple(shape), name=node.name)
+        if name in STARTS:
+            arguments = base.arguments if isinstance(base, nodes.Call) else ()
+            least, most = STARTS[name]
+            if not least <= len(arguments) <= most:
+                raise fail("SURG004", f"`{name}` takes {'no number' if most == 0 else 'one number'}", base.span)
+            numbers = tuple(builder.number(argument.value) for argument in arguments)
+            if name in ("eye", "orthogonal") and len(shape) < 2:
+                raise fail("SURG005", f"`{name}` starts a matrix, not {spelt(tuple(shape))}", start.span)
+            return Start(name, numbers, None, show(base)), placeholder
+        if name in LATER:
+            raise fail("SURG008", f"the start `{name}` is not built yet", base.span)
+        if isinstance(base, nodes.Name) and base.name not in self.names:
+            raise fail("SURG002", f"there is no start `{base.name}`", base.span, help=did_you_mean(base.name, STARTS))
+        if isinstance(base, nodes.Call) and base.function not in STRUCTURES:
+            known = did_you_mean(base.function, [*STARTS, *STRUCTURES])
+            raise fail("SURG002", f"there is no start `{base.function}`", base.span, help=known)
+        value = builder.expression(base)
+        if len(value.shape) != len(shape) or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
+            raise fail("SURG005", f"`{show(base)}` is {spelt(value.shape)}, not {spelt(tuple(shape))}", start.span)
+        return Start("expression", (), value, show(base)), placeholder
+
+    def bind(self, node: nodes.Bind) -> None:
+        if node.name == "input":
+            return self.input(node)
+        if node.name in ("output", "penalty"):
+            if node.name == "output":
+                self.result_span = node.span
+            raise fail("SURG008", f"`{node.name} = ...` is not built yet", node.span)
+        if node.name in FORMS:
+            if self.result_span is not None:
+                raise fail("SURG006", f"`{self.method.name}` has two results", node.span, help="keep one of them")
+            self.result_span = node.span
+            if self.skips(node.value):
+                return None
+            value = self.builder().expression(node.value)
+            wanted = (self.names["out"], self.names["in"])
+            shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
+            if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
+                message = f"`{node.name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
+                raise fail("SURG005", message, node.value.span)
+            self.result = (node.name, value)
+            self.equation = f"{node.name} = {show(node.value)}"
+            if node.name == "delta":
+                self.names["delta"] = value
+            return None
+        self.claim(node.name, node.span)
+        if self.skips(node.value):
+            return self.poison(node.name)
+        self.names[node.name] = self.builder().expression(node.value)
+        self.derived[node.name] = node.span
+        return None
+
+    def input(self, node: nodes.Bind) -> None:
+        if self.dropout is not None:
+            raise fail("SURG009", "`input` is bound twice", node.span)
+        call = node.value
+        if (
+            not isinstance(call, nodes.Call)
+            or call.function != "dropout"
+            or len(call.arguments) != 2
+            or not isinstance(call.arguments[0].value, nodes.Name)
+            or call.arguments[0].value.name != "x"
+        ):
+            raise fail("SURG008", "an input other than `dropout(x, p)` is not built yet", call.span)
+        share = self.builder().number(call.arguments[1].value).constant
+        if share is not None and not 0 <= share < 1:
+            raise fail("SURG004", f"dropout must be at least 0 and below 1, this is {share}", call.arguments[1].value.span)
+        self.dropout = float(share or 0)
+
+    def require(self, node: nodes.Require) -> None:
+        if not self.skips(node.condition):
+            self.requirements.append((self.builder().condition(node.condition), node.condition.span))
+
+    def event(self, node: nodes.Event) -> None:
+        if (node.phase, node.point) != ("after", "step"):
+            text = f"every ... {node.point}" if node.phase == "every" else f"{node.phase} {node.point}"
+            raise fail("SURG008", f"the event `{text}` is not built yet", node.span)
+        if self.skips(node.when, *node.changes):
+            return
+        clock: dict[str, Value] = {name: number(Quantity.symbol(name)) for name in ("step", "steps")}
+        when = self.builder(True, **clock).condition(node.when) if node.when else ALWAYS
+        changes = tuple(self.change(change, clock) for change in node.changes)
+        self.events.append(EventFormula("after step", when, changes, show(node), node.span))
+
+    def change(self, node: nodes.Change | nodes.Reset, clock: dict[str, Value]) -> ChangeFormula:
+        if isinstance(node, nodes.Reset):
+            raise fail("SURG008", "`reset` is not built yet", node.span)
+        target = self.names.get(node.target)
+        if node.target != "W" and (node.target not in self.tensors or self.tensors[node.target].role == "frozen"):
+            known = [name for name, tensor in self.tensors.items() if tensor.role != "frozen"] + ["W"]
+            message = f"an event assigns to W, a trained tensor or a state, not to `{node.target}`"
+            raise fail("SURG007", message, node.span, help=did_you_mean(node.target, known))
+        if node.target != "W" and self.tensors[node.target].shared_by:
+            raise fail("SURG008", "an event that assigns to a shared tensor is not built yet", node.span)
+        value = self.builder(True, **clock).expression(node.value)
+        for quantity in numbers_in(value):
+            if quantity.symbols & {"step", "steps"}:
+                raise fail("SURG008", "a value that depends on `step` is not built yet", node.value.span)
+        assert isinstance(target, Expression)
+        scalar = not value.shape
+        if not (scalar and node.operator != "=") and (
+            len(value.shape) != len(target.shape)
+            or any(a.differs_from(b) for a, b in zip(value.shape, target.shape, strict=True))
+        ):
+            message = f"`{node.target}` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
+            raise fail("SURG005", message, node.value.span)
+        return ChangeFormula(node.target, node.operator, value, node.span)
+
+
+def elaborate(
+    method: nodes.Method, arguments: Mapping[str, Value], sizes: Mapping[str, Quantity]
+) -> tuple[MethodFormula | None, Diagnostics]:
+    """The formula of a method; `sizes` has `in` and `out` and may have coordinates (`layer`, `sites` ...).
+
+    Returns None with the diagnostics if anything is wrong. A requirement `in == out` makes both one symbol.
+    """
+    names: dict[str, Value] = dict(arguments)
+    names.update({name: number(value) for name, value in sizes.items()})
+    if _is_square(method) and sizes["in"].constant is None:
+        names["out"] = names["in"]
+    out, inside = names["out"], names["in"]
+    assert isinstance(out, Expression) and isinstance(inside, Expression)
+    assert out.value is not None and inside.value is not None
+    names["W"] = Expression("weight", (), (out.value, inside.value), name="W")
+    reader = _Reader(method, names)
+    for parameter in method.parameters:
+        if parameter.name in RESERVED or parameter.name in SPECIAL:
+            reader.diagnostics.error("SURG003", f"`{parameter.name}` is a reserved name", parameter.span)
+        if parameter.kind not in KINDS:
+            message = f"a parameter is int, real, text or bool, not `{parameter.kind}`"
+            reader.diagnostics.error("SURG004", message, parameter.span, help=did_you_mean(parameter.kind, KINDS))
+    reader.read()
+    if reader.diagnostics.errors or reader.result is None:
+        return None, reader.diagnostics
+    form, expression = reader.result
+    rank = names.get("rank")
+    return MethodFormula(
+        method.name, tuple(reader.tensors.values()), form, replace(expression), reader.dropout or 0.0,
+        tuple(reader.requirements), tuple(reader.events), reader.equation,
+        rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
+        frozenset(reader.used & COORDINATES), method.span,
+    ), reader.diagnostics  # fmt: skip
+
+
+def _is_square(method: nodes.Method) -> bool:
+    wanted = (nodes.Name("in"), nodes.Name("out"))
+    return any(
+        isinstance(statement, nodes.Require)
+        and isinstance(statement.condition, nodes.Binary)
+        and statement.condition.operator == "=="
+        and (statement.condition.left, statement.condition.right) in (wanted, wanted[::-1])
+        for statement in method.statements
+    )
+
+
+def names_in(node: nodes.Node) -> set[str]:
+    """All names in a part of the tree."""
+    found = {node.name} if isinstance(node, nodes.Name) else set()
+    for value in vars(node).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, nodes.Node):
+                found |= names_in(part)
+    return found
+
+
+def numbers_in(expression: Expression) -> list[Quantity]:
+    """All numbers in an expression."""
+    found = [expression.value] if expression.value is not None else []
+    for argument in expression.arguments:
+        found += numbers_in(argument)
+    return found

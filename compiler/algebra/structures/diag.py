@@ -1,0 +1,33 @@
+"""diag(v): the square matrix with v on its diagonal."""
+
+from collections.abc import Sequence
+
+import torch
+
+from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+
+
+@structure("diag")
+class Diagonal(Structure):
+    """`[n] -> [n, n]`; its product scales columns, so no matrix is formed."""
+
+    has_product = True
+
+    def shape(self, *arguments: Shape) -> Shape:
+        (vector,) = arguments
+        if not vector:
+            raise ShapeProblem("diag takes a vector, not a number")
+        return (*vector, vector[-1])
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return torch.diag_embed(values[0])
+
+    def product(self, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
+        return x * values[0]
+
+    def product_cost(self, rows: int, shape: Sequence[int]) -> int:
+        return rows * shape[-1]
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return zeros[0]

@@ -1,0 +1,39 @@
+"""Functions of every entry: sqrt exp abs sign round ceil relu gelu tanh sigmoid."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.structures import Structure, Tensor, structure
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sqrt": torch.sqrt,
+    "exp": torch.exp,
+    "abs": torch.abs,
+    "sign": torch.sign,
+    "round": torch.round,
+    "ceil": torch.ceil,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+NOT_ZERO_AT_ZERO = ("exp", "sigmoid")
+
+
+@structure(*FUNCTIONS)
+class Elementwise(Structure):
+    """The shape of its argument; zero at zero, except exp and sigmoid."""
+
+    def shape(self, *arguments: Shape) -> Shape:
+        return arguments[0]
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return FUNCTIONS[self.name](values[0])
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return zeros[0] and self.name not in NOT_ZERO_AT_ZERO
+
+    def keeps_zeros(self, kept: Sequence[bool]) -> bool:
+        return kept[0] and self.name not in NOT_ZERO_AT_ZERO

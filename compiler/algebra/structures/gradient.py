@@ -1,0 +1,54 @@
+"""stop(e): no gradient. surrogate(value, gradient): the value of the first, the gradient of the second."""
+
+from collections.abc import Sequence
+
+from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+
+
+@structure("stop")
+class Stop(Structure):
+    """The argument itself, held constant in the backward pass."""
+
+    def shape(self, *arguments: Shape) -> Shape:
+        return arguments[0]
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return values[0].detach()
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return zeros[0]
+
+    def keeps_zeros(self, kept: Sequence[bool]) -> bool:
+        return kept[0]
+
+    def rank_bound(self, bounds: Sequence[Quantity | None]) -> Quantity | None:
+        return bounds[0]
+
+
+@structure("surrogate")
+class Surrogate(Structure):
+    """Two expressions of one shape (LoRS, arXiv:2501.08582: the mask is left out of the gradient)."""
+
+    arity = 2
+
+    def shape(self, *arguments: Shape) -> Shape:
+        value, gradient = arguments
+        if len(value) != len(gradient) or any(a.differs_from(b) for a, b in zip(value, gradient, strict=True)):
+            raise ShapeProblem("the two arguments of surrogate need the same shape")
+        return value
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        value, gradient = values
+        # gradient - gradient is exactly zero, so the value is exact
+        return value.detach() + (gradient - gradient.detach())
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return zeros[0]
+
+    def keeps_zeros(self, kept: Sequence[bool]) -> bool:
+        return kept[0]
+
+    def rank_bound(self, bounds: Sequence[Quantity | None]) -> Quantity | None:
+        return bounds[0]

@@ -1,0 +1,27 @@
+"""mask(W): one where the entry is not zero, else zero."""
+
+from collections.abc import Sequence
+
+import torch
+
+from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+
+
+@structure("mask")
+class Mask(Structure):
+    """`[m, n] -> [m, n]`, in the dtype of its argument; no gradient passes through it."""
+
+    def shape(self, *arguments: Shape) -> Shape:
+        if not arguments[0]:
+            raise ShapeProblem("mask takes a matrix, not a number")
+        return arguments[0]
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return torch.sign(torch.abs(values[0].detach()))
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return zeros[0]
+
+    def keeps_zeros(self, kept: Sequence[bool]) -> bool:
+        return kept[0]

@@ -1,0 +1,30 @@
+"""hstack(P, Q), vstack(P, Q): matrices side by side, or one above the other."""
+
+from collections.abc import Sequence
+
+import torch
+
+from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+
+
+@structure("hstack", "vstack")
+class Stack(Structure):
+    """`[m, n], [m, k] -> [m, n + k]`, or `[m, n], [k, n] -> [m + k, n]`."""
+
+    arity = 2
+
+    def shape(self, *arguments: Shape) -> Shape:
+        left, right = arguments
+        joined, kept = (-1, -2) if self.name == "hstack" else (-2, -1)
+        if len(left) < 2 or len(right) < 2 or left[kept].differs_from(right[kept]):
+            raise ShapeProblem(f"{self.name} takes two matrices with equal {'rows' if kept == -2 else 'columns'}")
+        shape = list(left)
+        shape[joined] = left[joined] + right[joined]
+        return tuple(shape)
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, -1 if self.name == "hstack" else -2)
+
+    def is_zero(self, zeros: Sequence[bool]) -> bool:
+        return all(zeros)

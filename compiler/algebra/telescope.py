@@ -1,0 +1,89 @@
+"""Delta-LoRA's sum read without touching W (arXiv:2309.02411, Algorithm 1; language.md, "two exact readings").
+
+`W += ratio * (delta - prev(delta))` at every step from the first whose condition holds adds up to
+`ratio * (delta - delta_S)`, with delta_S the value at the start of that step. So the site multiplies with
+`W + delta + ratio * stop(delta - delta_S)`: tensors get the gradient of delta alone, x that of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.facts import factor, reads_weight, tensors_read
+from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula
+from surgery.compiler.algebra.quantity import Quantity
+
+SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio
+
+
+def ratio_of(event: EventFormula, formula: MethodFormula) -> Quantity | None:
+    """The ratio, if the event is `W += ratio * (delta - prev(delta))` and nothing else."""
+    if len(event.changes) != 1 or event.changes[0].target != "W" or event.changes[0].operator != "+=":
+        return None
+    value, ratio = event.changes[0].value, Quantity.of(1)
+    if value.operation == "multiply":
+        left, right = value.arguments
+        number, value = (left.value, right) if left.value is not None else (right.value, left)
+        if number is None:
+            return None
+        ratio = number
+    if value.operation != "subtract":
+        return None
+    now, before = value.arguments
+    return ratio if now == formula.expression and before.operation == "previous" and before.arguments[0] == now else None
+
+
+def why_not(formula: MethodFormula) -> str | None:
+    """Why the telescoped reading is not exact for this method, or None if it is."""
+    moving = [event for event in formula.events if event.moves_base]
+    if formula.form != "delta":
+        return "only a `delta` telescopes"
+    if len(moving) != 1:
+        return "several events move W"
+    (event,) = moving
+    ratio = ratio_of(event, formula)
+    if ratio is None:
+        return "the event is not `W += ratio * (delta - prev(delta))`"
+    if ratio.constant is None:
+        return "the ratio is not constant"
+    if not event.when.stays_true:
+        return "its condition can become false again"
+    if reads_weight(formula.expression):
+        return "delta reads W"
+    written = {change.target for other in formula.events for change in other.changes if other is not event}
+    if written & tensors_read(formula.expression):
+        return "another event assigns to a tensor of delta"
+    return None
+
+
+def snapshot_names(formula: MethodFormula) -> dict[str, str]:
+    """Tensor to the state that keeps its value from the start of the first step of the sum."""
+    return {name: f"{name}_start" for name in sorted(tensors_read(formula.expression) & formula.trained)}
+
+
+def telescoped(formula: MethodFormula) -> MethodFormula:
+    """The method with its W-moving event replaced by the closed form; the snapshot and the switch are state."""
+    names = snapshot_names(formula)
+
+    def at_snapshot(node: Expression) -> Expression:
+        if node.operation == "tensor":
+            return replace(node, name=names.get(node.name, node.name))
+        return replace(node, arguments=tuple(at_snapshot(part) for part in node.arguments))
+
+    delta = formula.expression
+    change = Expression("subtract", (delta, at_snapshot(delta)), delta.shape)
+    if factors := factor(change):  # one product of twice the rank instead of two
+        change = Expression("matmul", factors, delta.shape)
+    switch = Expression("tensor", (), (), name=SWITCH)
+    moved = Expression("multiply", (switch, Expression("stop", (change,), delta.shape)), delta.shape)
+    shapes = {tensor.name: tensor for tensor in formula.tensors}
+    zeros = Start("zeros", text="zeros")
+    state = [TensorFormula(new, "state", shapes[old].shape, zeros, span=shapes[old].span) for old, new in names.items()]
+    state.append(TensorFormula(SWITCH, "state", (), zeros))
+    return replace(
+        formula,
+        tensors=(*formula.tensors, *state),
+        expression=Expression("add", (delta, moved), delta.shape, span=delta.span),
+        events=tuple(event for event in formula.events if not event.moves_base),
+    )

@@ -1,0 +1,189 @@
+"""Tree -> Program: names, kinds, shapes and facts; needs no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.build import Value
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.method import bind_arguments, elaborate
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
+from surgery.compiler.library import library
+from surgery.compiler.pattern import parse_pattern
+from surgery.compiler.printer import show
+from surgery.compiler.program import Program, Rule, TrainRule
+from surgery.compiler.settings import TRAIN, later, read_data, read_model, read_settings, read_step, word
+from surgery.compiler.span import Source
+
+SYMBOLIC = ("in", "out", "layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out")
+RULE_SETTINGS = {"strategy": word("auto", "branch", "fold"), "update": word("literal", "telescope"), "active": later}
+
+
+def run(tree: nodes.Tree, folder: Path | None = None) -> Program:
+    """Check a tree; raises `SurgError` with everything that is wrong. `folder` is where its files are looked for."""
+    folder = folder or Path()
+    diagnostics = Diagnostics()
+    own, broken = _methods(tree, folder, diagnostics)
+    methods = {**library(), **own}
+    _reject_repeated(tree, diagnostics)
+    rules, trained, frozen = [], [], []
+    model = data = None
+    for item in tree.items:
+        match item:
+            case nodes.Model():
+                model = model or read_model(item, diagnostics)
+            case nodes.Data():
+                data = data or read_data(item, diagnostics)
+            case nodes.Adapt():
+                if rule := _rule(item, methods, broken, diagnostics):
+                    rules.append(rule)
+            case nodes.Train():
+                _pattern(item.pattern, diagnostics)
+                trained.append(TrainRule(item, **read_settings(item.settings, TRAIN, "train", diagnostics)))
+            case nodes.Freeze():
+                _pattern(item.pattern, diagnostics)
+                frozen.append(item)
+    step = read_step([item for item in tree.items if isinstance(item, nodes.Step)], diagnostics)
+    diagnostics.raise_errors()
+    source = tree.span.source if tree.span else Source("<program>", show(tree))
+    return Program.of(
+        source=source, tree=tree, folder=folder, model=model, rules=tuple(rules), trained=tuple(trained),
+        frozen=tuple(frozen), step=step, data=data, methods=methods, warnings=tuple(diagnostics.warnings),
+    )  # fmt: skip
+
+
+def _reject_repeated(tree: nodes.Tree, diagnostics: Diagnostics) -> None:
+    for kind, word_ in ((nodes.Model, "model"), (nodes.Data, "data")):
+        items = [item for item in tree.items if isinstance(item, kind)]
+        for item in items[1:]:
+            first = Note("the first one", items[0].span)
+            diagnostics.error("SURG009", f"a spec has one `{word_}`", item.span, notes=[first])
+
+
+def _methods(
+    tree: nodes.Tree, folder: Path, diagnostics: Diagnostics
+) -> tuple[dict[str, nodes.Method], set[str]]:
+    """The methods that the spec defines or uses, and the names of those that are wrong in themselves."""
+    found: dict[str, nodes.Method] = {}
+    broken: set[str] = set()
+    items = []
+    for item in tree.items:
+        if isinstance(item, nodes.Use):
+            try:
+                items += _used(item, folder)
+            except SurgError as error:
+                diagnostics.found += error.diagnostics
+        elif isinstance(item, nodes.Method):
+            items.append(item)
+    for method in items:
+        if method.name in found:
+            first = Note("the first one", found[method.name].span)
+            diagnostics.error("SURG009", f"`{method.name}` is defined twice", method.span, notes=[first])
+            continue
+        found[method.name] = method
+        problems = check_method(method).found
+        if problems:
+            broken.add(method.name)
+            diagnostics.found += problems
+    return found, broken
+
+
+def _used(item: nodes.Use, folder: Path) -> list[nodes.Method]:
+    path = folder / item.path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise fail("SURG011", f"`{item.path}` cannot be read: {reason}", item.span, help=f"looked for {path}") from error
+    tree = p1_parse.run(Source(str(path), text))
+    others = [entry for entry in tree.items if not isinstance(entry, nodes.Method)]
+    if others:
+        raise fail("SURG004", f"`{item.path}` may hold methods only", others[0].span, notes=[Note("used here", item.span)])
+    return [entry for entry in tree.items if isinstance(entry, nodes.Method)]
+
+
+def check_method(method: nodes.Method) -> Diagnostics:
+    """Everything that is wrong with a method at symbolic sizes."""
+    try:
+        arguments = bind_arguments(method, None)
+    except SurgError as error:
+        return Diagnostics(list(error.diagnostics))
+    names = [parameter.name for parameter in method.parameters]
+    diagnostics = Diagnostics()
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            diagnostics.error("SURG009", f"`{name}` is a parameter twice", method.parameters[position].span)
+    diagnostics.found += elaborate(method, arguments, {name: Quantity.symbol(name) for name in SYMBOLIC})[1].found
+    return diagnostics
+
+
+def _pattern(pattern: nodes.Pattern, diagnostics: Diagnostics) -> None:
+    try:
+        parse_pattern(pattern)
+    except SurgError as error:
+        diagnostics.found += error.diagnostics
+
+
+def _rule(
+    item: nodes.Adapt, methods: dict[str, nodes.Method], broken: set[str], diagnostics: Diagnostics
+) -> Rule | None:
+    for pattern in (item.pattern, *item.exceptions):
+        _pattern(pattern, diagnostics)
+    clauses = {kind: [clause for clause in item.clauses if isinstance(clause, kind)] for kind in (nodes.With, nodes.Expect, nodes.Alias)}
+    for kind, found in clauses.items():
+        for extra in found[1:]:
+            diagnostics.error("SURG009", f"`{kind.__name__.lower()}` is said twice", extra.span)
+    settings = read_settings(item.clauses, RULE_SETTINGS, "adapt", diagnostics)
+    if not clauses[nodes.With]:
+        diagnostics.error("SURG004", "the rule does not say what to do", item.span, help="add `with lora(rank = 8)`")
+        return None
+    for alias in clauses[nodes.Alias]:
+        if isinstance(alias, nodes.Alias) and alias.word == "tie":
+            diagnostics.error("SURG008", "`tie` is not built yet", alias.span, help="`untie` gives the head a weight of its own")
+    try:
+        (clause, *_) = clauses[nodes.With]
+        assert isinstance(clause, nodes.With)
+        call = _method_call(clause.value)
+        if call.function not in methods:
+            known = did_you_mean(call.function, methods)
+            raise fail("SURG002", f"there is no method `{call.function}`", call.span, help=known)
+        if call.function in broken:
+            return None
+        method = methods[call.function]
+        values = bind_arguments(method, call)
+        formula, problems = elaborate(method, values, {name: Quantity.symbol(name) for name in SYMBOLIC})
+        if formula is None:
+            raise SurgError([*problems.found])
+    except SurgError as error:
+        diagnostics.found += error.diagnostics
+        return None
+    expects = [clause.count for clause in clauses[nodes.Expect] if isinstance(clause, nodes.Expect)]
+    aliases = [clause.word for clause in clauses[nodes.Alias] if isinstance(clause, nodes.Alias)]
+    if settings.get("update") and not any(event.moves_base for event in formula.events):
+        diagnostics.error("SURG032", f"`{method.name}` does not move W, so there is no update to choose", item.span)
+    return Rule(
+        item, method, {name: plain(value) for name, value in values.items()},
+        expects[0] if expects else None, aliases[0] if aliases else None,
+        settings.get("strategy") or "auto", settings.get("update") or "auto",
+    )  # fmt: skip
+
+
+def _method_call(node: nodes.Expr) -> nodes.Call:
+    if isinstance(node, nodes.Name):
+        return nodes.Call(node.name, (), span=node.span)
+    if isinstance(node, nodes.Call):
+        return node
+    if isinstance(node, nodes.Binary | nodes.Unary):
+        raise fail("SURG008", "composition of methods is not built yet", node.span)
+    raise fail("SURG004", f"`with` takes a method, not `{show(node)}`", node.span)
+
+
+def plain(value: Value) -> int | float | str | bool:
+    """A parameter's value as JSON has it."""
+    if not isinstance(value, Expression):
+        return value
+    assert value.value is not None and value.value.constant is not None
+    constant = value.value.constant
+    return constant if isinstance(constant, int) else float(constant)

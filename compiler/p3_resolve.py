@@ -1,0 +1,285 @@
+"""Program + skeleton -> Plan: sites, sizes, numbers; on the meta device, nothing is touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra import facts, instance, telescope
+from surgery.compiler.algebra.evaluate import whole_of
+from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
+from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
+from surgery.compiler.plan import (
+    EventPlan, Facts, Formula, Plan, Site, TensorPlan, Totals, WholeParameter,
+)  # fmt: skip
+from surgery.compiler.printer import show
+from surgery.compiler.program import Program, Rule
+from surgery.compiler.select import Selection, select_parameters, select_sites
+from surgery.compiler.settings import place
+from surgery.compiler.skeleton import Skeleton, Weight
+
+HALF = ("bfloat16", "float16")
+UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch says
+
+
+def run(program: Program, model: nn.Module) -> Plan:
+    """Resolve a program against a model (on any device, also meta); raises `SurgError` with all that does not fit."""
+    skeleton = Skeleton(model)
+    diagnostics = Diagnostics()
+    claimed: dict[int, Selection] = {}
+    resolver = _Resolver(program, skeleton, diagnostics)
+    for index, rule in enumerate(program.rules):
+        selection = select_sites(rule, skeleton, diagnostics)
+        _reject_overlap(selection, claimed, diagnostics)
+        resolver.rule(index, rule, selection.weights)
+    trained = _trained(program, skeleton, claimed, diagnostics)
+    if not program.rules and not trained and not diagnostics.errors:
+        diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
+    diagnostics.raise_errors()
+    return resolver.plan(trained)
+
+
+def _reject_overlap(selection: Selection, claimed: dict[int, Selection], diagnostics: Diagnostics) -> None:
+    for weight in selection.weights:
+        first = claimed.setdefault(weight.identity, selection)
+        if first is not selection:
+            other = Note("the other rule", first.rule.node.pattern.span)
+            message = f"`{weight.path}` is claimed by two rules"
+            diagnostics.error(
+                "SURG023", message, selection.rule.node.pattern.span, notes=[other], help="subtract it with `except`"
+            )
+            return
+
+
+def _trained(
+    program: Program, skeleton: Skeleton, claimed: dict[int, Selection], diagnostics: Diagnostics
+) -> tuple[WholeParameter, ...]:
+    frozen = {name for item in program.frozen for name in select_parameters(item.pattern, skeleton, diagnostics)}
+    found: dict[int, WholeParameter] = {}
+    for rule in program.trained:
+        for name in select_parameters(rule.node.pattern, skeleton, diagnostics):
+            parameter = skeleton.parameters[name]
+            if id(parameter) in claimed:
+                other = Note("the rule that adapts it", claimed[id(parameter)].rule.node.pattern.span)
+                message = f"`{name}` is adapted and trained whole"
+                diagnostics.error("SURG023", message, rule.node.pattern.span, notes=[other])
+            elif name not in frozen and id(parameter) not in found:
+                found[id(parameter)] = WholeParameter(
+                    name=name, shape=tuple(parameter.shape), numbers=parameter.numel(),
+                    lr=rule.lr, weight_decay=rule.weight_decay, place=place(rule.node.span),
+                )  # fmt: skip
+    return tuple(found.values())
+
+
+@dataclass
+class _Resolver:
+    """Collects the sites of all rules; formulas are elaborated once per method, size and coordinates."""
+
+    program: Program
+    skeleton: Skeleton
+    diagnostics: Diagnostics
+    sites: list[Site] = field(default_factory=list)
+    formulas: dict[str, Formula] = field(default_factory=dict)
+    events: list[EventPlan] = field(default_factory=list)
+    shared: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # key: its shape, its first site
+    _built: dict[str, tuple[MethodFormula, Facts] | None] = field(default_factory=dict)
+
+    def rule(self, index: int, rule: Rule, weights: list[Weight]) -> None:
+        """Add the sites of one rule."""
+        blocks = sorted(
+            {block for weight in weights if (block := self.skeleton.block(weight.path))},
+            key=lambda block: (self.skeleton.module_lists.index(block[0]), block[1]),
+        )
+        kinds = list(dict.fromkeys(self.skeleton.kind(weight.path) for weight in weights))
+        shared_max = {
+            "max_in": max((weight.inputs for weight in weights), default=0),
+            "max_out": max((weight.outputs for weight in weights), default=0),
+        }
+        for number, weight in enumerate(weights):
+            block = self.skeleton.block(weight.path)
+            layer = blocks.index(block) if block else None
+            kind = self.skeleton.kind(weight.path)
+            coordinates = {
+                **({} if layer is None else {"layer": layer}), "layers": len(blocks), "slot": kinds.index(kind),
+                "slots": len(kinds), "site": number, "sites": len(weights), **shared_max,
+                **self.skeleton.heads(weight.path),
+            }  # fmt: skip
+            self.site(index, rule, weight, kind, layer, coordinates)
+
+    def site(
+        self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int]
+    ) -> None:
+        """Add one site, unless something about it is wrong."""
+        built = self.formula(rule, weight, coordinates)
+        if built is None:
+            return
+        key, formula, proved, update = built
+        tensors = tuple(self.tensor(index, tensor, weight, kind, layer) for tensor in formula.tensors)
+        first = [tensor for tensor in tensors if self.shared.get(tensor.key, (None, weight.path))[1] == weight.path]
+        self.sites.append(
+            Site(
+                path=weight.path, parameter=weight.parameter, module_class=weight.module_class, kind=kind, layer=layer,
+                shape=(weight.outputs, weight.inputs), transposed=weight.transposed, bias=weight.bias, rule=index,
+                formula=key, method=_call(rule), rank=formula.rank, tensors=tensors,
+                trainable=sum(tensor.numbers for tensor in first if tensor.role == "train"),
+                frozen=sum(tensor.numbers for tensor in first if tensor.role != "train"),
+                update=update, facts=proved, place=place(rule.node.span),
+                strategy="" if rule.strategy == "auto" else rule.strategy,
+            )
+        )  # fmt: skip
+
+    def formula(
+        self, rule: Rule, weight: Weight, coordinates: dict[str, int]
+    ) -> tuple[str, MethodFormula, Facts, str] | None:
+        """The rule's method at the size of a weight; what does not fit is reported once for all sites of that size."""
+        record = Formula(
+            method=rule.method.name, arguments=dict(rule.arguments), outputs=weight.outputs, inputs=weight.inputs,
+            equation="",
+        )  # fmt: skip
+        reads = self._coordinates(rule)
+        record = record.model_copy(update={"coordinates": {name: coordinates[name] for name in reads if name in coordinates}})
+        known = f"{self.program.rules.index(rule)} {weight.dtype} {record.model_dump_json()}"
+        if known not in self._built:
+            self._built[known] = self._build(rule, weight, record)
+        found = self._built[known]
+        if found is None:
+            return None
+        formula, proved = found
+        update = "none"
+        if proved.moves_base:
+            update = rule.update if rule.update != "auto" else ("telescope" if weight.dtype in HALF else "literal")
+        if update == "telescope":
+            record = record.model_copy(update={"telescope": True})
+            formula = telescope.telescoped(formula)
+        record = record.model_copy(update={"equation": formula.equation})
+        key = next((key for key, other in self.formulas.items() if other == record), None)
+        if key is None:
+            key = f"{record.method}_{len(self.formulas)}"
+            self.formulas[key] = record
+            self._events(key, rule, formula, update)
+        return key, formula, proved, update
+
+    def _coordinates(self, rule: Rule) -> list[str]:
+        from surgery.compiler.algebra.method import COORDINATES, names_in
+
+        return sorted(COORDINATES & set().union(*(names_in(statement) for statement in rule.method.statements)))
+
+    def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
+        rank, least = record.arguments.get("rank"), min(weight.outputs, weight.inputs)
+        span = rule.node.clauses[0].span
+        where = Note(f"at `{weight.path}` [{weight.outputs}, {weight.inputs}]", rule.node.pattern.span)
+        with_span = next((clause.value.span for clause in rule.node.clauses if isinstance(clause, nodes.With)), span)
+        if isinstance(rank, int) and not 1 <= rank <= least:
+            message = f"rank {rank} is out of range: 1 to {least} here"
+            self.diagnostics.error("SURG026", message, with_span, notes=[where])
+            return None
+        try:
+            formula = instance.build(rule.method, record)
+        except SurgError as error:
+            used = Note("used by this rule", with_span)
+            for found in error.diagnostics:
+                self.diagnostics.error(
+                    found.code, found.message, found.span, notes=[*found.notes, where, used], help=found.help
+                )
+            return None
+        failed = False
+        for condition, condition_span in formula.requirements:
+            if condition.value is not True:
+                failed = True
+                text = condition_span.text if condition_span else "its requirement"
+                message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
+                required = Note("the requirement", condition_span)
+                self.diagnostics.error("SURG028", message, with_span, notes=[required, where])
+        proved = facts.prove(formula)
+        self._check_update(rule, weight, formula, proved.moves_base, with_span)
+        rank_bound = None if proved.rank is None else whole_of(proved.rank)
+        known = Facts(
+            identity_at_start=proved.identity_at_start, rank_bound=rank_bound, merges=proved.merges,
+            exports_as_lora=proved.exports_as_lora, keeps_zeros=proved.keeps_zeros, moves_base=proved.moves_base,
+            needs_dense_weight=proved.needs_dense_weight, needs_calibration=proved.needs_calibration,
+        )  # fmt: skip
+        return None if failed else (formula, known)
+
+    def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula, moves: bool, span: object) -> None:
+        if not moves:
+            return
+        reason = telescope.why_not(formula)
+        where = next((clause.span for clause in rule.node.clauses if isinstance(clause, nodes.With)), None)
+        if rule.update == "telescope" and reason:
+            self.diagnostics.error("SURG032", f"`{formula.name}` does not telescope: {reason}", where)
+        literal = rule.update == "literal" or (rule.update == "auto" and reason is not None)
+        if weight.dtype in HALF and literal:
+            message = f"moving W in place in {weight.dtype} loses every update below half a unit of its last place"
+            help_text = f"say why it must: {reason}; use dtype = float32" if reason else "use `update = telescope`"
+            self.diagnostics.error("SURG032", message, where, help=help_text)
+
+    def _events(self, key: str, rule: Rule, formula: MethodFormula, update: str) -> None:
+        original = [event for event in rule.method.statements if isinstance(event, nodes.Event)]
+        for event in original:
+            moves = any(isinstance(change, nodes.Change) and change.target == "W" for change in event.changes)
+            kind = update if moves else "assign"
+            self.events.append(
+                EventPlan(formula=key, text=show(event), phase="after step", update=kind, place=place(event.span))  # type: ignore[arg-type]
+            )
+
+    def tensor(self, index: int, tensor: TensorFormula, weight: Weight, kind: str, layer: int | None) -> TensorPlan:
+        """A tensor at a site; a shared one gets the key of its group and must have one shape there."""
+        shape = tuple(whole_of(size) for size in tensor.shape)
+        key = f"{weight.path}.{tensor.name}"
+        if tensor.shared_by:
+            group = tensor.shared_as or f"rule{index}"
+            part = {"model": "", "layer": f".layer{layer}", "kind": f".{kind}"}[tensor.shared_by]
+            key = f"shared.{group}{part}.{tensor.name}"
+            known_shape, first = self.shared.setdefault(key, (shape, weight.path))
+            if known_shape != shape:
+                message = f"`{tensor.name}` is shared but would be {list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
+                self.diagnostics.error("SURG005", message, tensor.span)
+        return TensorPlan(
+            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight), start=tensor.start.text,  # type: ignore[arg-type]
+            numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
+        )  # fmt: skip
+
+    def _dtype(self, weight: Weight) -> str:
+        asked = self.program.step.adapter_dtype
+        wider = torch.promote_types(torch.float32, getattr(torch, weight.dtype))
+        return asked or str(wider).removeprefix("torch.")
+
+    def plan(self, trained: tuple[WholeParameter, ...]) -> Plan:
+        """Everything that was found, with its totals."""
+        program, skeleton = self.program, self.skeleton
+        trainable = sum(site.trainable for site in self.sites) + sum(entry.numbers for entry in trained)
+        from surgery.compiler.plan import ModelPlan
+
+        model = program.model or ModelPlan(source="given", name=type(skeleton.model).__name__)
+        own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
+        borrowed = {rule.method.name: rule.method for rule in program.rules if rule.method.name not in own}
+        step, data = program.step, program.data
+        rows = step.micro_batch or step.batch
+        return Plan(
+            spec=program.source.text, file=program.source.name,
+            library=show(nodes.Tree(tuple(borrowed.values()))) if borrowed else "",
+            model=model.model_copy(
+                update={
+                    "architecture": type(skeleton.model).__name__, "parameters": skeleton.numbers,
+                    "fingerprint": skeleton.fingerprint,
+                }
+            ),
+            sites=tuple(self.sites), formulas=self.formulas, trained=trained, step=step, data=data,
+            events=tuple(self.events), tokens=rows * data.max_length if data else UNKNOWN_TOKENS,
+            totals=Totals(
+                sites=len(self.sites), trainable=trainable, frozen=sum(site.frozen for site in self.sites),
+                model=skeleton.numbers, share=trainable / max(1, skeleton.numbers),
+            ),
+        )  # fmt: skip
+
+
+def _call(rule: Rule) -> str:
+    arguments = ", ".join(
+        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in rule.arguments.items()
+    )
+    return f"{rule.method.name}({arguments})"

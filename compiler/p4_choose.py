@@ -1,0 +1,74 @@
+"""Plan -> Plan: a strategy per site: candidates, costs, the reason."""
+
+from __future__ import annotations
+
+import torch
+
+from surgery.compiler.algebra.cost import Cost, measure
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.diagnostics import Diagnostics
+from surgery.compiler.plan import Candidate, Plan, Site
+from surgery.compiler.span import Source, Span
+
+STRATEGIES = ("branch", "fold")
+HALF = ("bfloat16", "float16")
+# A byte takes as long as this many operations in float32 on an H200 (67 TFLOP/s over 4.3 TB/s). Only the order of two
+# candidates matters; a processor's ratio is of the same size.
+OPERATIONS_PER_BYTE = 15
+
+
+def run(plan: Plan, dtypes: dict[str, str]) -> Plan:
+    """Choose how every site is run; `dtypes` has the dtype of each site's W by path. Raises SURG032 for an illegal wish."""
+    diagnostics = Diagnostics()
+    known: dict[tuple[str, str, str], tuple[str, str, tuple[Candidate, ...]]] = {}
+    sites = []
+    for site in plan.sites:
+        key = (site.formula, dtypes[site.path], site.strategy)
+        if key not in known:
+            known[key] = _choose(plan, site, dtypes[site.path], diagnostics)
+        strategy, reason, candidates = known[key]
+        sites.append(site.model_copy(update={"strategy": strategy, "reason": reason, "candidates": candidates}))
+    diagnostics.raise_errors()
+    return plan.model_copy(update={"sites": tuple(sites)})
+
+
+def _choose(plan: Plan, site: Site, dtype: str, diagnostics: Diagnostics) -> tuple[str, str, tuple[Candidate, ...]]:
+    formula = instance(plan, site.formula)
+    illegal = {"fold": "dropout acts on its input alone"} if formula.dropout else {}
+    costs = {
+        strategy: _measure(plan, site.formula, strategy, dtype, site.tensors[0].dtype if site.tensors else dtype)
+        for strategy in STRATEGIES
+        if strategy not in illegal
+    }
+    candidates = tuple(
+        Candidate(
+            strategy=strategy,
+            flops=costs[strategy].flops if strategy in costs else 0,
+            bytes=costs[strategy].bytes if strategy in costs else 0,
+            legal=strategy in costs,
+            reason=illegal.get(strategy, "loses small updates to rounding" if strategy == "fold" and dtype in HALF else ""),
+        )
+        for strategy in STRATEGIES
+    )
+    if site.strategy:
+        if site.strategy in illegal:
+            place = site.place
+            span = Span(Source(place.file, plan.spec), place.start, place.end)
+            diagnostics.error("SURG032", f"`strategy = {site.strategy}` is not legal: {illegal[site.strategy]}", span)
+        return site.strategy, "as the spec says", candidates
+    automatic = [strategy for strategy in costs if not (strategy == "fold" and dtype in HALF)]
+    best = min(automatic, key=lambda strategy: _time(costs[strategy]))
+    if len(automatic) == 1:
+        others = [candidate for candidate in candidates if candidate.strategy != best]
+        return best, others[0].reason and f"{others[0].strategy} {others[0].reason}", candidates
+    worst = max(automatic, key=lambda strategy: _time(costs[strategy]))
+    times = _time(costs[worst]) / max(1.0, _time(costs[best]))
+    return best, f"{worst} costs {times:.1f} times as much", candidates
+
+
+def _time(cost: Cost) -> float:
+    return cost.flops + OPERATIONS_PER_BYTE * cost.bytes
+
+
+def _measure(plan: Plan, key: str, strategy: str, dtype: str, adapter_dtype: str) -> Cost:
+    return measure(instance(plan, key), strategy, plan.tokens, getattr(torch, dtype), getattr(torch, adapter_dtype))

@@ -1,0 +1,85 @@
+"""A checked program: what `surgery.parse` gives, and what can be built without text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.compiler import nodes
+from surgery.compiler.diagnostics import Diagnostic
+from surgery.compiler.plan import DataPlan, ModelPlan, StepPlan
+from surgery.compiler.printer import show
+from surgery.compiler.span import Source
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An `adapt` rule with its method looked up and its arguments read; `arguments` are numbers, texts and booleans."""
+
+    node: nodes.Adapt
+    method: nodes.Method
+    arguments: Mapping[str, int | float | str | bool]
+    expect: int | None = None
+    alias: str | None = None
+    strategy: str = "auto"
+    update: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainRule:
+    """`train PATTERN { lr = ... }`."""
+
+    node: nodes.Train
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True, init=False)
+class Program:
+    """A program whose names, kinds, shapes and settings are checked; it knows no model yet.
+
+    Built from text by `surgery.parse`, or from items: `Program(surgery.adapt("**.query", surgery.method("lora")))`.
+    Items may be nested in lists and given by keyword (`rules = [...]`). Printing it gives `.surg` text that parses to the
+    same program. Raises `SurgError` with all that is wrong.
+    """
+
+    source: Source
+    tree: nodes.Tree
+    folder: Path
+    model: ModelPlan | None
+    rules: tuple[Rule, ...]
+    trained: tuple[TrainRule, ...]
+    frozen: tuple[nodes.Freeze, ...]
+    step: StepPlan
+    data: DataPlan | None
+    methods: Mapping[str, nodes.Method]
+    warnings: tuple[Diagnostic, ...]
+
+    def __init__(self, *items: Any, **named: Any) -> None:
+        from surgery.compiler import p1_parse, p2_check  # they make programs, so they import this file
+
+        tree = nodes.Tree(tuple(_flat((items, named.values()))))
+        checked = p2_check.run(p1_parse.run(Source("<program>", show(tree))))
+        for name in self.__dataclass_fields__:
+            object.__setattr__(self, name, getattr(checked, name))
+
+    @classmethod
+    def of(cls, **fields: Any) -> Program:
+        """A program from its checked parts; for `p2_check`."""
+        program = object.__new__(cls)
+        for name in cls.__dataclass_fields__:
+            object.__setattr__(program, name, fields[name])
+        return program
+
+    def __str__(self) -> str:
+        return show(self.tree)
+
+
+def _flat(items: Iterable[Any]) -> Iterable[nodes.Item]:
+    for item in items:
+        if isinstance(item, nodes.Node):
+            yield item  # type: ignore[misc]
+        elif item is not None:
+            yield from _flat(item)

@@ -1,0 +1,289 @@
+"""The `model`, `step`, `data` and `train` blocks: settings by name, each with its kind, to records of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.build import Builder
+from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
+from surgery.compiler.plan import DataPlan, ModelPlan, OptimizerPlan, Place, SchedulePlan, StepPlan
+from surgery.compiler.printer import show
+from surgery.compiler.span import Span
+
+Reader = Callable[[nodes.Expr], Any]
+
+TASKS = {
+    "causal_lm": False,
+    "masked_lm": False,
+    "seq2seq_lm": False,
+    "sequence_classification": True,
+    "token_classification": True,
+    "image_classification": True,
+    "feature_extraction": False,
+}  # task: whether it takes labels = n
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+LATER_OPTIMIZERS = ("lora_plus", "riemannian", "lora_pro", "lora_rite", "loko", "geolora")
+
+
+def place(span: Span | None) -> Place:
+    """A span as the plan keeps it."""
+    if span is None:
+        return Place(file="", line=1, column=1, start=0, end=0)
+    return Place(file=span.file, line=span.line, column=span.column, start=span.start, end=span.end)
+
+
+def number(node: nodes.Expr) -> float:
+    """A known number."""
+    constant = Builder({}).number(node).constant
+    assert constant is not None  # there are no names in scope, so nothing is unknown
+    return float(constant)
+
+
+def at_least(least: float, *, above: bool = False, below: float | None = None) -> Reader:
+    """A number of at least (or above) `least`, and below `below`."""
+
+    def read(node: nodes.Expr) -> float:
+        value = number(node)
+        if value < least or (above and value == least) or (below is not None and value >= below):
+            bound = f"{'above' if above else 'at least'} {least:g}" + ("" if below is None else f" and below {below:g}")
+            raise fail("SURG004", f"this must be {bound}, not {value:g}", node.span)
+        return value
+
+    return read
+
+
+def whole(least: int) -> Reader:
+    """A whole number of at least `least`."""
+
+    def read(node: nodes.Expr) -> int:
+        value = Builder({}).number(node).whole
+        if value is None or value < least:
+            raise fail("SURG004", f"this must be a whole number of at least {least}, not `{show(node)}`", node.span)
+        return value
+
+    return read
+
+
+def word(*words: str) -> Reader:
+    """A bare word or a text; with `words`, one of them."""
+
+    def read(node: nodes.Expr) -> str:
+        value = node.name if isinstance(node, nodes.Name) else node.value if isinstance(node, nodes.String) else None
+        if value is None:
+            raise fail("SURG004", f"a word or a text is needed here, not `{show(node)}`", node.span)
+        if words and value not in words:
+            help_text = did_you_mean(value, words)
+            raise fail("SURG002", f"`{value}` is not known here; one of {', '.join(words)}", node.span, help=help_text)
+        return value
+
+    return read
+
+
+def text(node: nodes.Expr) -> str:
+    """A text in double quotes."""
+    return Builder({}).text(node)
+
+
+def truth(node: nodes.Expr) -> bool:
+    """true or false."""
+    if not isinstance(node, nodes.Boolean):
+        raise fail("SURG004", f"true or false is needed here, not `{show(node)}`", node.span)
+    return node.value
+
+
+def pair(node: nodes.Expr) -> tuple[float, float]:
+    """`[0.9, 0.999]`: two numbers from 0 to below 1."""
+    if not isinstance(node, nodes.ListOf) or len(node.items) != 2:
+        raise fail("SURG004", "two numbers are needed here: `[0.9, 0.999]`", node.span)
+    first, second = (at_least(0, below=1)(item) for item in node.items)
+    return first, second
+
+
+def later(node: nodes.Expr) -> Any:
+    """A setting of the language that is not built yet."""
+    raise fail("SURG008", f"`{show(node)}`: this setting is not built yet", node.span)
+
+
+def call(node: nodes.Expr) -> nodes.Call:
+    """`name(arguments)`, or a bare name as a call without arguments."""
+    if isinstance(node, nodes.Name):
+        return nodes.Call(node.name, (), span=node.span)
+    if not isinstance(node, nodes.Call):
+        raise fail("SURG004", f"a name with arguments is needed here, not `{show(node)}`", node.span)
+    return node
+
+
+def arguments(node: nodes.Call, readers: Mapping[str, Reader]) -> dict[str, Any]:
+    """Arguments by name (or by position in the order of `readers`), each read by its kind."""
+    values: dict[str, Any] = {}
+    for position, argument in enumerate(node.arguments):
+        names = list(readers)
+        name = argument.name or (names[position] if position < len(names) else "")
+        if name not in readers:
+            known = did_you_mean(name, names)
+            raise fail("SURG002", f"`{node.function}` has no argument `{name or show(argument.value)}`", argument.span, help=known)
+        if name in values:
+            raise fail("SURG009", f"`{name}` is given twice", argument.span)
+        values[name] = readers[name](argument.value)
+    return values
+
+
+def _task(node: nodes.Expr) -> tuple[str, int | None]:
+    given = call(node)
+    name = word(*TASKS)(nodes.Name(given.function, span=given.span))
+    values = arguments(given, {"labels": whole(1)} if TASKS[name] else {})
+    return name, values.get("labels")
+
+
+def _optimizer(node: nodes.Expr) -> OptimizerPlan:
+    given = call(node)
+    if given.function in LATER_OPTIMIZERS:
+        raise fail("SURG008", f"the optimizer `{given.function}` is not built yet", node.span)
+    common = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
+    readers: dict[str, dict[str, Reader]] = {
+        "adamw": {**common, "betas": pair, "eps": at_least(0, above=True)},
+        "sgd": {**common, "momentum": at_least(0, below=1), "nesterov": truth},
+    }
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"there is no optimizer `{given.function}`", node.span, help=known)
+    values = arguments(given, readers[given.function])
+    if values.get("nesterov") and not values.get("momentum"):
+        raise fail("SURG004", "nesterov needs a momentum", node.span)
+    if "lr" not in values:
+        raise fail("SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)")
+    return OptimizerPlan(name=given.function, **values)
+
+
+def _schedule(node: nodes.Expr) -> SchedulePlan:
+    given = call(node)
+    readers: dict[str, dict[str, Reader]] = {
+        "constant": {"warmup": at_least(0)},
+        "linear": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
+        "cosine": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
+    }
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"there is no schedule `{given.function}`", node.span, help=known)
+    return SchedulePlan(name=given.function, **arguments(given, readers[given.function]))
+
+
+def _every(*more: str) -> Reader:
+    def read(node: nodes.Expr) -> dict[str, int]:
+        if isinstance(node, nodes.Call) and node.function != "every":
+            raise fail("SURG002", f"`every(100)` is meant, not `{show(node)}`", node.span)
+        if not isinstance(node, nodes.Call):
+            return {"every": whole(1)(node)}
+        readers: dict[str, Reader] = {"every": whole(1), **dict.fromkeys(more, whole(1))}
+        values = arguments(node, readers)
+        if "every" not in values:
+            raise fail("SURG004", "say how often: `every(100)`", node.span)
+        return values
+
+    return read
+
+
+MODEL: dict[str, Reader] = {
+    "task": _task,
+    "dtype": word(*DTYPES),
+    "revision": word(),
+    "attention": word("sdpa", "eager", "flash_attention_2"),
+    "quantize": later,
+}
+STEP: dict[str, Reader] = {
+    "optimizer": _optimizer,
+    "schedule": _schedule,
+    "batch": whole(1),
+    "micro_batch": whole(1),
+    "steps": whole(1),
+    "epochs": at_least(0, above=True),
+    "clip": at_least(0, above=True),
+    "precision": word("model", "bfloat16", "float16"),
+    "adapter_dtype": word(*DTYPES),
+    "seed": whole(0),
+    "compile": word("auto", "on", "off"),
+    "loss": word("auto", "causal_lm", "cross_entropy", "mse", "output"),
+    "evaluate": _every(),
+    "save": _every("keep"),
+    "log": _every(),
+    "recompute": later,
+    "report": later,
+}
+DATA: dict[str, Reader] = {
+    "text": text,
+    "label": word(),
+    "max_length": whole(1),
+    "holdout": at_least(0, below=1),
+    "eval": text,
+    **dict.fromkeys(("prompt", "completion", "messages", "template", "loss", "too_long", "pack", "calibrate"), later),
+}
+TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
+
+
+def read_settings(
+    settings: Iterable[nodes.Line], readers: Mapping[str, Reader], block: str, diagnostics: Diagnostics
+) -> dict[str, Any]:
+    """The settings of a block by name; unknown, repeated and unfit ones are collected."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        if not isinstance(setting, nodes.Setting):
+            continue
+        if setting.name not in readers:
+            known = did_you_mean(setting.name, readers)
+            diagnostics.error("SURG002", f"`{block}` has no setting `{setting.name}`", setting.span, help=known)
+        elif setting.name in values:
+            diagnostics.error("SURG009", f"`{setting.name}` is set twice", setting.span)
+        else:
+            values[setting.name] = None
+            try:
+                values[setting.name] = readers[setting.name](setting.value)
+            except SurgError as error:
+                diagnostics.found += error.diagnostics
+    return values
+
+
+def read_model(item: nodes.Model, diagnostics: Diagnostics) -> ModelPlan:
+    """The `model` line."""
+    values = read_settings(item.settings, MODEL, "model", diagnostics)
+    task, labels = values.pop("task", None) or (None, None)
+    values.pop("quantize", None)
+    return ModelPlan(source=item.source, name=item.name, task=task, labels=labels, **values)  # type: ignore[arg-type]
+
+
+def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan:
+    """The `step` block; several are not built yet."""
+    if not items:
+        return StepPlan()
+    if len(items) > 1:
+        diagnostics.error("SURG008", "several `step` blocks are not built yet", items[1].span)
+    (item, *_) = items
+    for setting in item.settings:
+        if not isinstance(setting, nodes.Setting):
+            word_ = "train" if isinstance(setting, nodes.Train) else "freeze"
+            message = f"`{word_}` inside `step` is not built yet"
+            diagnostics.error("SURG008", message, setting.span, help=f"put `{word_}` beside the `adapt` rules")
+    values = {name: value for name, value in read_settings(item.settings, STEP, "step", diagnostics).items() if value is not None}
+    spans = {setting.name: setting.span for setting in item.settings if isinstance(setting, nodes.Setting)}
+    if "steps" in values and "epochs" in values:
+        diagnostics.error("SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them")
+    if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
+        diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
+    save = values.pop("save", {})
+    for name in ("evaluate", "log"):
+        if name in values:
+            values[name] = values[name]["every"]
+    return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))
+
+
+def read_data(item: nodes.Data, diagnostics: Diagnostics) -> DataPlan:
+    """The `data` block."""
+    values = read_settings(item.settings, DATA, "data", diagnostics)
+    if "text" not in values and not diagnostics.errors:
+        diagnostics.error("SURG004", "`data` must say what the text is", item.span, help='text = "{question}"')
+    known = {name: value for name, value in values.items() if value is not None}
+    if "holdout" in known and "eval" in known:
+        diagnostics.error("SURG004", "`holdout` and `eval` exclude each other", item.span, help="keep one of them")
+    extra = {"place": place(item.span)} if "place" in DataPlan.model_fields else {}
+    return DataPlan(path=item.path, **known, **extra)

@@ -1,0 +1,136 @@
+"""What p3 knows of a model: its modules and weights, their blocks and coordinates. Works on the meta device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One adaptable weight: W is `[outputs, inputs]`, whatever the storage."""
+
+    path: str
+    parameter: str
+    module_class: Literal["Linear", "Conv1D"]
+    outputs: int
+    inputs: int
+    transposed: bool
+    bias: bool
+    identity: int  # equal for weights that share storage
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A view of a model; nothing of it is changed."""
+
+    model: nn.Module
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by its path; one that is registered twice is there twice."""
+        return {path: module for path, module in self.model.named_modules(remove_duplicate=False) if path}
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its full name, tied ones under each of their names."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Every path that a pattern may name, with the real one: below a task's head the model's base may be left out,
+        so `encoder.layer.0` finds `bert.encoder.layer.0`."""
+        real = [*self.modules, *self.parameters]
+        prefix = getattr(self.model, "base_model_prefix", "")
+        below = {path[len(prefix) + 1 :]: path for path in real if prefix and path.startswith(f"{prefix}.")}
+        return below | {path: path for path in real}
+
+    @cached_property
+    def owners(self) -> dict[int, list[str]]:
+        """The names of each parameter by its identity: more than one where it is tied or its module shared."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            names.setdefault(id(parameter), []).append(name)
+        return names
+
+    @cached_property
+    def module_lists(self) -> list[str]:
+        """Paths of the outermost lists of repeated blocks, in order of registration."""
+        lists: list[str] = []
+        for path, module in self.modules.items():
+            if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+                lists.append(path)
+        return lists
+
+    def block(self, path: str) -> tuple[str, int] | None:
+        """The block that a path lies in: its list and its index there."""
+        for outer in self.module_lists:
+            if path.startswith(f"{outer}."):
+                return outer, int(path[len(outer) + 1 :].split(".")[0])
+        return None
+
+    def kind(self, path: str) -> str:
+        """The path below its block; the path itself outside of all blocks."""
+        block = self.block(path)
+        return path if block is None else path[len(f"{block[0]}.{block[1]}.") :] or path
+
+    def weight(self, path: str) -> Weight | None:
+        """The adaptable weight of a module, or None for a class that has none."""
+        module = self.modules.get(path)
+        found = module_weight(module) if module is not None else None
+        if module is None or found is None:
+            return None
+        kind, outputs, inputs = found
+        parameter = module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return Weight(
+            path, f"{path}.weight", kind, outputs, inputs, kind == "Conv1D", getattr(module, "bias", None) is not None,
+            id(parameter), str(parameter.dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, if it has one."""
+        return getattr(self.model, "config", None)
+
+    def heads(self, path: str) -> Mapping[str, int]:
+        """`heads` and `head_dim` of an attention projection; those of the keys and values for k and v."""
+        config = self.config
+        if config is None or not hasattr(config, "num_attention_heads"):
+            return {}
+        heads: int = config.num_attention_heads
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        name = path.rsplit(".", 1)[-1]
+        if name.startswith(("k", "v")):
+            heads = getattr(config, "num_key_value_heads", None) or heads
+        return {"heads": heads, "head_dim": head_dim}
+
+    @cached_property
+    def numbers(self) -> int:
+        """How many numbers the model holds, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all parameter names and shapes."""
+        text = ";".join(f"{name}{tuple(parameter.shape)}" for name, parameter in sorted(self.parameters.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def module_weight(module: nn.Module) -> tuple[Literal["Linear", "Conv1D"], int, int] | None:
+    """Class and logical sizes `(out, in)` of a module's weight; None for a class that cannot be adapted.
+
+    Conv1D is transformers' linear layer with a transposed weight (GPT-2), told by its name and its `nf`.
+    """
+    if type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
+        return "Linear", module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, nn.Parameter):
+        inputs, outputs = module.weight.shape
+        return "Conv1D", int(outputs), int(inputs)
+    return None
