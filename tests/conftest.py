@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -40,3 +44,26 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             pytest.fail("\n".join([*lines, "pytest --update-golden accepts this"]), pytrace=False)
 
     return compare
+
+
+def _models() -> ModuleType:
+    # tests/ is no package and not on the path: the file is loaded by its place, once.
+    if "surgery_test_models" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("surgery_test_models", FOLDER / "models.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["surgery_test_models"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["surgery_test_models"]
+
+
+@pytest.fixture
+def architectures() -> Any:
+    """Name -> Architecture (tests/models.py): `architectures["llama"].model(dropout=0.1)`."""
+    return _models().ARCHITECTURES
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `architecture` runs once for each of them."""
+    if "architecture" in metafunc.fixturenames:
+        found = _models().ARCHITECTURES
+        metafunc.parametrize("architecture", list(found.values()), ids=list(found))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DECODER = {
     "vocab_size": 97,
@@ -152,30 +153,63 @@ def t5(dropout: float, **settings: Any) -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**{**fields, **settings}))
 
 
-#: name -> (factory, task)
-ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], str]] = {
-    "llama": (llama, "causal_lm"),
-    "qwen2": (qwen2, "causal_lm"),
-    "qwen3": (qwen3, "causal_lm"),
-    "mistral": (mistral, "causal_lm"),
-    "gemma2": (gemma2, "causal_lm"),
-    "qwen3_moe": (qwen3_moe, "causal_lm"),
-    "gpt2": (gpt2, "causal_lm"),
-    "opt": (opt, "causal_lm"),
-    "bert": (bert, "sequence_classification"),
-    "roberta": (roberta, "masked_lm"),
-    "deberta_v2": (deberta_v2, "sequence_classification"),
-    "vit": (vit, "image_classification"),
-    "t5": (t5, "seq2seq_lm"),
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of the matrix: `model()` makes the tiny model, `batch()` the inputs and labels of its task."""
+
+    name: str
+    task: str
+    factory: Callable[..., nn.Module]
+
+    def model(self, dropout: float = 0.0, **settings: Any) -> nn.Module:
+        """A tiny random model in evaluation mode; `settings` go to its config. The weights are the same every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.factory(dropout, **settings)
+            with torch.no_grad():
+                for parameter in model.parameters():  # biases and norms start as constants: give every number a say
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        return model.eval()
+
+    def inputs(self, rows: int = 4, length: int = 9) -> dict[str, Tensor]:
+        """Inputs without padding, other ones for other sizes, none of which are those that capture uses."""
+        generator = torch.Generator().manual_seed(rows * 100 + length)
+
+        def tokens(width: int) -> Tensor:
+            return torch.randint(3, 97, (rows, width), generator=generator)
+
+        if self.task == "image_classification":
+            return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+        inputs = {"input_ids": tokens(length)}
+        if self.task != "causal_lm":
+            inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
+        if self.task == "seq2seq_lm":
+            inputs["decoder_input_ids"] = tokens(length - 3)
+        return inputs
+
+    def labels(self, rows: int = 4, length: int = 9) -> Tensor:
+        """Labels that go with `inputs` of the same sizes."""
+        inputs = self.inputs(rows, length)
+        if self.task.endswith("classification"):
+            return torch.arange(rows) % 3
+        return inputs["decoder_input_ids" if self.task == "seq2seq_lm" else "input_ids"].clone()
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", "causal_lm", llama),
+        Architecture("qwen2", "causal_lm", qwen2),
+        Architecture("qwen3", "causal_lm", qwen3),
+        Architecture("mistral", "causal_lm", mistral),
+        Architecture("gemma2", "causal_lm", gemma2),
+        Architecture("qwen3_moe", "causal_lm", qwen3_moe),
+        Architecture("gpt2", "causal_lm", gpt2),
+        Architecture("opt", "causal_lm", opt),
+        Architecture("bert", "sequence_classification", bert),
+        Architecture("roberta", "masked_lm", roberta),
+        Architecture("deberta_v2", "sequence_classification", deberta_v2),
+        Architecture("vit", "image_classification", vit),
+        Architecture("t5", "seq2seq_lm", t5),
+    )
 }
-
-
-def tiny(name: str, dropout: float = 0.0, **settings: Any) -> nn.Module:
-    """A tiny random model by the architecture's name; `settings` go to its config. The weights never change."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ARCHITECTURES[name][0](dropout, **settings)
-        with torch.no_grad():
-            for parameter in model.parameters():  # biases and norms start as constants: give every number a say
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
