@@ -1,4 +1,4 @@
-"""Every diagnostic as people see it: the example on a code's page gives that code, and the rendered text is kept as a file.
+"""Every diagnostic as people see it: the example on a page gives its code, and the rendered text is kept as a file.
 
 `tests/errors/*.surg` are further mistakes of the same kinds; `SURGnnn_what.surg` gives that code, and no other.
 """
