@@ -1,0 +1,183 @@
+"""What the verbs share: the `--format` option, diagnostics on standard error or as JSON, and how files are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from surgery.compiler.diagnostics import Diagnostic, SurgError, render
+from surgery.compiler.span import Source
+
+if TYPE_CHECKING:
+    from surgery.runtime.data import Data
+    from surgery.runtime.step import TrainingStep
+
+WIDE = 220  # columns of a table that goes to a file or a pipe, where nothing has to be wrapped
+
+
+class Format(StrEnum):
+    """How a verb answers."""
+
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="text for people; json: one object on standard output", show_default=True)
+]
+CodeOption = Annotated[
+    bool, typer.Option("--allow-code", help='allow `model python "pkg.module:factory"`, which runs that code')
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...; left out: a GPU if there is one", show_default=False),
+]
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="a .surg file", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(version("surg"))
+        except PackageNotFoundError:  # a checkout on the path, not installed
+            typer.echo("not installed")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the command itself, before any verb."""
+
+
+def output() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for any table in a file."""
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+
+
+def errors() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """A line for people, on standard error."""
+    errors().print(Text(message))
+
+
+def answer(value: Any) -> None:
+    """The one JSON object of a verb, on standard output. Numbers that JSON has no form for become null."""
+    typer.echo(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_json(diagnostics: Iterable[Diagnostic]) -> dict[str, Any]:
+    """The public JSON form of diagnostics."""
+    return {"diagnostics": [diagnostic.as_dict() for diagnostic in diagnostics]}
+
+
+def show(diagnostics: Iterable[Diagnostic]) -> None:
+    """Diagnostics for people, on standard error, in colour on a terminal."""
+    console = errors()
+    for diagnostic in diagnostics:
+        text = Text(render(diagnostic))
+        head = f"{diagnostic.severity}[{diagnostic.code}]"
+        text.stylize("bold red" if diagnostic.severity == "error" else "bold yellow", 0, len(head))
+        text.highlight_regex(r"(?m)^\s+\|\s+\^+$", "red")
+        text.highlight_regex(r"(?m)^  (note|help):", "bold cyan")
+        console.print(text, end="\n\n")
+
+
+def stop(diagnostics: Iterable[Diagnostic], format: Format) -> NoReturn:
+    """End the verb with diagnostics: exit status 1."""
+    if format is Format.json:
+        answer(as_json(diagnostics))
+    else:
+        show(diagnostics)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def reporting(format: Format) -> Iterator[None]:
+    """Everything that is the input's fault ends as diagnostics and exit status 1, never as a traceback."""
+    try:
+        yield
+    except SurgError as error:
+        stop(error.diagnostics, format)
+    except BrokenPipeError:
+        # Whoever read us has seen enough (`surgery plan ... | head`); Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except OSError as error:
+        where = f"`{error.filename}`: " if error.filename else ""
+        stop([Diagnostic("SURG011", f"{where}{error.strerror or error}")], format)
+
+
+def read_source(path: Path) -> Source:
+    """A `.surg` file; raises SURG011 where it cannot be read as UTF-8 text."""
+    try:
+        return Source(str(path), path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SurgError([Diagnostic("SURG011", f"`{path}` is not UTF-8 text: {error}")]) from error
+    except OSError as error:
+        raise SurgError([Diagnostic("SURG011", f"`{path}`: {error.strerror or error}")]) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a crash leaves the old one."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    if path.exists():
+        os.chmod(temporary, path.stat().st_mode)
+    os.replace(temporary, path)
+
+
+def quiet() -> None:
+    """Keep the loading chatter of libraries off the terminal: what matters of it comes back as diagnostics."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_run(run: Path, device: str | None, allow_code: bool) -> TrainingStep:
+    """The training step of a run folder."""
+    import surgery
+
+    quiet()
+    return surgery.load(run, device=device, allow_code=allow_code)
+
+
+def data_of(step: TrainingStep, labels: Iterable[str] = ()) -> Data:
+    """The data that a step's spec names, tokenised; its warnings are shown."""
+    from surgery.runtime.data import load_data
+    from surgery.runtime.models import load_tokenizer
+
+    data = load_data(step.plan, step.folder, load_tokenizer(step.plan.model, step.folder), names=tuple(labels))
+    show(data.warnings)
+    note(data.summary())
+    return data

@@ -1,0 +1,41 @@
+"""`surgery merge`: a run into an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.cli.common import CodeOption, Format, FormatOption, RunArgument, answer, load_run, reporting
+
+EXAMPLE = "Example: surgery merge runs/demo -o merged; then AutoModel...from_pretrained('merged')"
+NEEDS_ARGUMENTS = True
+
+
+def run(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write")],
+    format: FormatOption = Format.text,
+    allow_code: CodeOption = False,
+) -> None:
+    """Merge a run into the model's weights: a standard folder that plain transformers loads, with the tokenizer."""
+    with reporting(format):
+        from surgery.compiler.diagnostics import SurgError
+        from surgery.runtime.merge import save_merged
+        from surgery.runtime.models import load_tokenizer
+        from surgery.runtime.run_folder import load_state
+
+        labels = tuple(load_state(run).extra.get("labels", ()))
+        step = load_run(run, "cpu", allow_code)
+        try:
+            tokenizer = load_tokenizer(step.plan.model, step.folder)
+        except SurgError:
+            if step.plan.model.source != "config":  # a model of a config alone has none to write
+                raise
+            tokenizer = None
+        save_merged(step, folder, tokenizer, labels)
+    if format is Format.json:
+        answer({"run": str(run), "folder": str(folder), "sites": step.plan.totals.sites})
+    else:
+        typer.echo(f"{folder}: {step.plan.totals.sites} sites merged")

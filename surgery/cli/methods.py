@@ -1,0 +1,86 @@
+"""`surgery methods`: the method library, with what is proved of each equation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from surgery.cli.common import Format, FormatOption, answer, output, reporting
+from surgery.compiler.diagnostics import did_you_mean
+
+EXAMPLE = "Example: surgery methods delta_lora"
+NEEDS_ARGUMENTS = False
+FACTS = (
+    "identity_at_start",
+    "rank_bound",
+    "merges",
+    "exports_as_lora",
+    "keeps_zeros",
+    "moves_base",
+    "needs_calibration",
+)
+
+
+def run(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="one method; left out: all", show_default=False)
+    ] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """List the methods: equation, parameters, source, and the facts that the compiler proves."""
+    with reporting(format):
+        import surgery
+
+        methods = list(surgery.methods())
+        if name is not None:
+            known = [method.name for method in methods]
+            if name not in known:
+                hint = did_you_mean(name, known) or "`surgery methods` lists all"
+                raise typer.BadParameter(f"there is no method `{name}`; {hint}", param_hint="NAME")
+            methods = [method for method in methods if method.name == name]
+        if format is Format.json:
+            answer({"methods": [as_json(method) for method in methods]})
+        elif name is not None:
+            _print_one(methods[0])
+        else:
+            _print_all(methods)
+
+
+def as_json(method: Any) -> dict[str, Any]:
+    """One entry of the public contract's `methods`."""
+    facts = {fact: getattr(method, fact) for fact in FACTS}
+    return {"name": method.name, "parameters": list(method.parameters), "equation": method.equation, **facts,
+            "source": method.source}  # fmt: skip
+
+
+def _print_all(methods: list[Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("method", "equation", "identity at start", "rank", "merges", "LoRA", "zeros", "moves W"):
+        table.add_column(header, overflow="fold")
+    for method in methods:
+        marks = ("yes" if getattr(method, fact) else "no" for fact in FACTS[2:6])
+        start = "yes" if method.identity_at_start else "no"
+        cells = (_signature(method), method.equation, start, str(method.rank_bound or "full"), *marks)
+        table.add_row(*map(Text, cells))
+    console = output()
+    console.print(table)
+    console.print(Text("surgery methods NAME shows one, with its source"))
+
+
+def _print_one(method: Any) -> None:
+    console = output()
+    console.print(Text(method.text.rstrip()))
+    console.print()
+    console.print(Text(f"computes      {method.equation}"))
+    for fact in FACTS:
+        value = getattr(method, fact)
+        shown = str(value or "full") if fact == "rank_bound" else "yes" if value else "no"
+        console.print(Text(f"{fact.replace('_', ' '):<18}{shown}"))
+
+
+def _signature(method: Any) -> str:
+    return f"{method.name}({', '.join(method.parameters)})"

@@ -1,0 +1,159 @@
+"""The plan for people: a table of sites, equal ones folded into one row, then why, events and totals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from surgery.compiler.plan import Facts, Plan, Site, StepPlan
+
+
+def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
+    """Print a plan; with `verbose` every site has its row, and each way to run it its cost."""
+    model = plan.model
+    task = f", {model.task}" + (f" with {model.labels} labels" if model.labels else "") if model.task else ""
+    console.print(Text(f"{model.name}: {model.architecture}, {model.parameters:,} numbers{task}"))
+    groups = [[site] for site in plan.sites] if verbose else fold(plan.sites)
+    if groups:
+        console.print(_sites(groups))
+    if plan.trained:
+        console.print(_trained(plan))
+    _list(console, "equations", _equations(plan))
+    _list(console, "why", _reasons(plan.sites))
+    _list(console, "events", (f"{event.text}  ({event.update})" for event in plan.events))
+    if verbose and plan.sites:
+        console.print(_candidates(plan))
+    console.print(Text(_step(plan.step)))
+    console.print(Text(_totals(plan), style="bold"))
+
+
+def fold(sites: Iterable[Site]) -> list[list[Site]]:
+    """Groups of sites that differ in nothing but numbers in their paths, in the order of their first site."""
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.shape, site.method, site.rank,
+               site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def folded_path(paths: Sequence[str]) -> str:
+    """One pattern for paths that differ in numbers: `encoder.layer.[0..5].output`, `layers.{1,5}.mlp`."""
+    columns = zip(*(path.split(".") for path in paths), strict=True)
+    return ".".join(_component(list(dict.fromkeys(column))) for column in columns)
+
+
+def _component(values: list[str]) -> str:
+    if len(values) == 1:
+        return values[0]
+    numbers = sorted(map(int, values))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"[{numbers[0]}..{numbers[-1]}]"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def facts_text(facts: Facts) -> str:
+    """The proved facts in a few words."""
+    words = [
+        "identity at start" if facts.identity_at_start else "changes the model at the start",
+        f"rank <= {facts.rank_bound}" if facts.rank_bound is not None else "full rank",
+        "merges" if facts.merges else "does not merge",
+    ]
+    optional = {
+        "exports as LoRA": facts.exports_as_lora,
+        "keeps zeros": facts.keeps_zeros,
+        "moves W": facts.moves_base,
+        "needs dense W": facts.needs_dense_weight,
+        "needs calibration": facts.needs_calibration,
+    }
+    return ", ".join(words + [word for word, holds in optional.items() if holds])
+
+
+def _sites(groups: list[list[Site]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("path", "sites", "kind", "shape", "method", "rank", "trained", "frozen", "strategy", "facts"):
+        number = header in ("sites", "rank", "trained", "frozen")
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    for group in groups:
+        site = group[0]
+        strategy = site.strategy if site.update == "none" else f"{site.strategy}, {site.update}"
+        table.add_row(*map(Text, (
+            folded_path([member.path for member in group]),
+            str(len(group)),
+            site.kind,
+            f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
+            site.method,
+            "full" if site.rank is None else str(site.rank),
+            f"{sum(member.trainable for member in group):,}",
+            f"{sum(member.frozen for member in group):,}",
+            strategy,
+            facts_text(site.facts),
+        )))  # fmt: skip
+    return table
+
+
+def _trained(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("trained as it is", "shape", "numbers", "lr", "weight decay"):
+        table.add_column(header, justify="right" if header == "numbers" else "left")
+    for whole in plan.trained:
+        shape = " x ".join(map(str, whole.shape)) or "1"
+        rate, decay = ("" if value is None else f"{value:g}" for value in (whole.lr, whole.weight_decay))
+        table.add_row(*map(Text, (whole.name, shape, f"{whole.numbers:,}", rate, decay)))
+    return table
+
+
+def _equations(plan: Plan) -> list[str]:
+    sizes: dict[str, list[str]] = {}
+    for formula in plan.formulas.values():
+        shapes = sizes.setdefault(f"{formula.method}: {formula.equation}", [])
+        shapes.append(f"{formula.outputs} x {formula.inputs}")
+    return [f"{equation}  [{', '.join(dict.fromkeys(shapes))}]" for equation, shapes in sizes.items()]
+
+
+def _reasons(sites: Iterable[Site]) -> list[str]:
+    counts: dict[tuple[str, str], int] = {}
+    for site in sites:
+        counts[site.strategy, site.reason] = counts.get((site.strategy, site.reason), 0) + 1
+    return [f"{strategy} ({count} site{'s' * (count > 1)}): {reason}" for (strategy, reason), count in counts.items()]
+
+
+def _list(console: Console, title: str, lines: Iterable[str]) -> None:
+    entries = list(lines)
+    if entries:
+        console.print(Text(title))
+        for entry in entries:
+            console.print(Text(f"  {entry}"))
+        console.print()
+
+
+def _candidates(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"ways to run, per step of {plan.tokens:,} tokens")
+    for header in ("site", "way", "GFLOP", "MB", "legal", "reason"):
+        table.add_column(header, justify="right" if header in ("GFLOP", "MB") else "left", overflow="fold")
+    for site in plan.sites:
+        for way in site.candidates:
+            chosen = " (chosen)" if way.strategy == site.strategy else ""
+            cells = (site.path, way.strategy + chosen, f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}",
+                     "yes" if way.legal else "no", way.reason)  # fmt: skip
+            table.add_row(*map(Text, cells))
+    return table
+
+
+def _step(step: StepPlan) -> str:
+    optimizer = f"{step.optimizer.name}(lr = {step.optimizer.lr:g})"
+    length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
+    pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""
+    return f"step: {length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
+
+
+def _totals(plan: Plan) -> str:
+    totals = plan.totals
+    trained = f"{totals.trainable:,} numbers trained, {totals.share:.3%} of the model's {totals.model:,}"
+    frozen = f", {totals.frozen:,} frozen ones added" if totals.frozen else ""
+    return f"total: {totals.sites} sites, {trained}{frozen}"

@@ -1,0 +1,117 @@
+"""`surgery train`: run the training step over the spec's data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgery.cli.common import (
+    CodeOption,
+    DeviceOption,
+    Format,
+    FormatOption,
+    answer,
+    data_of,
+    load_run,
+    note,
+    quiet,
+    reporting,
+    show,
+)
+
+if TYPE_CHECKING:
+    from surgery.compiler.plan import Plan
+    from surgery.runtime.step import TrainingStep
+
+EXAMPLE = "Example: surgery train specs/demo.surg -o runs/demo; after Ctrl-C: surgery train runs/demo --resume"
+NEEDS_ARGUMENTS = True
+
+
+def run(
+    spec: Annotated[
+        Path, typer.Argument(metavar="SPEC|DIR", help="a .surg file, a compiled folder or a run", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="RUN", help="the run folder; left out: runs/NAME, or DIR itself",
+                     show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run as if unbroken")] = False,
+    device: DeviceOption = None,
+    format: FormatOption = Format.text,
+    allow_code: CodeOption = False,
+) -> None:  # fmt: skip
+    """Train: reads the spec's data, runs the training step, writes a run folder.
+
+    Ctrl-C finishes the step, saves and says how to continue. A loss that is not finite ends the run and keeps the last
+    good state. metrics.jsonl in the run folder has a row for every step (steps count from 0).
+    """
+    with reporting(format):
+        quiet()
+        folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
+        step, labels = _start(spec, folder, resume, device, allow_code)
+        from surgery.runtime.data import steps_of
+        from surgery.runtime.train import train
+
+        data = data_of(step, labels)
+        step.steps = steps_of(step.plan, len(data.train))
+        terminal = sys.stderr.isatty()
+        outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
+    scores = {name: value for name, value in outcome.evaluation.items() if name != "rows"}
+    evaluation = "".join(f", held-out {name} {value:.4f}" for name, value in scores.items())
+    if outcome.interrupted:
+        note(f"interrupted and saved after {outcome.done} of {outcome.steps} steps; continue with:")
+        note(f"  surgery train {folder} --resume")
+    if format is Format.json:
+        answer({"run": str(folder), "steps": outcome.done, "of": outcome.steps, "loss": outcome.loss,
+                "evaluation": scores, "seconds": outcome.seconds, "interrupted": outcome.interrupted})  # fmt: skip
+    elif not outcome.interrupted:
+        loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
+        typer.echo(f"{folder}: {outcome.done} steps in {outcome.seconds:.0f} s{loss}{evaluation}")
+    if outcome.interrupted:
+        raise typer.Exit(130)
+
+
+def _start(
+    spec: Path, folder: Path, resume: bool, device: str | None, allow_code: bool
+) -> tuple[TrainingStep, list[str]]:
+    """The step to run and the labels' names that it already knows."""
+    import surgery
+    from surgery.runtime.run_folder import is_run, load_state
+
+    if resume and spec.is_dir() and folder != spec:
+        raise typer.BadParameter("--resume continues in DIR itself; leave -o out", param_hint="-o")
+    source = folder if resume else spec
+    if resume or spec.is_dir():
+        state = load_state(source)
+        if not resume and state.step > 0:
+            raise typer.BadParameter(f"`{spec}` has {state.step} steps done; continue it with --resume")
+    if not resume and is_run(folder) and load_state(folder).step > 0:
+        raise typer.BadParameter(
+            f"`{folder}` holds a run; continue it with --resume or choose another", param_hint="-o"
+        )
+    if not source.is_file():
+        if resume and not spec.is_dir():
+            _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
+        return load_run(source, device, allow_code), list(state.extra.get("labels", ()))
+    program = surgery.parse(spec)
+    show(program.warnings)
+    return surgery.compile(program, device=device, allow_code=allow_code), []
+
+
+def _check_same(plan: Plan, before: Plan, folder: Path) -> None:
+    from surgery.compiler.diagnostics import fail
+
+    if _meaning(plan.model_dump()) != _meaning(before.model_dump()):
+        help = "resume with the spec of the run (spec.surg in it), or train into a new folder"
+        raise fail("SURG054", f"`{folder}` is a run of another spec", help=help)
+
+
+def _meaning(value: Any) -> Any:
+    """A plan without its texts and places: comments and spaces may change while a run rests."""
+    if isinstance(value, dict):
+        return {name: _meaning(item) for name, item in value.items() if name not in ("place", "spec", "file")}
+    return [_meaning(item) for item in value] if isinstance(value, (list, tuple)) else value

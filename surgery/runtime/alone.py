@@ -1,0 +1,48 @@
+"""`python step.py --data FILE`: a compiled folder's training step without the command line, with the same losses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import surgery
+from surgery.compiler.diagnostics import SurgError, render
+from surgery.runtime.data import load_data, steps_of
+from surgery.runtime.models import load_tokenizer
+from surgery.runtime.run_folder import load_state
+from surgery.runtime.train import train
+
+
+def main(path: str, arguments: Sequence[str] | None = None) -> int:
+    """Run the step.py at `path` from its folder's start, a line per logged step; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python {Path(path).name}",
+        description="Run this training step over a data file, with the plan and the start of its folder.",
+    )
+    parser.add_argument("--data", metavar="FILE", help="rows to train on; left out: the file that the spec names")
+    parser.add_argument("--output", metavar="RUN", help="write a run folder; left out: nothing is written")
+    parser.add_argument("--device", help="cpu, cuda, ...; left out: a GPU if there is one")
+    options = parser.parse_args(arguments)
+    try:
+        _run(Path(path).resolve().parent, options.data, options.output, options.device)
+    except SurgError as error:
+        print(*map(render, error.diagnostics), sep="\n\n", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(folder: Path, file: str | None, output: str | None, device: str | None) -> None:
+    state = load_state(folder)
+    step = surgery.load(folder, device=device)
+    if state.step > 0:  # a trained run: its step, from the start that the seed gives
+        fresh = surgery.compile(surgery.parse(state.spec, folder=state.folder), device=device)
+        step.load_state_dict(fresh.state_dict())
+    tokenizer = load_tokenizer(step.plan.model, state.folder)
+    data = load_data(step.plan, state.folder, tokenizer, file, tuple(state.extra.get("labels", ())))
+    print(data.summary(), file=sys.stderr)
+    step.steps = steps_of(step.plan, len(data.train))
+    run = None if output is None else Path(output)
+    outcome = train(step, data, run, log=lambda text: print(text, flush=True))
+    print(f"{outcome.done} of {outcome.steps} steps in {outcome.seconds:.0f} s", file=sys.stderr)

@@ -1,0 +1,106 @@
+"""The verbs that need no model: help, fmt, explain, the schema; they start at once and never show a traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surgery.cli import main
+from surgery.cli.plan import schema_text
+
+ROOT = Path(__file__).parents[3]
+UGLY = '# a head\nmodel "org/tiny" {task=causal_lm}\nadapt **.query {with lora(rank=4)} # behind\n'
+
+
+def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "compile", "train", "eval", "merge", "methods", "fmt", "explain"])
+def test_every_verb_helps_with_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    code, out, _ = cli(capsys, verb, "--help")
+    assert code == 0 and "Example: surgery" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan"], ["fmt"], ["compile", "a.surg"], ["no_such_verb"], ["check", "a.surg", "--format", "xml"],
+     ["explain", "SURG999"], ["methods", "loraa"]],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert cli(capsys, *arguments)[0] == 2
+
+
+def test_help_and_fmt_import_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.surg").write_text(UGLY)
+    for arguments in (["--help"], ["fmt", str(tmp_path / "a.surg")], ["explain", "1"]):
+        code = (
+            "import sys\nfrom surgery.cli import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_fmt_is_in_place_and_idempotent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.surg"
+    file.write_text(UGLY)
+    assert cli(capsys, "fmt", "--check", str(file))[0] == 1
+    code, out, _ = cli(capsys, "fmt", "--diff", str(file))
+    assert code == 0 and "-model" in out and "+model" in out and file.read_text() == UGLY
+    assert cli(capsys, "fmt", str(file))[0] == 0
+    formatted = file.read_text()
+    assert formatted != UGLY and "# a head" in formatted and "# behind" in formatted
+    assert cli(capsys, "fmt", "--check", str(file))[0] == 0
+    assert json.loads(cli(capsys, "fmt", "--format", "json", str(file))[1]) == {"diagnostics": [], "changed": []}
+
+
+def test_fmt_reads_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(UGLY.encode())))
+    code, out, err = cli(capsys, "fmt", "-")
+    assert code == 0 and out.startswith("# a head\nmodel") and err == ""
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"adapt {", b"("])
+def test_bad_files_are_diagnostics(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
+    good, bad = tmp_path / "good.surg", tmp_path / "bad.surg"
+    good.write_text(UGLY)
+    if content is not None:
+        bad.write_bytes(content)
+    code, out, _ = cli(capsys, "fmt", "--format", "json", str(bad), str(good))
+    (found,) = json.loads(out)["diagnostics"][:1]
+    assert code == 1 and found["code"] in ("SURG001", "SURG011")
+    assert list(found) == "code severity message file line column end_line end_column notes help".split()
+    code, out, err = cli(capsys, "fmt", str(bad))
+    assert code == 1 and out == "" and "error[SURG0" in err and "Traceback" not in err
+    assert good.read_text() != UGLY
+
+
+def test_explain_has_a_page_of_the_same_form_for_every_code(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[dict[str, Any]] = json.loads(cli(capsys, "explain", "--format", "json")[1])["codes"]
+    assert len(codes) > 30
+    for entry in codes:
+        code, out, _ = cli(capsys, "explain", entry["code"].lower())
+        assert code == 0 and out.startswith(f"# {entry['code']}: {entry['title']}\n") and entry["title"]
+        heads = [line for line in out.splitlines() if line.startswith("## ")]
+        assert heads == ["## What", "## Why", "## Example", "## Fix"], entry["code"]
+
+
+def test_the_published_schema_is_the_present_one(capsys: pytest.CaptureFixture[str]) -> None:
+    published = ROOT / "docs" / "plan.schema.json"
+    assert published.read_text() == schema_text(), "renew it: surgery plan --schema > docs/plan.schema.json"
+    assert json.loads(cli(capsys, "plan", "--schema")[1])["title"] == "Plan"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = cli(capsys, "--version")
+    assert code == 0 and out.strip()

@@ -1,0 +1,73 @@
+"""The plan as a table: equal sites are one row, whose pattern could stand in a spec."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from surgery.cli.plan_table import fold, folded_path, print_plan
+from surgery.compiler.plan import Candidate, Facts, ModelPlan, Place, Plan, Site, Totals, WholeParameter
+
+FACTS = Facts(
+    identity_at_start=True, rank_bound=8, merges=True, exports_as_lora=True, keeps_zeros=False, moves_base=False,
+    needs_dense_weight=False,
+)  # fmt: skip
+PLACE = Place(file="demo.surg", line=1, column=1, start=0, end=1)
+
+
+def site(path: str, **changes: Any) -> Site:
+    values = {
+        "path": path, "parameter": f"{path}.weight", "module_class": "Linear", "kind": "query", "layer": 0,
+        "shape": (384, 384), "transposed": False, "bias": True, "rule": 0, "formula": "f", "method": "lora(rank = 8)",
+        "rank": 8, "tensors": (), "trainable": 6144, "frozen": 0, "strategy": "branch", "reason": "fewer products",
+        "facts": FACTS, "place": PLACE,
+        "candidates": (Candidate(strategy="branch", flops=10**9, bytes=10**6, legal=True, reason="[x @ A.T]"),),
+    }  # fmt: skip
+    return Site.model_validate(values | changes)
+
+
+def plan(*sites: Site) -> Plan:
+    return Plan(
+        spec="", file="demo.surg", sites=sites, formulas={}, tokens=2048,
+        model=ModelPlan(source="hub", name="org/tiny", architecture="Tiny", parameters=1000),
+        trained=(WholeParameter(name="classifier.weight", shape=(8, 384), numbers=3072, lr=5e-3, place=PLACE),),
+        totals=Totals(sites=len(sites), trainable=6144 * len(sites) + 3072, frozen=0, model=10**6, share=0.015),
+    )  # fmt: skip
+
+
+def table(plan: Plan, verbose: bool = False) -> str:
+    stream = io.StringIO()
+    print_plan(Console(file=stream, width=220), plan, verbose)
+    return stream.getvalue()
+
+
+def test_paths_fold_into_one_pattern() -> None:
+    assert folded_path(["a.0.b", "a.1.b", "a.2.b"]) == "a.[0..2].b"
+    assert folded_path(["a.1.b", "a.5.b"]) == "a.{1,5}.b"
+    assert folded_path(["a.0.e.0.w", "a.0.e.1.w", "a.1.e.0.w", "a.1.e.1.w"]) == "a.[0..1].e.[0..1].w"
+    assert folded_path(["a.7.b"]) == "a.7.b"
+
+
+def test_only_equal_sites_fold() -> None:
+    sites = [site(f"layer.{number}.q") for number in range(3)]
+    groups = fold([*sites, site("layer.3.q", shape=(1, 2)), site("layer.0.k"), site("layer2.0.q")])
+    assert [len(group) for group in groups] == [3, 1, 1, 1]
+
+
+def test_the_table_has_everything() -> None:
+    text = table(plan(*(site(f"encoder.layer.{number}.query") for number in range(6))))
+    for words in ("encoder.layer.[0..5].query", "384 x 384", "lora(rank = 8)", "36,864", "rank <= 8", "exports as LoRA",
+                  "branch (6 sites): fewer products", "classifier.weight", "8 x 384", "0.005", "1.500%"):  # fmt: skip
+        assert words in text
+    assert "layer.3" not in text
+
+
+def test_verbose_shows_every_site_and_every_way() -> None:
+    text = table(plan(*(site(f"encoder.layer.{number}.query") for number in range(6))), verbose=True)
+    assert "encoder.layer.3.query" in text and "branch (chosen)" in text and "[x @ A.T]" in text
+
+
+def test_a_plan_without_sites_prints() -> None:
+    assert "classifier.weight" in table(plan())
