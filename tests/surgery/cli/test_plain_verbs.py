@@ -79,7 +79,18 @@ def test_bad_files_are_diagnostics(tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, _ = cli(capsys, "fmt", "--format", "json", str(bad), str(good))
     (found,) = json.loads(out)["diagnostics"][:1]
     assert code == 1 and found["code"] in ("SURG001", "SURG011")
-    assert list(found) == "code severity message file line column end_line end_column notes help".split()
+    assert list(found) == [
+        "code",
+        "severity",
+        "message",
+        "file",
+        "line",
+        "column",
+        "end_line",
+        "end_column",
+        "notes",
+        "help",
+    ]
     code, out, err = cli(capsys, "fmt", str(bad))
     assert code == 1 and out == "" and "error[SURG0" in err and "Traceback" not in err
     assert good.read_text() != UGLY
