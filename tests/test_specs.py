@@ -1,4 +1,4 @@
-"""Every file in `specs/` is planned, those with a tiny model are trained too, and the plan of a 70B shape is measured."""
+"""Every file in `specs/` is planned, those with a tiny model are trained, and the plan of a 70B shape is measured."""
 
 from __future__ import annotations
 
