@@ -115,7 +115,7 @@ def plain(exported: ExportedProgram, model: nn.Module, inputs: tuple[str, ...], 
         copied[node] = values  # type: ignore[assignment]
 
     outputs = list(copy_nodes(source, source.graph))
-    graph.output(outputs[0] if single else outputs)
+    graph.output(outputs[0] if single else outputs).meta = {"nn_module_stack": _root_stack(model)}
     _drive_training(graph, training)
     _simplify(graph)
     drop_dead_nodes(graph)
