@@ -12,9 +12,10 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra import facts, instance, telescope
 from surgery.compiler.algebra.evaluate import whole_of
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
+from surgery.compiler.algebra.method import COORDINATES, names_in
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.plan import (
-    EventPlan, Facts, Formula, Plan, Site, TensorPlan, Totals, WholeParameter,
+    EventPlan, Facts, Formula, ModelPlan, Plan, Site, TensorPlan, Totals, WholeParameter,
 )  # fmt: skip
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
@@ -123,7 +124,8 @@ class _Resolver:
         self.sites.append(
             Site(
                 path=weight.path, parameter=weight.parameter, module_class=weight.module_class, kind=kind, layer=layer,
-                shape=(weight.outputs, weight.inputs), transposed=weight.transposed, bias=weight.bias, rule=index,
+                shape=(weight.outputs, weight.inputs), dtype=weight.dtype, untied=rule.alias == "untie",
+                transposed=weight.transposed, bias=weight.bias, rule=index,
                 formula=key, method=_call(rule), rank=formula.rank, tensors=tensors,
                 trainable=sum(tensor.numbers for tensor in first if tensor.role == "train"),
                 frozen=sum(tensor.numbers for tensor in first if tensor.role != "train"),
@@ -164,8 +166,6 @@ class _Resolver:
         return key, formula, proved, update
 
     def _coordinates(self, rule: Rule) -> list[str]:
-        from surgery.compiler.algebra.method import COORDINATES, names_in
-
         return sorted(COORDINATES & set().union(*(names_in(statement) for statement in rule.method.statements)))
 
     def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
@@ -195,7 +195,7 @@ class _Resolver:
                 required = Note("the requirement", condition_span)
                 self.diagnostics.error("SURG028", message, with_span, notes=[required, where])
         proved = facts.prove(formula)
-        self._check_update(rule, weight, formula, proved.moves_base, with_span)
+        self._check_update(rule, weight, formula, proved.moves_base)
         rank_bound = None if proved.rank is None else whole_of(proved.rank)
         known = Facts(
             identity_at_start=proved.identity_at_start, rank_bound=rank_bound, merges=proved.merges,
@@ -204,7 +204,7 @@ class _Resolver:
         )  # fmt: skip
         return None if failed else (formula, known)
 
-    def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula, moves: bool, span: object) -> None:
+    def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula, moves: bool) -> None:
         if not moves:
             return
         reason = telescope.why_not(formula)
@@ -252,16 +252,14 @@ class _Resolver:
         """Everything that was found, with its totals."""
         program, skeleton = self.program, self.skeleton
         trainable = sum(site.trainable for site in self.sites) + sum(entry.numbers for entry in trained)
-        from surgery.compiler.plan import ModelPlan
-
         model = program.model or ModelPlan(source="given", name=type(skeleton.model).__name__)
         own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
-        borrowed = {rule.method.name: rule.method for rule in program.rules if rule.method.name not in own}
+        borrowed = [rule.method for rule in program.rules if rule.method.name not in own]
         step, data = program.step, program.data
         rows = step.micro_batch or step.batch
         return Plan(
             spec=program.source.text, file=program.source.name,
-            library=show(nodes.Tree(tuple(borrowed.values()))) if borrowed else "",
+            library={method.span.source.name: method.span.source.text for method in borrowed if method.span},
             model=model.model_copy(
                 update={
                     "architecture": type(skeleton.model).__name__, "parameters": skeleton.numbers,

@@ -17,23 +17,23 @@ HALF = ("bfloat16", "float16")
 OPERATIONS_PER_BYTE = 15
 
 
-def run(plan: Plan, dtypes: dict[str, str]) -> Plan:
-    """Choose how every site is run; `dtypes` has the dtype of each site's W by path. Raises SURG032 for an illegal wish."""
+def run(plan: Plan) -> Plan:
+    """Choose how every site is run. Raises SURG032 where the spec forces a way that is not legal."""
     diagnostics = Diagnostics()
     known: dict[tuple[str, str, str], tuple[str, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
-        key = (site.formula, dtypes[site.path], site.strategy)
+        key = (site.formula, site.dtype, site.strategy)
         if key not in known:
-            known[key] = _choose(plan, site, dtypes[site.path], diagnostics)
+            known[key] = _choose(plan, site, diagnostics)
         strategy, reason, candidates = known[key]
         sites.append(site.model_copy(update={"strategy": strategy, "reason": reason, "candidates": candidates}))
     diagnostics.raise_errors()
     return plan.model_copy(update={"sites": tuple(sites)})
 
 
-def _choose(plan: Plan, site: Site, dtype: str, diagnostics: Diagnostics) -> tuple[str, str, tuple[Candidate, ...]]:
-    formula = instance(plan, site.formula)
+def _choose(plan: Plan, site: Site, diagnostics: Diagnostics) -> tuple[str, str, tuple[Candidate, ...]]:
+    formula, dtype = instance(plan, site.formula), site.dtype
     illegal = {"fold": "dropout acts on its input alone"} if formula.dropout else {}
     costs = {
         strategy: _measure(plan, site.formula, strategy, dtype, site.tensors[0].dtype if site.tensors else dtype)

@@ -69,8 +69,10 @@ class Site(Record):
     kind: str  # the path below its block: attention.self.query
     layer: int | None  # number of its block among the rule's blocks
     shape: tuple[int, int]  # [out, in], the logical matrix
+    dtype: str  # of W
     transposed: bool  # stored as [in, out] (Conv1D)
     bias: bool
+    untied: bool = False  # takes a weight of its own out of a tied pair
     rule: int  # index of the adapt rule in the spec
     formula: str  # key into Plan.formulas
     method: str  # "lora(rank = 8, alpha = 16)"
@@ -204,7 +206,7 @@ class Plan(Record):
     version: int = 1
     spec: str  # the text of the spec
     file: str  # name of the spec's file
-    library: str = ""  # text of the methods that the spec uses but does not define
+    library: dict[str, str] = Field(default_factory=dict)  # texts by file name of the methods that it does not define
     model: ModelPlan
     sites: tuple[Site, ...]
     formulas: dict[str, Formula]

@@ -32,23 +32,28 @@ def build(method: nodes.Method, formula: Formula) -> MethodFormula:
     return telescoped(found) if formula.telescope else found
 
 
+Texts = tuple[tuple[str, str], ...]
+
+
 @functools.lru_cache(maxsize=32)
-def _methods(file: str, spec: str, library: str) -> Mapping[str, nodes.Method]:
+def _methods(texts: Texts) -> Mapping[str, nodes.Method]:
     found: dict[str, nodes.Method] = {}
-    for source in (Source("methods", library), Source(file, spec)):  # the spec's own win
-        found |= {item.name: item for item in p1_parse.run(source).items if isinstance(item, nodes.Method)}
+    for name, text in texts:
+        tree = p1_parse.run(Source(name, text))
+        found |= {item.name: item for item in tree.items if isinstance(item, nodes.Method)}
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _instance(file: str, spec: str, library: str, formula: str) -> MethodFormula:
+def _instance(texts: Texts, formula: str) -> MethodFormula:
     record = Formula.model_validate_json(formula)
-    return build(_methods(file, spec, library)[record.method], record)
+    return build(_methods(texts)[record.method], record)
 
 
 def instance(plan: Plan, key: str) -> MethodFormula:
     """The algebra of one of the plan's formulas."""
-    return _instance(plan.file, plan.spec, plan.library, plan.formulas[key].model_dump_json())
+    texts = (*plan.library.items(), (plan.file, plan.spec))  # the spec's own methods win
+    return _instance(texts, plan.formulas[key].model_dump_json())
 
 
 def effective_weight(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

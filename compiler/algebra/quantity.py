@@ -88,7 +88,7 @@ class Quantity:
         kept = [(monomial, _tidy(factor)) for monomial, factor in terms.items() if factor != 0]
         if len(kept) > MOST_TERMS:
             raise ArithmeticProblem("the expression has too many terms")
-        kept.sort(key=lambda term: [(atom.text, exponent) for atom, exponent in term[0]])
+        kept.sort(key=lambda term: (not term[0], [(atom.text, exponent) for atom, exponent in term[0]]))
         return Quantity(tuple(kept))
 
     @property

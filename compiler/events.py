@@ -1,0 +1,180 @@
+"""Events as programs of the step: each statement a small graph over one site's tensors, with its sites and condition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from surgery.compiler.algebra.condition import ALWAYS, Condition
+from surgery.compiler.algebra.evaluate import Evaluator, value_of, wider
+from surgery.compiler.algebra.facts import factor, is_scalar
+from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.telescope import SWITCH, ratio_of, snapshot_names
+from surgery.compiler.plan import Plan, Site
+
+BEFORE = "_before"
+
+
+@dataclass(frozen=True)
+class EventProgram:
+    """One statement of an event, for all sites of one size.
+
+    `graph` has a placeholder per tensor it reads or writes ("W", "A", and "A_before" for the value that was kept at
+    the start of the step) and works in place; `sites` names, per site, the weight behind each placeholder.
+    """
+
+    comment: str
+    phase: str  # "start" (before everything else in the step) or "after step"
+    condition: str  # Python over the whole numbers `step` and `steps`
+    keep: tuple[str, ...]  # placeholders to copy at the start of a step whose condition holds
+    function: str
+    graph: fx.Graph = field(compare=False)
+    sites: tuple[dict[str, str], ...] = ()
+
+
+def programs(plan: Plan) -> tuple[EventProgram, ...]:
+    """The plan's events in the order in which the step runs them."""
+    found: list[EventProgram] = []
+    for key in plan.formulas:
+        sites = [site for site in plan.sites if site.formula == key]
+        if not sites:
+            continue
+        formula = instance(plan, key)
+        original = formula
+        if plan.formulas[key].telescope:
+            original = _original(plan, key)
+            found += _snapshot(original, sites)
+        for event in formula.events:
+            for number, change in enumerate(event.changes):
+                found.append(_program(formula, event, change, number, sites))
+    return tuple(found)
+
+
+def _original(plan: Plan, key: str) -> MethodFormula:
+    literal = plan.formulas[key].model_copy(update={"telescope": False})
+    return instance(plan.model_copy(update={"formulas": {key: literal}}), key)
+
+
+class _Recorder:
+    """A graph that is written by running plain torch on proxies; placeholders appear as they are asked for."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        self.inputs: dict[str, fx.Proxy] = {}
+
+    def __getitem__(self, name: str) -> fx.Proxy:
+        if name not in self.inputs:
+            first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+            if first is None:
+                node = self.graph.placeholder(name)
+            else:
+                with self.graph.inserting_before(first):
+                    node = self.graph.placeholder(name)
+            self.inputs[name] = fx.Proxy(node, self.tracer)
+        return self.inputs[name]
+
+    def get(self, name: str, default: object = None) -> fx.Proxy:
+        return self[name]
+
+    def finish(self) -> fx.Graph:
+        self.graph.output(None)
+        self.graph.lint()
+        return self.graph
+
+
+def _comment(event: EventFormula) -> str:
+    place = f"{event.span.file}:{event.span.line}: " if event.span else ""
+    return place + event.text
+
+
+def _snapshot(formula: MethodFormula, sites: list[Site]) -> list[EventProgram]:
+    """The telescope's snapshot: at the start of the first step whose condition holds, what delta was is kept."""
+    (event,) = (event for event in formula.events if event.moves_base)
+    ratio = ratio_of(event, formula)
+    assert ratio is not None
+    recorder = _Recorder()
+    for name, copy in snapshot_names(formula).items():
+        recorder[copy].copy_(recorder[name])
+    recorder[SWITCH].fill_(float(value_of(ratio)))
+    comment = f"{_comment(event)}, read as its closed form: W stays, the start of the sum is kept"
+    program = EventProgram(
+        comment, "start", _first(event.when), (), f"{formula.name}_snapshot", recorder.finish(),
+        tuple(_names(recorder, site) for site in sites),
+    )  # fmt: skip
+    return [program]
+
+
+def _first(when: Condition) -> str:
+    """True at the first step of a condition that stays true: now, and not at the step before."""
+    if when == ALWAYS or when.value is True:
+        return "step == 0"
+    return f"({when.source}) and (step == 0 or not ({_at_previous_step(when).source}))"
+
+
+def _at_previous_step(when: Condition) -> Condition:
+    one = Quantity.of(1)
+
+    def earlier(part: Condition | Quantity | str | bool) -> Condition | Quantity | str | bool:
+        if isinstance(part, Condition):
+            return _at_previous_step(part)
+        # the condition stays true, so `step` stands alone on one side with factor one
+        if isinstance(part, Quantity) and "step" in part.symbols:
+            return part - one
+        return part
+
+    return Condition(when.operator, tuple(earlier(part) for part in when.parts))
+
+
+def _program(
+    formula: MethodFormula, event: EventFormula, change: ChangeFormula, number: int, sites: list[Site]
+) -> EventProgram:
+    recorder = _Recorder()
+    transposed, dtype = sites[0].transposed, wider(getattr(torch, sites[0].dtype))
+    weight = recorder["W"] if change.target == "W" else None
+    target = recorder[change.target]
+
+    def base() -> fx.Proxy:
+        stored = recorder["W"]
+        return stored.transpose(0, 1) if transposed else stored
+
+    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))  # type: ignore[arg-type]
+    if weight is not None:
+        _move(weight.transpose(0, 1) if transposed else weight, change, evaluator)
+    else:
+        value = evaluator(change.value)
+        write = {"=": "copy_", "+=": "add_", "*=": "mul_"}[change.operator]
+        getattr(target, write)(value)
+    keep = tuple(name for name in recorder.inputs if name.endswith(BEFORE))
+    suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
+    return EventProgram(
+        _comment(event), "after step", event.when.source, tuple(name.removesuffix(BEFORE) for name in keep),
+        f"{formula.name}_after_step{suffix}", recorder.finish(), tuple(_names(recorder, site) for site in sites),
+    )  # fmt: skip
+
+
+def _move(weight: fx.Proxy, change: ChangeFormula, evaluator: Evaluator) -> None:
+    """W in place; a change of bounded rank is one product that adds into W, never a matrix of its own."""
+    if change.operator == "+=" and not is_scalar(change.value):
+        factors = factor(change.value)
+        if factors is not None:
+            left, right = factors
+            weight.addmm_(evaluator(left), evaluator(right))
+            return
+    write = {"=": "copy_", "+=": "add_", "*=": "mul_"}[change.operator]
+    getattr(weight, write)(evaluator(change.value))
+
+
+def _dtypes(site: Site) -> dict[str, torch.dtype]:
+    known = {tensor.name: getattr(torch, tensor.dtype) for tensor in site.tensors}
+    return known | {f"{name}{BEFORE}": dtype for name, dtype in known.items()}
+
+
+def _names(recorder: _Recorder, site: Site) -> dict[str, str]:
+    keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter}
+    return {name: keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}
+

@@ -1,0 +1,158 @@
+"""Plan + Graph + Tensors -> Graph: torch.fx: one algebra node per planned weight use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.compiler.adapted import AdaptedSite
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.lower import Adaptation
+from surgery.compiler.diagnostics import Diagnostics
+from surgery.compiler.graph import TRAINING, Graph, put
+from surgery.compiler.graph import tensors as tensors_of
+from surgery.compiler.plan import Plan, Site
+from surgery.compiler.skeleton import module_weight
+from surgery.compiler.span import Source, Span
+
+LINEAR = (torch.ops.aten.linear.default, nn.functional.linear)
+ADDMM = (torch.ops.aten.addmm.default, torch.addmm)
+PREFIX = "adapted"
+
+
+def run(plan: Plan, graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
+    """Put an algebra node where a planned weight is used; the graph given is not changed. `tensors` are the method's, by key."""
+    return replace(graph, module=rewrite_module(graph.module, plan, tensors))
+
+
+def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """`run` on a GraphModule of one's own: `torch.export.export(...).module()`, or a symbolic trace with its call_modules.
+
+    Parameters are found by their names in the graph. Raises SURG041 for a weight that is not used by a linear operation.
+    """
+    twin = _twin(module)
+    named = tensors_of(twin)
+    training = next((node for node in twin.graph.nodes if node.op == "placeholder" and node.name == TRAINING), None)
+    diagnostics = Diagnostics()
+    uses = _uses(twin, plan)
+    for site in plan.sites:
+        span = Span(Source(site.place.file, plan.spec), site.place.start, site.place.end)
+        formula = instance(plan, site.formula)
+        weight = named.get(site.parameter)
+        if weight is None or not uses[site.path]:
+            diagnostics.error("SURG041", f"`{site.path}` is not used in the graph", span)
+            continue
+        if formula.dropout and training is None:
+            help_text = f"give the graph an input `{TRAINING}`, or drop the dropout"
+            diagnostics.error("SURG041", f"the graph cannot switch the dropout of `{site.path}` off", span, help=help_text)
+            continue
+        if site.untied and site.update == "literal":  # what moves here must not move its former partner
+            put(twin, site.parameter, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        for tensor in site.tensors:
+            put(twin, tensor.key, _stored(tensors[tensor.key], tensor.role))
+        dtypes = {tensor.name: tensors[tensor.key].dtype for tensor in site.tensors}
+        adaptation = Adaptation(formula, site.strategy or "branch", plan.tokens, weight.dtype, dtypes)
+        for number, node in enumerate(uses[site.path]):
+            operands = _operands(twin, node, site)
+            if operands is None:
+                message = f"`{site.parameter}` is used by {node.target}, which cannot be adapted"
+                diagnostics.error("SURG041", message, span)
+                continue
+            target = f"{PREFIX}.{site.path}" + (f".use_{number}" if number else "")
+            twin.add_submodule(target, AdaptedSite(site, adaptation, span))
+            _replace(twin, node, target, operands, site, training, span)
+    diagnostics.raise_errors()
+    twin.graph.lint()
+    twin.recompile()
+    return twin
+
+
+def _stored(tensor: Tensor, role: str) -> Tensor:
+    return nn.Parameter(tensor) if role == "train" and not isinstance(tensor, nn.Parameter) else tensor
+
+
+def _twin(module: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own nodes over the very same tensors and submodules."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, copied)
+    graph.output(result)
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    for node, twin in copied.items():
+        twin.meta = copy.copy(node.meta)
+    twin_module = fx.GraphModule(module, graph, type(module).__name__)
+    for name, tensor in tensors_of(module).items():  # GraphModule takes over only what the graph reads
+        put(twin_module, name, tensor, persistent=name in module.state_dict(keep_vars=True))
+    twin_module.train(module.training) if type(module).train is nn.Module.train else None
+    return twin_module
+
+
+def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[fx.Node]]:
+    """Per site the nodes that read its weight: by name, and by identity unless it is tied to another module's."""
+    named = tensors_of(module)
+    by_name = {site.parameter: site.path for site in plan.sites}
+    owners: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        owners.setdefault(id(tensor), []).append(name)
+    uses: dict[str, list[fx.Node]] = {site.path: [] for site in plan.sites}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            path = by_name.get(str(node.target))
+            if path is not None:
+                uses[path] += list(node.users)
+        elif node.op == "call_module" and f"{node.target}.weight" in by_name:
+            uses[by_name[f"{node.target}.weight"]].append(node)
+    return uses
+
+
+def _operands(
+    module: fx.GraphModule, node: fx.Node, site: Site
+) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """x, W and the bias of a linear operation on the site's weight, or None for any other operation."""
+
+    def is_weight(argument: object) -> bool:
+        return isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target == site.parameter
+
+    if node.op == "call_module":
+        owner = module.get_submodule(str(node.target))
+        if module_weight(owner) is None:
+            return None
+        with module.graph.inserting_before(node):
+            weight = module.graph.get_attr(site.parameter)
+            bias = module.graph.get_attr(f"{node.target}.bias") if owner.bias is not None else None
+        x = node.args[0]
+        # a Conv1D module takes any leading axes, its addmm takes rows: leave that one to exported graphs
+        return (x, weight, bias) if isinstance(x, fx.Node) and not site.transposed else None
+    if node.target in LINEAR and not site.transposed and len(node.args) >= 2 and is_weight(node.args[1]):
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        return x, weight, bias if isinstance(bias, fx.Node) else None
+    if node.target in ADDMM and site.transposed and len(node.args) == 3 and is_weight(node.args[2]) and not node.kwargs:
+        bias, x, weight = node.args
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
+        return x, weight, bias
+    return None
+
+
+def _replace(
+    module: fx.GraphModule, node: fx.Node, target: str, operands: tuple[fx.Node, fx.Node, fx.Node | None], site: Site,
+    training: fx.Node | None, span: Span,
+) -> None:  # fmt: skip
+    graph = module.graph
+    with graph.inserting_before(node):
+        stack = {"nn_module_stack": node.meta.get("nn_module_stack"), "span": span}
+        tensors = []
+        for tensor in site.tensors:
+            read = graph.get_attr(tensor.key)
+            read.meta.update(stack)
+            tensors.append(read)
+        x, weight, bias = operands
+        new = graph.call_module(target, (x, weight, bias, True if training is None else training, *tensors))
+    new.meta = {**node.meta, "span": span}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)

@@ -1,0 +1,72 @@
+"""Plan + Graph -> Graph: algebra to ops, in each site's strategy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.compiler.adapted import AdaptedSite
+from surgery.compiler.algebra.lower import Base
+from surgery.compiler.graph import Graph, drop_dead_nodes
+from surgery.compiler.p6_rewrite import PREFIX
+from surgery.compiler.p6_rewrite import _twin as twin_of
+
+
+def run(graph: Graph) -> Graph:
+    """Replace every algebra node by the operations of its strategy; the graph given is not changed."""
+    return replace(graph, module=lower_module(graph.module))
+
+
+def lower_module(module: fx.GraphModule) -> fx.GraphModule:
+    """`run` on a GraphModule."""
+    twin = twin_of(module)
+    for node in list(twin.graph.nodes):
+        owner = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(owner, AdaptedSite):
+            _lower(twin.graph, node, owner)
+    if PREFIX in twin._modules:
+        del twin._modules[PREFIX]
+    drop_dead_nodes(twin.graph)
+    twin.graph.lint()
+    twin.recompile()
+    return twin
+
+
+class _Recorder(fx.proxy.GraphAppendingTracer):
+    """Appends what the lowering computes on proxies; every node keeps the span and the module path of its site."""
+
+    def __init__(self, graph: fx.Graph, meta: dict[str, Any]) -> None:
+        super().__init__(graph)
+        self.meta = meta
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta = copy.copy(self.meta)
+        return node
+
+
+def _lower(graph: fx.Graph, node: fx.Node, owner: AdaptedSite) -> None:
+    kept = ("nn_module_stack", "span")
+    recorder = _Recorder(graph, {name: node.meta[name] for name in kept if name in node.meta})
+    x, weight, bias, training, *tensors = (
+        fx.Proxy(argument, recorder) if isinstance(argument, fx.Node) else argument for argument in node.args
+    )
+    dtype = _dtype_of(node.args[0], owner.adaptation.dtype)
+    adaptation = replace(owner.adaptation, dtype=dtype)
+    base = Base(weight, owner.site.transposed, owner.adaptation.dtype)
+    with graph.inserting_before(node):
+        y = adaptation(x, base, bias, dict(zip(owner.names, tensors, strict=True)), training)
+    assert isinstance(y, fx.Proxy)
+    if "val" in node.meta:
+        y.node.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(y.node)
+    graph.erase_node(node)
+
+
+def _dtype_of(x: Any, otherwise: torch.dtype) -> torch.dtype:
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    return value.dtype if isinstance(value, torch.Tensor) else otherwise

@@ -1,0 +1,178 @@
+"""The public functions: parse, plan, compile, apply, load, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.compiler.diagnostics import fail
+from surgery.compiler.program import Program
+from surgery.compiler.span import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from surgery.compiler.plan import Plan
+    from surgery.runtime.step import TrainingStep
+
+LARGEST_SPEC = 1 << 20  # bytes; p1 refuses a larger text, this keeps it from being read at all
+
+
+def parse(path_or_text: str | Path, folder: str | Path | None = None) -> Program:
+    """A checked program from a `.surg` file or from text; text is what has a brace, a newline or no `.surg` at its end.
+
+    `folder` is where the files named in the spec are looked for (default: the file's own, for text the current one).
+    Raises `SurgError` with everything that is wrong.
+    """
+    from surgery.compiler import p1_parse, p2_check
+
+    text = str(path_or_text)
+    if isinstance(path_or_text, Path) or (text.endswith(".surg") and "\n" not in text and "{" not in text):
+        path = Path(path_or_text)
+        return p2_check.run(p1_parse.run(_read(path)), Path(folder) if folder else path.parent)
+    return p2_check.run(p1_parse.run(Source("<text>", text)), Path(folder) if folder else Path())
+
+
+def _read(path: Path) -> Source:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_SPEC:
+            raise fail("SURG010", f"`{path}` has {size} bytes; a spec has at most {LARGEST_SPEC}")
+        return Source(str(path), path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise fail("SURG011", f"`{path}` is no UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise fail("SURG011", f"`{path}` cannot be read: {error.strerror}") from error
+
+
+def plan(program: Program, model: nn.Module | None = None, *, allow_code: bool = False) -> Plan:
+    """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
+
+    No weights are loaded. Raises `SurgError` with everything that does not fit the model.
+    """
+    from surgery.compiler import pipeline
+    from surgery.runtime.models import load_skeleton
+
+    if model is None:
+        model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
+    return pipeline.resolve(program, model)
+
+
+def _model_of(program: Program) -> Any:
+    if program.model is None:
+        help_text = 'add `model "org/name" { task = ... }`, or give the model in Python'
+        raise fail("SURG030", "the program names no model", program.tree.span, help=help_text)
+    return program.model
+
+
+def compile(
+    program: Program, model: nn.Module | None = None, example_inputs: Mapping[str, torch.Tensor] | None = None,
+    device: str | torch.device | None = None, calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    *, allow_code: bool = False,
+) -> TrainingStep:  # fmt: skip
+    """The training step of a program: the model captured as a graph, rewritten, and emitted as code that runs.
+
+    `model` (any `nn.Module`) is left as it is, and stands for the spec's; else the spec's is loaded. `example_inputs`
+    are made from the task and the config where they are left out. `device`: default the given model's, else a GPU if
+    there is one. No method that is built yet reads `calibration` batches. Raises `SurgError`.
+    """
+    import torch
+
+    from surgery.compiler import p5_capture, pipeline
+    from surgery.compiler.graph import tensors
+    from surgery.runtime.examples import example_inputs as make_examples
+    from surgery.runtime.initialise import initialise
+    from surgery.runtime.models import load_model
+    from surgery.runtime.step import TrainingStep
+
+    if calibration is not None:
+        raise fail("SURG008", "calibration data is not built yet: no method of the library reads it")
+    if model is None:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
+    made = pipeline.resolve(program, model)
+    task = made.model.task
+    where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
+    examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
+    examples = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in examples.items()}
+    graph = p5_capture.run(model, examples, task)
+    graph = pipeline.rewrite(made, graph, initialise(made, tensors(graph.module)))
+    return TrainingStep(made, graph, model, folder=program.folder, device=device)
+
+
+def apply(program_or_run: Program | str | Path, model: nn.Module) -> nn.Module:
+    """Module scope: the chosen modules are replaced in place, all or none, everything else is frozen; gives the model.
+
+    With a run folder the trained tensors are put in as well. Raises SURG060 for programs that need a step's clock.
+    """
+    from surgery.runtime.modules import apply_program, apply_run
+
+    if isinstance(program_or_run, Program):
+        return apply_program(program_or_run, model)
+    return apply_run(Path(program_or_run), model)
+
+
+def load(
+    directory: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None,
+    allow_code: bool = False,
+) -> TrainingStep:  # fmt: skip
+    """The training step of a run folder or a compiled folder, as it was saved; `model` where the spec names none."""
+    from surgery.runtime.run_folder import load_state
+
+    state = load_state(directory)
+    step = compile(parse(state.spec, folder=state.folder), model, device=device, allow_code=allow_code)
+    step.load_state_dict(state.state)
+    return step
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method of the library with what is proved of it; `rank_bound` is a text such as "rank", None if full."""
+
+    name: str
+    parameters: tuple[str, ...]
+    equation: str
+    source: str
+    text: str
+    identity_at_start: bool
+    rank_bound: str | None
+    merges: bool
+    exports_as_lora: bool
+    keeps_zeros: bool
+    moves_base: bool
+    needs_dense_weight: bool
+    needs_calibration: bool
+
+
+def methods() -> list[MethodInfo]:
+    """Every method of the library, in the order of the names."""
+    from surgery.compiler import nodes
+    from surgery.compiler.algebra.facts import prove
+    from surgery.compiler.algebra.method import bind_arguments, elaborate
+    from surgery.compiler.algebra.quantity import Quantity
+    from surgery.compiler.library import library
+    from surgery.compiler.p2_check import SYMBOLIC
+    from surgery.compiler.printer import show
+
+    found = []
+    for name, node in library().items():
+        formula, problems = elaborate(node, bind_arguments(node, None), {size: Quantity.symbol(size) for size in SYMBOLIC})
+        problems.raise_errors()
+        assert formula is not None
+        facts = prove(formula)
+        parameters = tuple(
+            f"{entry.name}: {entry.kind}" + ("" if entry.default is None else f" = {show(entry.default)}")
+            for entry in node.parameters
+        )
+        found.append(
+            MethodInfo(
+                name, parameters, formula.equation, " ".join(line for line in node.comments if line).lstrip("# "),
+                show(nodes.Tree((node,))), facts.identity_at_start, None if facts.rank is None else str(facts.rank),
+                facts.merges, facts.exports_as_lora, facts.keeps_zeros, facts.moves_base, facts.needs_dense_weight,
+                facts.needs_calibration,
+            )
+        )  # fmt: skip
+    return found
