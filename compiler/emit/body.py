@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from surgery.compiler.emit.naming import Names, by_operation, operation, snake
+from surgery.compiler.emit.naming import Names, by_operation, is_skip, operation, snake
 from surgery.compiler.emit.outline import module_path
 from surgery.compiler.emit.spelling import Text, spell
 from surgery.compiler.span import Span
@@ -61,12 +61,9 @@ class Body:
             return self.text(argument)
 
         spell(node, record)
-        count = len(needed)
-        tail = [waiting for waiting, _ in self._pending[len(self._pending) - count :]]
-        if needed and (tail != needed or self._longer(node, count)):
-            self._flush(wanted)
-            count = 0
-        nested = dict(self._pending[len(self._pending) - count :]) if count else {}
+        count = self._nestable(node, needed)
+        self._flush(wanted, leave=count)
+        nested = dict(self._pending)
         text = spell(node, lambda argument: nested[argument] if argument in nested else self.text(argument))
         del self._pending[len(self._pending) - count :]
         if any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values())):
@@ -77,12 +74,19 @@ class Body:
         self._flush(wanted)
         self._assign(node, text, wanted)
 
-    def _longer(self, node: fx.Node, count: int) -> bool:
-        nested = dict(self._pending[len(self._pending) - count :])
-        if all(len(text.source) <= _SHORT for text in nested.values()):
-            return False
-        text = spell(node, lambda argument: nested[argument] if argument in nested else self.text(argument))
-        return len(text.source) > _NESTED
+    def _nestable(self, node: fx.Node, needed: list[fx.Node]) -> int:
+        """How many of the waiting expressions may stand inside this one: the last ones, in the order of its arguments."""
+        for count in range(len(needed), 0, -1):
+            tail = self._pending[len(self._pending) - count :]
+            if [waiting for waiting, _ in tail] != needed[len(needed) - count :]:
+                continue
+            nested = dict(tail)
+            if all(len(text.source) <= _SHORT for text in nested.values()):
+                return count
+            text = spell(node, lambda argument, nested=nested: nested.get(argument) or _stand_in(self, argument))  # type: ignore[misc]
+            if len(text.source) <= _NESTED:
+                return count
+        return 0
 
     def _may_nest(self, node: fx.Node, inside: set[fx.Node], wanted: dict[fx.Node, str]) -> bool:
         """Read exactly once, in this body, and not the result of a module, which deserves its name."""
@@ -90,7 +94,8 @@ class Body:
             return False
         user = next(iter(node.users))
         uses = sum(argument is node for argument in _flat((user.args, tuple(user.kwargs.values()))))
-        return user in inside and uses == 1 and operation(node) not in ("scaled_dot_product_attention", "getitem")
+        telling = operation(node) in ("scaled_dot_product_attention", "getitem") or is_skip(node)
+        return user in inside and uses == 1 and not telling
 
     def _is_result(self, node: fx.Node) -> bool:
         path = module_path(node)
@@ -99,8 +104,10 @@ class Body:
     def _has_children(self, path: str) -> bool:
         return any(other.startswith(path + ".") for other in self._modules)
 
-    def _flush(self, wanted: dict[fx.Node, str]) -> None:
-        pending, self._pending = self._pending, []
+    def _flush(self, wanted: dict[fx.Node, str], leave: int = 0) -> None:
+        """Give names to the waiting expressions, but for the last `leave`."""
+        cut = len(self._pending) - leave
+        pending, self._pending = self._pending[:cut], self._pending[cut:]
         for node, text in pending:
             self._assign(node, text, wanted)
 
@@ -141,6 +148,11 @@ class Body:
         place = (Path(span.file).name, span.line) if isinstance(span, Span) else None
         new, self._place = place is not None and place != self._place, place
         return f"{place[0]}:{place[1]}" if new and place is not None else ""
+
+
+def _stand_in(body: Body, argument: fx.Node) -> Text:
+    known = argument.op == "get_attr" or argument in body.known
+    return body.text(argument) if known else Text("a_name_to_come")
 
 
 def _flat(value: object) -> list[object]:

@@ -36,9 +36,12 @@ class Forward:
     block_functions: tuple[str, ...]
 
 
-def forward_source(graph: Graph) -> Forward:
-    """Python for the forward of a graph: the same operations in the same order as its GraphModule runs them."""
-    module_graph = tidy(graph.copy().module.graph)
+def forward_source(graph: Graph, autocast: bool = False) -> Forward:
+    """Python for the forward of a graph: the same operations in the same order as its GraphModule runs them.
+
+    With `autocast` the types in the graph are not those at run time, so that every cast stays.
+    """
+    module_graph = tidy(graph.copy().module.graph, autocast)
     inline: frozenset[str] = frozenset()
     while True:
         items = outline(module_graph, inline)
@@ -50,29 +53,37 @@ def forward_source(graph: Graph) -> Forward:
         inline = inline | lonely
 
 
-def tidy(graph: fx.Graph) -> fx.Graph:
+def tidy(graph: fx.Graph, autocast: bool = False) -> fx.Graph:
     """Let equal sizes be read from one place and take out what does nothing; works in place and returns `graph`."""
     seen: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
+        value = node.meta.get("val")
+        twin: Any = None
         if node.op != "call_function":
             continue
-        value = node.meta.get("val")
         if node.target is torch.ops.aten.sym_size.int and isinstance(value, torch.SymInt):
-            first = seen.setdefault(str(value.node.expr), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-        elif node.target is torch.ops.aten.add.Tensor and _adds_nothing(node):
-            node.replace_all_uses_with(node.args[0])
+            twin = seen.setdefault(str(value.node.expr), node)
+        elif _adds_nothing(node) or (not autocast and _casts_nothing(node)):
+            twin = node.args[0]
+        if isinstance(twin, fx.Node) and twin is not node:
+            node.replace_all_uses_with(twin)
             graph.erase_node(node)
     drop_dead_nodes(graph)
     return graph
 
 
+def _casts_nothing(node: fx.Node) -> bool:
+    """`x.to(x.dtype)`, which gives back x itself."""
+    if node.target is not torch.ops.aten.to.dtype or len(node.args) != 2 or node.kwargs:
+        return False
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == node.args[1]
+
+
 def _adds_nothing(node: fx.Node) -> bool:
     """`positions + 0`, as transformers writes it for an empty cache; exact, since the numbers are whole."""
     value = node.meta.get("val")
-    whole = isinstance(value, torch.Tensor) and value.dtype == torch.int64
+    whole = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and node.target is torch.ops.aten.add.Tensor
     return whole and len(node.args) == 2 and type(node.args[1]) is int and node.args[1] == 0
 
 
@@ -132,12 +143,16 @@ class _Writer:
                 lengths += 1
                 self.shared[node] = "length" if lengths == 1 else self.names.claim(f"{first}_length")
 
-    def _is_carried(self, node: fx.Node, stack: str) -> bool:
+    def _is_carried(self, node: fx.Node, block: Block) -> bool:
         """Whether a block's input flows from block to block, rather than being read by all of them."""
         value = node.meta.get("val")
-        if node in self.shared or not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+        if node in self.placeholders or not (isinstance(value, torch.Tensor) and value.is_floating_point()):
             return False
-        return sum(node in block.inputs for block in self.blocks if block.stack == stack) < 2
+        made = any(node in other.outputs for other in self.blocks if other.stack == block.stack)
+        return made or not (self._is_read_by_all(node, block.stack) or describe(node) == "mask")
+
+    def _is_read_by_all(self, node: fx.Node, stack: str) -> bool:
+        return all(node in block.inputs for block in self.blocks if block.stack == stack)
 
     def _shared_name(self, node: fx.Node) -> str:
         if node not in self.shared:
@@ -149,13 +164,16 @@ class _Writer:
     def _write_block(self, block: Block) -> Call:
         names = Names(frozenset(self.names.used))
         known: dict[fx.Node, str] = {}
-        carried = tuple(node for node in block.inputs if self._is_carried(node, block.stack))
+        carried = tuple(node for node in block.inputs if self._is_carried(node, block))
         for node in carried:
             known[node] = Names.next_of(self.flow[block.stack], known.values())
             names.used.add(known[node])
         others = [node for node in block.inputs if node not in carried]
         for node in others:
-            known[node] = self._shared_name(node)
+            shared = self._shared_name(node)
+            if node not in self.placeholders and not self._is_read_by_all(node, block.stack):
+                shared = Names.next_of(describe(node), known.values())  # each block has its own, under one name
+            known[node] = shared
             names.used.add(known[node])
         outside: dict[str, str] = {}  # weights of other modules: passed by the caller
 
@@ -168,7 +186,7 @@ class _Writer:
 
         body = Body(known, weight, names, set(block.outputs), within=block.path)
         body.write(block.nodes)
-        order = sorted(others, key=lambda node: (self.shared[node] == TRAINING, isinstance(node.meta.get("val"), torch.SymInt)))
+        order = sorted(others, key=lambda node: (self.shared[node] == TRAINING, _kind(node) != "Tensor"))
         parameters = ["w: Weights", *(f"{known[node]}: Tensor" for node in carried), *(f"{name}: Tensor" for name in outside.values())]
         parameters += [f"{known[node]}: {_kind(node)}" for node in order]
         if body.uses_device:
@@ -185,11 +203,14 @@ class _Writer:
         return Call(block, function, carried, (*passed, *(["device"] if body.uses_device else [])))
 
     def _name_functions(self) -> None:
-        by_class: dict[str, list[Function]] = {}
+        alike: dict[str, list[Function]] = {}
         for function in self.functions.values():
-            by_class.setdefault(snake(function.class_name), []).append(function)
+            stack = function.blocks[0].stack
+            same = {other.blocks[0].stack for other in self.functions.values() if other.class_name == function.class_name}
+            prefix = f"{stack.split('.')[0]}_" if len(same) > 1 else ""
+            alike.setdefault(snake(prefix + snake(function.class_name)), []).append(function)
         names = Names(frozenset(self.names.used))
-        for stem, functions in by_class.items():
+        for stem, functions in alike.items():
             for function in functions:
                 first = function.blocks[0]
                 function.name = names.claim(stem if len(functions) == 1 else f"{stem}_{first.index}")

@@ -34,7 +34,7 @@ _SUFFIXES = re.compile("_(heads|" + "|".join(sorted(set(_SHAPED.values()) | {r"f
 
 def snake(name: str) -> str:
     """`LlamaDecoderLayer` to `llama_decoder_layer`, `SelfAttention` to `self_attention`; always an identifier."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     name = re.sub(r"\W+", "_", name).strip("_") or "value"
     return f"_{name}" if name[0].isdigit() else name
 
@@ -68,10 +68,9 @@ class Names:
 
 def operation(node: fx.Node) -> str:
     """The bare name of what a node calls: `add`, `linear`, `getitem`."""
-    text = str(node.target)
-    if text.startswith("aten."):
-        return text.split(".")[1]
-    return str(getattr(node.target, "__name__", text)).rpartition(".")[2]
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).split(".")[1]
+    return str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
 
 
 def by_operation(node: fx.Node, base: str | None) -> str:
@@ -86,12 +85,12 @@ def by_operation(node: fx.Node, base: str | None) -> str:
         if isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point():
             return f"{stem}_heads"
         return f"{stem}_{_SHAPED[name]}"
-    if name == "add" and _is_skip(node):
+    if name == "add" and is_skip(node):
         return "residual"
     return _WORDS.get(name, snake(name))
 
 
-def _is_skip(node: fx.Node) -> bool:
+def is_skip(node: fx.Node) -> bool:
     """Whether an addition joins two activations of the same shape, as residual connections do."""
     values = [argument.meta.get("val") for argument in node.args[:2] if isinstance(argument, fx.Node)]
     if len(values) < 2 or not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):

@@ -51,8 +51,25 @@ def is_ordered(node: fx.Node) -> bool:
     """Whether a node draws random numbers or writes into a tensor, so that it must keep its place among such nodes."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+        if torch.Tag.nondeterministic_seeded in target.tags:
+            return True
+        return target._schema.is_mutable and not _writes_into_its_own(node, target)
     return node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def _writes_into_its_own(node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    """Whether all that is written was made by an operation just for this one: `(a * b).add_(c)`."""
+    written = [
+        node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for position, argument in enumerate(target._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    for value in written:
+        if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload) or len(value.users) != 1:
+            return False
+        if any(result.alias_info is not None for result in value.target._schema.returns):
+            return False
+    return True
 
 
 def outline(graph: fx.Graph, inline: frozenset[str] = frozenset()) -> list[Item]:
@@ -64,12 +81,6 @@ def outline(graph: fx.Graph, inline: frozenset[str] = frozenset()) -> list[Item]
         if not stuck:
             return order
         inline = inline | stuck
-
-
-def stacks_inside(graph: fx.Graph, stack: str) -> bool:
-    """Whether modules below the entries of `stack` are entries of a further list."""
-    pattern = re.compile(re.escape(stack) + r"\.\d+\..*\.?\d+(\.|$)")
-    return any(pattern.match(module_path(node)) for node in graph.nodes)
 
 
 _Place = tuple[str, int]
@@ -86,14 +97,14 @@ def _place(node: fx.Node, inline: frozenset[str]) -> _Place | None:
 
 
 def _hoist(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> dict[fx.Node, _Place]:
-    """Take out of a block what several other blocks of its stack read, if it is a preparation: T5's position bias."""
+    """Take out of a block what other blocks of its stack read, if it is a preparation: T5's position bias."""
     owner = dict(owner)
     for node in nodes:
         place = owner.get(node)
         if place is None:
             continue
         readers = {owner[user] for user in node.users if user in owner and owner[user] != place}
-        if sum(reader[0] == place[0] for reader in readers) < 2:
+        if all(reader[0] != place[0] for reader in readers):
             continue
         cone = _cone(node, owner)
         if cone is not None:

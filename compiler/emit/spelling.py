@@ -86,7 +86,7 @@ _TORCH = {
     "isnan", "isinf", "linspace", "log", "log1p", "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "maximum",
     "minimum", "mm", "mv", "ones", "ones_like", "outer", "pad", "reciprocal", "remainder", "repeat_interleave", "round",
     "rsqrt", "scalar_tensor", "searchsorted", "sigmoid", "sign", "sin", "sinh", "sqrt", "stack", "tan", "tanh", "tril", "triu",
-    "where", "zeros", "zeros_like", "softmax", "log_softmax", "cumprod", "topk", "square", "batch_norm", "rand_like", "bitwise_not",
+    "where", "zeros", "zeros_like", "softmax", "log_softmax", "sort", "histc", "floor_divide", "index_put", "cumprod", "topk", "square", "batch_norm", "rand_like", "bitwise_not",
     "randn_like", "diag", "diag_embed", "one_hot", "gather", "rms_norm", "hstack", "vstack", "kron", "flip", "div",
 }  # fmt: skip
 _FUNCTIONAL = {
@@ -202,6 +202,8 @@ class _Writer:
             return self.infix(*_INFIX[full], *arguments)
         if full == "rsub.Scalar" and len(arguments) == 2:
             return self.infix("-", SUM, arguments[1], arguments[0])
+        if full in ("min.other", "max.other"):
+            return self.call(f"torch.{name}", arguments, keywords)
         if full == "neg.default":
             return Text(f"-{self.value(arguments[0], UNARY)}", UNARY)
         if full == "bitwise_not.default":
