@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
 
-WIDE = 220  # columns of a table that goes to a file or a pipe, where nothing has to be wrapped
+WIDE = 320  # columns of a table that goes to a file or a pipe, where nothing has to be wrapped
 
 
 class Format(StrEnum):

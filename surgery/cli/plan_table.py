@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from surgery.compiler.plan import Facts, Plan, Site, StepPlan
 
+NARROW = 140
+NUMBERS = ("sites", "rank", "trained", "frozen")
+
 
 def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     """Print a plan; with `verbose` every site has its row, and each way to run it its cost."""
@@ -20,12 +24,13 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     console.print(Text(f"{model.name}: {model.architecture}, {model.parameters:,} numbers{task}"))
     groups = [[site] for site in plan.sites] if verbose else fold(plan.sites)
     if groups:
-        console.print(_sites(groups))
+        console.print(_sites(groups, console.width))
     if plan.trained:
         console.print(_trained(plan))
     _list(console, "equations", _equations(plan))
-    _list(console, "why", _reasons(plan.sites))
-    _list(console, "events", (f"{event.text}  ({event.update})" for event in plan.events))
+    _list(console, "events", dict.fromkeys(f"{event.text}  ({event.update})" for event in plan.events))
+    _list(console, "facts", _counted((site.method, facts_text(site.facts)) for site in plan.sites))
+    _list(console, "why", _counted((site.strategy, site.reason) for site in plan.sites))
     if verbose and plan.sites:
         console.print(_candidates(plan))
     console.print(Text(_step(plan.step)))
@@ -74,26 +79,27 @@ def facts_text(facts: Facts) -> str:
     return ", ".join(words + [word for word, holds in optional.items() if holds])
 
 
-def _sites(groups: list[list[Site]]) -> Table:
+def _sites(groups: list[list[Site]], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("path", "sites", "kind", "shape", "method", "rank", "trained", "frozen", "strategy", "facts"):
-        number = header in ("sites", "rank", "trained", "frozen")
-        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    # A narrow terminal does without the kind, which is the end of the path.
+    headers = ["path", "sites", "kind", "shape", "method", "rank", "trained", "frozen", "strategy"]
+    shown = [header for header in headers if width >= NARROW or header != "kind"]
+    for header in shown:
+        table.add_column(header, justify="right" if header in NUMBERS else "left", overflow="fold")
     for group in groups:
         site = group[0]
-        strategy = site.strategy if site.update == "none" else f"{site.strategy}, {site.update}"
-        table.add_row(*map(Text, (
-            folded_path([member.path for member in group]),
-            str(len(group)),
-            site.kind,
-            f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
-            site.method,
-            "full" if site.rank is None else str(site.rank),
-            f"{sum(member.trainable for member in group):,}",
-            f"{sum(member.frozen for member in group):,}",
-            strategy,
-            facts_text(site.facts),
-        )))  # fmt: skip
+        cells = {
+            "path": folded_path([member.path for member in group]),
+            "sites": str(len(group)),
+            "kind": site.kind,
+            "shape": f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
+            "method": site.method.partition("(")[0],
+            "rank": "full" if site.rank is None else str(site.rank),
+            "trained": f"{sum(member.trainable for member in group):,}",
+            "frozen": f"{sum(member.frozen for member in group):,}",
+            "strategy": site.strategy if site.update == "none" else f"{site.strategy}, {site.update}",
+        }
+        table.add_row(*(Text(cells[header]) for header in shown))
     return table
 
 
@@ -116,11 +122,9 @@ def _equations(plan: Plan) -> list[str]:
     return [f"{equation}  [{', '.join(dict.fromkeys(shapes))}]" for equation, shapes in sizes.items()]
 
 
-def _reasons(sites: Iterable[Site]) -> list[str]:
-    counts: dict[tuple[str, str], int] = {}
-    for site in sites:
-        counts[site.strategy, site.reason] = counts.get((site.strategy, site.reason), 0) + 1
-    return [f"{strategy} ({count} site{'s' * (count > 1)}): {reason}" for (strategy, reason), count in counts.items()]
+def _counted(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    counts = Counter(pairs)
+    return [f"{what} ({count} site{'s' * (count > 1)}): {said}" for (what, said), count in counts.items()]
 
 
 def _list(console: Console, title: str, lines: Iterable[str]) -> None:

@@ -71,7 +71,7 @@ def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Sit
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"
         _refuse(found, step, site, f"its effective weight {reason}")
         return
-    if _is_shared(model, weight):
+    if site.untied:
         weight = _untie(found, step, model, module, site)
     weight.copy_(rounded)
     bias, own = step.effective_bias(site.path), getattr(module, "bias", None)
@@ -81,12 +81,8 @@ def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Sit
         _refuse(found, step, site, f"it needs a bias, and this {site.module_class} has none")
 
 
-def _is_shared(model: nn.Module, weight: Tensor) -> bool:
-    return sum(tensor is weight for _, tensor in model.named_parameters(remove_duplicate=False)) > 1
-
-
 def _untie(found: Diagnostics, step: Mergeable, model: nn.Module, module: nn.Module, site: Site) -> nn.Parameter:
-    """Give a site on a tied weight its own one: only this use of the weight was adapted."""
+    """Give the site of an `untie` rule a weight of its own: only this use of the tied one was adapted."""
     weight: Tensor = module.get_parameter("weight")
     own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     module.weight = own

@@ -28,7 +28,15 @@ class Adapted:
 
     folder = Path(".")
 
-    def __init__(self, model: nn.Module, path: str, weight: float = 0.25, bias: float | None = None, **facts: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        weight: float = 0.25,
+        bias: float | None = None,
+        untied: bool = False,
+        **facts: bool,
+    ):
         self.model = model
         self.weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.added, self.added_bias = weight, bias
@@ -40,7 +48,8 @@ class Adapted:
         }  # fmt: skip
         site = Site(
             path=path, parameter=f"{path}.weight", module_class="Conv1D" if self.transposed else "Linear", kind=path,
-            layer=None, shape=(1, 1), transposed=self.transposed, bias=True, rule=0, formula="f", method="lora", rank=4,
+            layer=None, shape=(1, 1), transposed=self.transposed, dtype="float32", untied=untied, bias=True, rule=0,
+            formula="f", method="lora", rank=4,
             tensors=(), trainable=0, frozen=0, facts=Facts(**(known | facts)),
             place=Place(file="demo.surg", line=3, column=1, start=0, end=1),
         )  # fmt: skip
@@ -100,7 +109,7 @@ def test_whole_parameters_come_from_the_step() -> None:
 def test_an_adapted_head_is_untied_and_survives_a_plain_reload(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     ids = torch.arange(10)[None]
-    save_merged(Adapted(model, "lm_head"), tmp_path / "merged")
+    save_merged(Adapted(model, "lm_head", untied=True), tmp_path / "merged")
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert loaded.config.tie_word_embeddings is False and model.config.tie_word_embeddings is True
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
@@ -130,7 +139,7 @@ def test_a_head_that_the_class_always_ties_is_refused() -> None:
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
     if model.lm_head.weight is model.shared.weight:
-        assert "always ties" in refused(Adapted(model, "lm_head"))
+        assert "always ties" in refused(Adapted(model, "lm_head", untied=True))
 
 
 def test_targets_that_are_refused(tmp_path: Path) -> None:

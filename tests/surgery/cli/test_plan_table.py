@@ -20,7 +20,8 @@ PLACE = Place(file="demo.surg", line=1, column=1, start=0, end=1)
 def site(path: str, **changes: Any) -> Site:
     values = {
         "path": path, "parameter": f"{path}.weight", "module_class": "Linear", "kind": "query", "layer": 0,
-        "shape": (384, 384), "transposed": False, "bias": True, "rule": 0, "formula": "f", "method": "lora(rank = 8)",
+        "shape": (384, 384), "dtype": "float32", "transposed": False, "bias": True, "rule": 0,
+        "formula": "f", "method": "lora(rank = 8)",
         "rank": 8, "tensors": (), "trainable": 6144, "frozen": 0, "strategy": "branch", "reason": "fewer products",
         "facts": FACTS, "place": PLACE,
         "candidates": (Candidate(strategy="branch", flops=10**9, bytes=10**6, legal=True, reason="[x @ A.T]"),),
