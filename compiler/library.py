@@ -14,7 +14,7 @@ from surgery.compiler.span import Source
 def library() -> Mapping[str, nodes.Method]:
     """The methods by name; being in the folder is the registration, the file's name is the method's."""
     found: dict[str, nodes.Method] = {}
-    folder = importlib.resources.files("surgery.methods")
+    folder = importlib.resources.files("surgery") / "methods"
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if not entry.name.endswith(".surg"):
             continue

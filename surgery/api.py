@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 LARGEST_SPEC = 1 << 20  # bytes; p1 refuses a larger text, this keeps it from being read at all
 
 
-def parse(path_or_text: str | Path, folder: str | Path | None = None) -> Program:
+def parse(path_or_text: str | Path, folder: str | Path | None = None, name: str = "<text>") -> Program:
     """A checked program from a `.surg` file or from text; text is what has a brace, a newline or no `.surg` at its end.
 
-    `folder` is where the files named in the spec are looked for (default: the file's own, for text the current one).
-    Raises `SurgError` with everything that is wrong.
+    `folder` is where the files named in the spec are looked for (default: the file's own, for text the current one);
+    `name` is what diagnostics call a text. Raises `SurgError` with everything that is wrong.
     """
     from surgery.compiler import p1_parse, p2_check
 
@@ -33,7 +33,7 @@ def parse(path_or_text: str | Path, folder: str | Path | None = None) -> Program
     if isinstance(path_or_text, Path) or (text.endswith(".surg") and "\n" not in text and "{" not in text):
         path = Path(path_or_text)
         return p2_check.run(p1_parse.run(_read(path)), Path(folder) if folder else path.parent)
-    return p2_check.run(p1_parse.run(Source("<text>", text)), Path(folder) if folder else Path())
+    return p2_check.run(p1_parse.run(Source(name, text)), Path(folder) if folder else Path())
 
 
 def _read(path: Path) -> Source:
@@ -123,7 +123,7 @@ def load(
     from surgery.runtime.run_folder import load_state
 
     state = load_state(directory)
-    step = compile(parse(state.spec, folder=state.folder), model, device=device, allow_code=allow_code)
+    step = compile(parse(state.spec, state.folder, state.plan.file), model, device=device, allow_code=allow_code)
     step.load_state_dict(state.state)
     return step
 
@@ -169,7 +169,7 @@ def methods() -> list[MethodInfo]:
         )
         found.append(
             MethodInfo(
-                name, parameters, formula.equation, " ".join(line for line in node.comments if line).lstrip("# "),
+                name, parameters, formula.equation, " ".join(line.lstrip("# ") for line in node.comments if line),
                 show(nodes.Tree((node,))), facts.identity_at_start, None if facts.rank is None else str(facts.rank),
                 facts.merges, facts.exports_as_lora, facts.keeps_zeros, facts.moves_base, facts.needs_dense_weight,
                 facts.needs_calibration,

@@ -1,0 +1,166 @@
+"""Module scope: single modules of a model replaced by adapted ones; the model keeps its class, `generate` and `Trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.compiler import p6_rewrite, p7_lower, pipeline
+from surgery.compiler.diagnostics import Diagnostics, fail
+from surgery.compiler.graph import TRAINING, tensors
+from surgery.compiler.plan import Plan, Site
+from surgery.compiler.program import Program
+from surgery.compiler.span import Source, Span
+from surgery.runtime.initialise import initialise
+from surgery.runtime.run_folder import load_state
+
+SHARED = "surgery_shared"  # the module on the root that holds tensors of several sites
+
+
+class Adapted(nn.Module):
+    """One adapted module: its own weight and bias, the method's tensors beside them, and the lowered computation.
+
+    The computation is a graph without state, so that copying, saving and compiling see plain parameters only.
+    """
+
+    def __init__(self, original: nn.Module, lowered: fx.GraphModule, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weight = original.weight
+        self.bias = getattr(original, "bias", None)
+        for name in ("in_features", "out_features", "nf", "nx"):
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+        self.train(original.training)
+        self.names = names
+        self.shared: dict[str, tuple[nn.Module, str]] = {}
+        object.__setattr__(self, "lowered", lowered)  # no submodule: it has nothing to save or to train
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted output `[..., out]` for x `[..., in]`."""
+        values = [self._value(name) for name in self.names]
+        result: Tensor = self.lowered(x, self.training, *values)  # type: ignore[operator]
+        return result
+
+    def _value(self, name: str) -> Any:
+        if name in self.shared:
+            holder, attribute = self.shared[name]
+            return getattr(holder, attribute)
+        return getattr(self, name)
+
+    def extra_repr(self) -> str:
+        """Sizes and tensor names, for `print(model)`."""
+        return f"weight={tuple(self.weight.shape)}, tensors={[name for name in self.names if name not in ('weight', 'bias')]}"
+
+
+def apply_program(program: Program, model: nn.Module) -> nn.Module:
+    """Adapt a model in place; see `surgery.apply`."""
+    plan = pipeline.resolve(program, model)
+    _refuse_events(plan)
+    return _attach(plan, model, initialise(plan, tensors(model)))
+
+
+def apply_run(directory: Path, model: nn.Module) -> nn.Module:
+    """Attach a trained run to a model in place; a base weight that the run moved is moved here too."""
+    state = load_state(directory)
+    from surgery.api import parse
+
+    plan = pipeline.resolve(parse(state.spec, state.folder, state.plan.file), model)
+    if plan.model.fingerprint != state.plan.model.fingerprint:
+        raise fail("SURG054", f"`{directory}` is a run of another model than the one given")
+    saved = {name: value for name, value in state.state["weights"].items() if isinstance(value, Tensor)}
+    named = tensors(model)
+    wanted = {tensor.key for site in plan.sites for tensor in site.tensors}
+    missing = sorted(wanted - saved.keys())
+    if missing:
+        raise fail("SURG054", f"`{directory}` lacks `{missing[0]}`")
+    device = next(iter(named.values())).device
+    attached = _attach(plan, model, {key: saved[key].to(device) for key in wanted})
+    with torch.no_grad():
+        for name in saved.keys() - wanted:
+            named[name].copy_(saved[name])
+    return attached
+
+
+def _refuse_events(plan: Plan) -> None:
+    diagnostics = Diagnostics()
+    for event in plan.events:
+        place = event.place
+        text = plan.library.get(place.file, plan.spec)
+        span = Span(Source(place.file, text), place.start, place.end)
+        help_text = "use surgery.compile or `surgery train`, which run it"
+        diagnostics.error("SURG060", "nobody runs the step's clock in module scope", span, help=help_text)
+    diagnostics.raise_errors()
+
+
+def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """Build every replacement first, then put them in: nothing is changed if one fails."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                owners.setdefault(id(child), []).append((parent, name))
+    holder = nn.Module()
+    replacements = [
+        (model.get_submodule(site.path), _adapted(plan, site, model.get_submodule(site.path), values, holder))
+        for site in plan.sites
+    ]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for whole in plan.trained:
+        named[whole.name].requires_grad_(True)
+    for original, replacement in replacements:
+        for parent, name in owners[id(original)]:
+            setattr(parent, name, replacement)
+    if holder._parameters or holder._buffers:
+        model.add_module(SHARED, holder)
+    return model
+
+
+def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
+    lowered, names = _lowered(plan, site, module, values)
+    adapted = Adapted(module, lowered, names)
+    for tensor in site.tensors:
+        value = values[tensor.key]
+        owner, name = (holder, tensor.key.replace(".", "_")) if tensor.key.startswith("shared.") else (adapted, tensor.name)
+        if owner is holder:
+            adapted.shared[tensor.name] = (holder, name)
+        if not hasattr(owner, name):
+            if tensor.role == "train":
+                owner.register_parameter(name, nn.Parameter(value))
+            else:
+                owner.register_buffer(name, value)
+    return adapted
+
+
+def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The site's computation as a graph whose inputs are x, training, and then the tensors of the names given."""
+    traced = fx.symbolic_trace(module)
+    first = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    with traced.graph.inserting_after(first):
+        traced.graph.placeholder(TRAINING)
+    local = {tensor.name: values[tensor.key] for tensor in site.tensors}
+    alone = site.model_copy(
+        update={
+            "path": "site", "parameter": "weight",
+            "tensors": tuple(tensor.model_copy(update={"key": tensor.name}) for tensor in site.tensors),
+        }
+    )  # fmt: skip
+    single = plan.model_copy(update={"sites": (alone,)})
+    graph = p7_lower.lower_module(p6_rewrite.rewrite_module(traced, single, local)).graph
+    reads = [node for node in graph.nodes if node.op == "get_attr"]
+    names = tuple(dict.fromkeys(str(node.target) for node in reads))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    inputs = {}
+    for name in reversed(names):
+        with graph.inserting_after(last):
+            inputs[name] = graph.placeholder(f"{name}_")
+    for node in reads:
+        node.replace_all_uses_with(inputs[str(node.target)])
+        graph.erase_node(node)
+    return fx.GraphModule(nn.Module(), graph, "Lowered"), names
+
+
