@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from surgery.compiler import nodes
 from surgery.compiler.span import Span
@@ -96,10 +96,12 @@ class Comments:
     def _trail(self, element: Element, comment: str) -> Element:
         """The element with a comment behind it; behind the `}` of a longer block it moves to the block's end."""
         assert element.span is not None
+        owner: Any = element
         header = element.pattern.span if isinstance(element, nodes.Train) else None
         rest = self.text[header.end if header else element.span.start : element.span.end]
         if "\n" in rest and rest.endswith("}") and hasattr(element, "closing"):
-            return replace(element, closing=(*element.closing, comment))
+            owner = replace(owner, closing=(*owner.closing, comment))
+            return owner  # type: ignore[no-any-return]
         return replace(element, trailing=comment)
 
     def _text(self, place: tuple[int, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -11,6 +12,9 @@ from typing import Any, Literal
 from surgery.compiler.span import Span
 
 Severity = Literal["error", "warning"]
+
+# Quoted lines go to terminals: no escape sequences, no halves of surrogate pairs.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def render(diagnostic: Diagnostic) -> str:
 def _quote(span: Span | None, mark: str) -> list[str]:
     if span is None:
         return []
-    text, column = span.source.line(span.line), span.column
+    text, column = _UNPRINTABLE.sub("\ufffd", span.source.line(span.line)), span.column
     # The caret stays under its character where the line has tabs, and a span of several lines is marked on its first.
     length = span.end_column - column if span.end_line == span.line else len(text) - column + 1
     if len(text) > 160:  # a very long line is shown around the place

@@ -18,12 +18,13 @@ from lark.exceptions import UnexpectedInput
 
 from surgery.compiler import nodes
 from surgery.compiler.comments import Block, Comments
-from surgery.compiler.diagnostics import Diagnostics, fail
+from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.nodes import Tree
 from surgery.compiler.span import Source, Span
 from surgery.compiler.syntax_errors import describe
 
 MAXIMUM_CHARACTERS = 1 << 20
+MAXIMUM_TOKENS = 100_000  # words, numbers and signs: a few seconds of reading
 MAXIMUM_DEPTH = 100  # operators and brackets within each other; later passes may then recurse on expressions
 MAXIMUM_PARTS = 5_000  # of one expression
 MAXIMUM_DIGITS = 100  # of one number
@@ -32,25 +33,14 @@ MAXIMUM_ERRORS = 20
 
 # Control characters and halves of surrogate pairs: nothing that could be shown or written back.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]|\r(?!\n)")
+_TOKEN = re.compile(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|#[^\n]*|\w+|[^\w\s]')
 _NEXT_ITEM = re.compile(r"^(?:use|model|data|adapt|train|freeze|step|method)\b(?!\s*=)", re.MULTILINE)
 
 
 def run(source: Source) -> Tree:
     """The tree of a text. Raises `SurgError` with SURG001 for syntax and SURG010 for what is too large or too deep."""
-    text = source.text
-    if len(text) > MAXIMUM_CHARACTERS:
-        raise fail(
-            "SURG010",
-            f"the text has {len(text):,} characters; at most {MAXIMUM_CHARACTERS:,} are read",
-            Span(source, 0, 1),
-            help="a spec is a few lines; data belongs in files that the spec names",
-        )
     found = Diagnostics()
-    for match in _UNPRINTABLE.finditer(text):
-        span = Span(source, match.start(), match.end())
-        message = f"unexpected character U+{ord(match[0]):04X}, which cannot be shown"
-        found.error("SURG001", message, span, help="delete it; is this a text file in UTF-8?")
-        break
+    _check_extent(source, found)
     found.raise_errors()
     parsed = _parse(source, found)
     found.raise_errors()
@@ -58,6 +48,28 @@ def run(source: Source) -> Tree:
     tree = _Builder(source, found).build(parsed)
     found.raise_errors()
     return tree
+
+
+def _check_extent(source: Source, found: Diagnostics) -> None:
+    """Report what is too large or too deep to be read in reasonable time, or cannot be shown; without Lark."""
+    text = source.text
+    if len(text) > MAXIMUM_CHARACTERS:
+        message = f"the text has {len(text):,} characters; at most {MAXIMUM_CHARACTERS:,} are read"
+        advice = "a spec is a few lines; data belongs in files that the spec names"
+        found.error("SURG010", message, Span(source, 0, 1), help=advice)
+        return
+    if unprintable := _UNPRINTABLE.search(text):
+        message = f"unexpected character U+{ord(unprintable[0]):04X}, which cannot be shown"
+        advice = "delete it; is this a text file in UTF-8?"
+        found.error("SURG001", message, Span(source, *unprintable.span()), help=advice)
+    depth = 0
+    for number, token in enumerate(_TOKEN.finditer(text), 1):
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+        if depth > MAXIMUM_DEPTH or number > MAXIMUM_TOKENS:
+            what = f"the text has more than {MAXIMUM_TOKENS:,} words and signs"
+            deep = f"the brackets are nested more than {MAXIMUM_DEPTH} deep"
+            found.error("SURG010", deep if depth > MAXIMUM_DEPTH else what, Span(source, *token.span()))
+            break
 
 
 @cache
@@ -97,18 +109,18 @@ class _Builder:
         done: dict[int, tuple[Any, int, int]] = {}  # a rule's node, its depth and its number of parts
         result: Any = None
         for rule in parsed.iter_subtrees():
-            parts, depth, size = [], 0, 1
+            parts, depth, size, largest = [], 0, 1, 0
             for child in rule.children:
                 if isinstance(child, Parsed):
                     node, child_depth, child_size = done.pop(id(child))
-                    depth, size = max(depth, child_depth), size + child_size
+                    depth, size, largest = max(depth, child_depth), size + child_size, max(largest, child_size)
                 else:
                     node = child
                 parts.append(node)
             result = getattr(self, rule.data)(self._span(rule), parts)
             if isinstance(result, nodes.Expr | nodes.Argument | nodes.Slice):
                 depth += 1
-                self._check_size(result, depth, size)
+                self._check_size(result, depth, size if largest <= MAXIMUM_PARTS else 0)
             else:
                 depth = size = 0
             done[id(rule)] = result, depth, size
@@ -128,7 +140,7 @@ class _Builder:
         return Span(self.source, start, start + len(token))
 
     def _check_size(self, node: nodes.Node, depth: int, size: int) -> None:
-        # Only the innermost node that crosses a limit is reported, not all those around it.
+        # Only the innermost node that crosses a limit is reported, not those around it.
         if depth == MAXIMUM_DEPTH + 1:
             message = f"the expression is nested more than {MAXIMUM_DEPTH} deep"
             self.found.error("SURG010", message, node.span, help="give its parts names: `part = ...` on a line each")
@@ -263,9 +275,12 @@ class _Builder:
 
     def _check_number(self, token: Token, digits: int) -> None:
         exponent = re.search(r"[eE][+-]?0*([0-9]+)$", token)
-        if len(token) > digits or exponent and (len(exponent[1]) > 3 or int(exponent[1]) > MAXIMUM_EXPONENT):
-            message = f"the number is too long or too large; at most {digits} digits are read"
-            self.found.error("SURG010", message, self._at(token), help="a float64 holds 17 digits and goes to 1.8e308")
+        if len(token) > digits:
+            message = f"the number has {len(token)} digits; at most {digits} are read here"
+            self.found.error("SURG010", message, self._at(token))
+        elif exponent and (len(exponent[1]) > 3 or int(exponent[1]) > MAXIMUM_EXPONENT):
+            message = f"the exponent is larger than {MAXIMUM_EXPONENT}"
+            self.found.error("SURG010", message, self._at(token), help="a float64 goes from 5e-324 to 1.8e308")
 
     def string(self, span: Span, parts: list[Any]) -> nodes.String:
         return nodes.String(self._text(parts[0]), span=span)

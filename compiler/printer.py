@@ -71,7 +71,9 @@ def _inline(node: Node) -> str:
         case nodes.ListOf(items=items):
             return f"[{_list(items)}]"
         case nodes.Comprehension(body=body, variable=variable, first=first, last=last):
-            return f"{_inline(body)} for {variable} in {_inline(first)}..{_inline(last)}"
+            lower = _inline(first)
+            lower = f"({lower})" if lower.endswith(".") else lower  # `1...8` would read as `1` and `...`
+            return f"{_inline(body)} for {variable} in {lower}..{_inline(last)}"
         case nodes.Parameter(name=name, kind=kind, default=default):
             return f"{name}: {kind}" + (f" = {_inline(default)}" if default else "")
     raise TypeError(f"{type(node).__name__} is no part of the language")

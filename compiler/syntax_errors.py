@@ -106,12 +106,16 @@ class Place:
 
     @cached_property
     def item(self) -> str:
-        """The word that begins the item."""
-        return self.tokens[0][0] if self.open else self.before(1) and self._last_item()
-
-    def _last_item(self) -> str:
-        words = [token for token, _ in self.tokens if token in ITEMS]
-        return words[-1] if words else ""
+        """The word that begins the item, "" between items."""
+        item, depth, previous = "", 0, ""
+        for token, offset in self.tokens:
+            line = self.source.text.rfind("\n", 0, offset) + 1
+            begins = self.source.text[line:offset].isspace() or line == offset or previous[:1] in ("", "}", '"')
+            if depth == 0 and begins and token in ITEMS:
+                item = token
+            depth += (token in ("(", "[", "{")) - (token in _BRACKETS)
+            previous = token
+        return item
 
 
 def describe(error: UnexpectedInput, source: Source, start: int) -> tuple[Diagnostic, int]:
@@ -393,6 +397,7 @@ SLIPS: tuple[Callable[[Place], str | None], ...] = (
     _unquoted,
     _missing_with,
     _role,
+    _parameter,
     _equal_sign,
     _assignment,
     _quoted_name,
@@ -401,6 +406,5 @@ SLIPS: tuple[Callable[[Place], str | None], ...] = (
     _chain,
     _steps,
     _separator,
-    _parameter,
     _event,
 )

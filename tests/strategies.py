@@ -13,12 +13,29 @@ L = TypeVar("L", bound=nodes.Line)
 
 # Words of the language are fine as names wherever a name can stand; only these five are reserved everywhere.
 RESERVED = ("and", "or", "not", "true", "false", "True", "False")
-WORDS = ("W", "A", "B", "in", "out", "rank", "steps", "step", "train", "state", "shared", "when", "for", "every", "with")
+WORDS = (
+    "W",
+    "A",
+    "B",
+    "in",
+    "out",
+    "rank",
+    "steps",
+    "step",
+    "train",
+    "state",
+    "shared",
+    "when",
+    "for",
+    "every",
+    "with",
+)
 names = st.one_of(
-    st.sampled_from(WORDS), st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda n: n not in RESERVED)
+    st.sampled_from(WORDS),
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda n: n not in RESERVED),
 )
 fields = names.filter(lambda name: name != "T")  # `.T` is a transpose
-printable = st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\r")
+printable = st.characters(codec="utf-8", exclude_characters="\r")
 texts = st.text(printable.filter(lambda c: c in "\n\t" or ord(c) >= 32 and ord(c) != 127), max_size=12)
 comment_texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12)
 comments = comment_texts.map(lambda text: ("# " + text).rstrip())
@@ -46,9 +63,7 @@ def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-leaves = st.one_of(
-    numbers, names.map(nodes.Name), texts.map(nodes.String), st.booleans().map(nodes.Boolean)
-)
+leaves = st.one_of(numbers, names.map(nodes.Name), texts.map(nodes.String), st.booleans().map(nodes.Boolean))
 expressions: st.SearchStrategy[Any] = st.recursive(leaves, _compound, max_leaves=8)
 
 
@@ -85,13 +100,15 @@ def with_block(build: Any, elements: st.SearchStrategy[Any], *header: st.SearchS
     """Nodes that end with a block; `build` takes the header's values and the block's lines."""
     parts = st.tuples(*header)
     return st.builds(
-        lambda values, block: replace(build(*values, block["elements"]), closing=block["closing"]), parts, blocks(elements)
+        lambda values, block: replace(build(*values, block["elements"]), closing=block["closing"]),
+        parts,
+        blocks(elements),
     )
 
 
 options = st.builds(nodes.Setting, names, expressions)
 tensors = st.builds(
-    lambda name, role, start, shared, own: nodes.Tensor(name, role, start, *shared, own),
+    lambda name, role, start, shared, own: nodes.Tensor(name, role, start, shared[0], shared[1], own),
     names,
     st.sampled_from(["train", "frozen", "state"]),
     expressions,
@@ -103,9 +120,7 @@ changes = st.one_of(
     st.builds(nodes.Reset, st.lists(names, min_size=1, max_size=2).map(tuple)),
 )
 events = st.one_of(
-    with_block(
-        nodes.Event, changes, st.sampled_from(["after", "before"]), names, st.none(), st.none() | expressions
-    ),
+    with_block(nodes.Event, changes, st.sampled_from(["after", "before"]), names, st.none(), st.none() | expressions),
     with_block(nodes.Event, changes, st.just("every"), st.just("steps"), expressions, st.none() | expressions),
 )
 statements = st.one_of(

@@ -15,7 +15,11 @@ from tests.strategies import expressions, trees
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXTS = sorted(
-    [*(ROOT / "tests" / "examples").glob("*.surg"), *(ROOT / "specs").glob("*.surg"), *ROOT.glob("surgery/methods/*.surg")]
+    [
+        *(ROOT / "tests" / "examples").glob("*.surg"),
+        *(ROOT / "specs").glob("*.surg"),
+        *ROOT.glob("surgery/methods/*.surg"),
+    ]
 )
 
 
