@@ -46,7 +46,7 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
         module=module,
         inputs=tuple(inputs),
         output="tree" if task is None else "logits",
-        output_spec=None if task is None else exported.call_spec.out_spec,
+        output_spec=exported.call_spec.out_spec if task is None else None,
         warnings=_warnings(model, module),
     )
 
