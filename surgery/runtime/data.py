@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 class Examples:
     """Tokenised rows; `labels` holds one per row, or is None where the tokens are their own labels (causal models)."""
 
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[Sequence[int], ...]  # arrays of 32 bits: lists of a large file would not fit the memory
     labels: tuple[int, ...] | tuple[float, ...] | None
     padding: int
 
@@ -102,8 +103,10 @@ class Data:
 
     def fingerprint(self) -> str:
         """A hash of the rows to train on: a run is resumed on the data that it began with."""
-        content = json.dumps([self.train.tokens, self.train.labels, self.train.padding])
-        return hashlib.sha256(content.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.train.labels, self.train.padding]).encode())
+        for tokens in self.train.tokens:
+            digest.update(len(tokens).to_bytes(8, "little") + array("i", tokens).tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """One line for people."""
@@ -256,16 +259,16 @@ class _Reader:
 
     def examples(self, file: DataFile, rows: list[_Text], names: tuple[str, ...]) -> Examples:
         """Tokenise rows; text beyond `max_length` is cut."""
-        tokens: list[tuple[int, ...]] = []
+        tokens: list[array[int]] = []
         for start in range(0, len(rows), 1000):
             texts = [row.text for row in rows[start : start + 1000]]
-            tokens += [tuple(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+            tokens += [array("i", ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         # The tokenizer cuts, not a slice: special tokens at the end of a text stay there.
         for number, ids in enumerate(tokens):
             if len(ids) > self.data.max_length:
                 self.cut += 1
                 shorter = self.tokenizer([rows[number].text], truncation=True, max_length=self.data.max_length)
-                tokens[number] = tuple(shorter["input_ids"][0])
+                tokens[number] = array("i", shorter["input_ids"][0])
         for row, ids in zip(rows, tokens, strict=True):
             if not ids:
                 raise row.file.fail("SURG052", "the model's tokenizer makes no token of this row's text", row.row)

@@ -90,7 +90,7 @@ def test_holdout_is_chosen_by_the_seed_and_disjoint(tmp_path: Path) -> None:
     other = load_data(plan(block, seed=2), tmp_path, Letters())
     assert first == again and first.train != other.train
     assert first.held_out is not None and len(first.held_out) == 3 and len(first.train) == 7
-    assert not set(first.held_out.tokens) & set(first.train.tokens)
+    assert not set(map(tuple, first.held_out.tokens)) & set(map(tuple, first.train.tokens))
 
 
 def test_an_evaluation_file_shares_the_labels(tmp_path: Path) -> None:

@@ -1,0 +1,229 @@
+"""The verbs on a real model, small: train, interrupt, resume, evaluate, merge, step.py alone, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import BertTokenizerFast as Tokenizer
+
+from surgery.cli import main
+from surgery.runtime.data import load_data
+from surgery.runtime.run_folder import all_finite, load_state
+
+ROOT = Path(__file__).parents[3]
+SPEC = """
+model "tiny" { task = sequence_classification(labels = 2) }
+
+adapt **.self.{query,value} { with lora(rank = 2, dropout = 0.1)  expect 4 }
+
+train classifier
+
+step {
+    optimizer = adamw(lr = 1e-2)  schedule = linear(warmup = 0.1)  batch = 8  steps = 12
+    clip = 1.0  seed = 3  evaluate = every(5)  save = every(4)  log = every(4)
+}
+
+data "rows.jsonl" { text = "{text}"  label = kind  holdout = 0.25 }
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data and a spec; runs go elsewhere."""
+    folder = tmp_path_factory.mktemp("project")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "one", "two", "three"]
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=24, max_position_embeddings=32)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder / "tiny")
+    (folder / "vocab.txt").write_text("\n".join(words))
+    Tokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder / "tiny")
+    rows = [{"text": f"{words[5 + n % 3]} {words[8 + n // 3 % 3]} " * (1 + n % 3), "kind": "ab"[n % 3 == 0]}
+            for n in range(60)]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "spec.surg").write_text(SPEC)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run from beginning to end."""
+    run = folder / "runs" / "whole"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(folder / "spec.surg"), "-o", str(run), "--device", "cpu"])
+    assert not ended.value.code
+    return run
+
+
+def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+def edited(folder: Path, name: str, old: str, new: str) -> str:
+    assert old in SPEC
+    (folder / name).write_text(SPEC.replace(old, new))
+    return str(folder / name)
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    code = "import sys; from surgery.cli import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_check_and_plan(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    spec = str(folder / "spec.surg")
+    assert json.loads(cli(capsys, "check", spec, "--format", "json")[1]) == {"diagnostics": []}
+    code, out, _ = cli(capsys, "plan", spec, "-o", str(tmp_path / "plan.json"))
+    assert code == 0 and "layer.[0..1].attention.self.query" in out and "rank <= 2" in out and "4 sites" in out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written == json.loads(cli(capsys, "plan", spec, "--format", "json")[1])
+    assert written["totals"]["sites"] == 4
+
+
+def test_a_hub_that_cannot_be_reached_is_a_warning_for_check(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = edited(folder, "hub.surg", '"tiny"', '"no-such-org/no-such-model"')
+    code, out, _ = cli(capsys, "check", spec, "--format", "json")
+    (found,) = json.loads(out)["diagnostics"]
+    assert code == 0 and found["severity"] == "warning" and found["code"] == "SURG030"
+    assert cli(capsys, "plan", spec)[0] == 1
+    local = edited(folder, "local.surg", '"tiny"', '"./no_such_folder"')
+    assert cli(capsys, "check", local)[0] == 1
+
+
+def test_a_run_learns_and_keeps_its_records(whole: Path) -> None:
+    values = losses(whole)
+    assert len(values) == 12 and values[-1] < values[0]
+    rows = [json.loads(row) for row in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 9, 11]
+    state = load_state(whole)
+    assert state.step == 12 and state.extra["labels"] == ["a", "b"]
+    assert state.spec and "def " in state.source
+
+
+def test_evaluate_merge_and_reload_with_plain_transformers(
+    whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = cli(capsys, "eval", str(whole), "--format", "json", "--device", "cpu")
+    result = json.loads(out)
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert code == 0 and result["rows"] == 15
+    assert result["accuracy"] == last["eval_accuracy"] and result["loss"] == last["eval_loss"]
+
+    assert cli(capsys, "merge", str(whole), "-o", str(tmp_path / "merged"))[0] == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert type(model) is BertForSequenceClassification and model.config.id2label == {0: "a", 1: "b"}
+    state = load_state(whole)
+    rows = load_data(state.plan, state.folder, AutoTokenizer.from_pretrained(tmp_path / "merged")).held_out
+    assert rows is not None
+    batch = rows.batch(range(len(rows)))
+    with torch.no_grad():
+        output = model(**batch)
+    assert output.loss.item() == pytest.approx(result["loss"], rel=1e-5)
+    assert (output.logits.argmax(-1) == batch["labels"]).float().mean().item() == pytest.approx(result["accuracy"])
+    assert cli(capsys, "merge", str(whole), "-o", str(tmp_path / "merged"))[0] == 1  # never over what is there
+
+
+def test_step_py_alone_has_the_same_losses(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = folder / "compiled"
+    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
+    assert {"plan.json", "adapters.safetensors", "graph.py", "step.py"} <= set(os.listdir(compiled))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for run in (compiled, whole):  # a trained run begins anew
+        arguments = [sys.executable, str(run / "step.py"), "--data", str(folder / "rows.jsonl"), "--device", "cpu"]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=folder.parent)
+        assert done.returncode == 0, done.stderr
+        said = {int(line.split()[1]): float(line.split()[3]) for line in done.stdout.splitlines()}
+        expected = losses(whole)
+        assert set(said) >= {3, 7, 11} and all(loss == expected[step] for step, loss in said.items())
+
+
+def test_a_compiled_folder_trains_to_the_same_losses(
+    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiled = tmp_path / "compiled"
+    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
+    code, out, _ = cli(capsys, "train", str(compiled), "--device", "cpu", "--format", "json")
+    assert code == 0 and json.loads(out)["steps"] == 12 and losses(compiled) == losses(whole)
+    assert cli(capsys, "train", str(compiled))[0] == 2  # holds a run
+    assert cli(capsys, "train", str(folder / "spec.surg"), "-o", str(compiled))[0] == 2
+
+
+def test_ctrl_c_leaves_a_run_that_continues_bitwise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = edited(folder, "long.surg", "steps = 12", "steps = 400")
+    run = folder / "runs" / "interrupted"
+    process = command("train", spec, "-o", str(run), "--device", "cpu", "--format", "json", cwd=folder)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 6:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    done = json.loads(out)["steps"]
+    assert process.returncode == 130 and 6 <= done < 400, err
+    assert f"surgery train {run} --resume" in err
+    assert load_state(run).step == done == len(losses(run))
+
+    unbroken = folder / "runs" / "unbroken"
+    assert cli(capsys, "train", spec, "-o", str(unbroken), "--device", "cpu")[0] == 0
+    assert cli(capsys, "train", str(run), "--resume", "--device", "cpu")[0] == 0
+    assert losses(run) == losses(unbroken) and len(losses(run)) == 400
+    first, second = load_state(run).state["weights"], load_state(unbroken).state["weights"]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_of_another_spec_is_not_resumed(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = edited(folder, "other.surg", "rank = 2", "rank = 3")
+    code, _, err = cli(capsys, "train", spec, "-o", str(whole), "--resume")
+    assert code == 1 and "SURG054" in err and "another spec" in err
+    same = folder / "commented.surg"
+    same.write_text("# a comment more\n" + SPEC)
+    assert cli(capsys, "train", str(same), "-o", str(whole), "--resume", "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "words"),
+    [
+        ("adamw(lr = 1e-2)", "sgd(lr = 1e38)", "SURG053", "at step"),
+        ("label = kind", "label = knid", "SURG051", "did you mean `kind`?"),
+        ('"rows.jsonl"', '"raws.jsonl"', "SURG050", "no such file"),
+        ("labels = 2", "labels = 3", "SURG052", "has 2 labels, the model 3"),
+        ("holdout = 0.25", "holdout = 0.99", "SURG052", "to train on"),
+    ],
+)
+def test_what_goes_wrong_in_a_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, old: str, new: str, code: str, words: str
+) -> None:
+    spec = edited(folder, "wrong.surg", old, new)
+    status, out, _ = cli(capsys, "train", spec, "-o", str(tmp_path / "run"), "--format", "json", "--device", "cpu")
+    found: list[dict[str, Any]] = json.loads(out)["diagnostics"]
+    text = json.dumps(found, ensure_ascii=False)
+    assert status == 1 and [entry["code"] for entry in found] == [code] and words in text
+    if code != "SURG053":
+        assert found[0]["line"] == SPEC[: SPEC.index('data "rows')].count("\n") + 1
+    else:
+        state = load_state(tmp_path / "run")
+        assert all_finite(state.state["weights"])
