@@ -1,8 +1,9 @@
 """The tree of a `.surg` file, on one screen: what `p1_parse` gives and `printer` prints back.
 
 Spans take no part in equality, so `parse(print(tree)) == tree`. Numbers keep their spelling. Everything that stands on
-a line of its own carries `comments` (the lines above it, "" for an empty line between them) and `trailing` (the
-comment behind it on its line); a block carries `closing`, the comments before its brace.
+a line of its own carries `comments` (the lines above it with their `#`, "" for an empty line between them) and
+`trailing` (the comment behind it on its line, for a block of several lines that of its `{`); a block carries `closing`,
+the comments before its `}`.
 """
 
 from __future__ import annotations

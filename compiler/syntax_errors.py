@@ -90,8 +90,8 @@ class Place:
         return [(match[0], match.start()) for match in matches if not match[0].isspace() and match[0][0] != "#"]
 
     def before(self, number: int = 1) -> str:
-        """The token that many places before the offset, "" in front of the first."""
-        return self.tokens[-number][0] if len(self.tokens) >= number else ""
+        """The token that many places before the offset, its start if it is very long, "" in front of the first."""
+        return self.tokens[-number][0][:60] if len(self.tokens) >= number else ""
 
     @cached_property
     def open(self) -> list[tuple[str, int]]:

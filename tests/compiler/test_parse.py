@@ -273,10 +273,11 @@ def body(expression: str) -> str:
         f"adapt a {{ expect {'1' * 5_000} }}",
         "use a\n" * 100_000,
         "x" * 1_000_000,
+        "step { " + "x" * 1_000_000 + " 3 }",
         "\0" * 1_000,
         "\ud800",
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_large_and_deep_texts(text: str) -> None:
     survives(text)
