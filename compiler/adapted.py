@@ -41,4 +41,3 @@ class AdaptedSite(nn.Module):
             return functional.linear(x, effective, bias)
         dropped = functional.dropout(x, formula.dropout, training)
         return functional.linear(x, base, bias) + functional.linear(dropped, change.to(x.dtype))
-

@@ -1,4 +1,4 @@
-"""Events as programs of the step: each statement a small graph over one site's tensors, with its sites and condition."""
+"""Events as programs of the step: each statement a small graph over one site's tensors, with its condition."""
 
 from __future__ import annotations
 
@@ -177,4 +177,3 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
 def _names(recorder: _Recorder, site: Site) -> dict[str, str]:
     keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter}
     return {name: keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}
-

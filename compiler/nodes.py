@@ -9,6 +9,7 @@ the comments before its `}`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from surgery.compiler.span import Span
 
@@ -155,6 +156,9 @@ class Setting(Line):
     value: Expr
 
 
+Role = Literal["train", "frozen", "state"]
+
+
 @dataclass(frozen=True)
 class Tensor(Line):
     """`A = train kaiming_uniform[rank, in] shared by kind as NAME { lr = 1e-3 }`; role: train, frozen or state.
@@ -163,7 +167,7 @@ class Tensor(Line):
     """
 
     name: str
-    role: str
+    role: Role
     start: Expr
     shared_by: str | None = None
     shared_as: str | None = None

@@ -62,9 +62,7 @@ def _reject_repeated(tree: nodes.Tree, diagnostics: Diagnostics) -> None:
             diagnostics.error("SURG009", f"a spec has one `{word_}`", item.span, notes=[first])
 
 
-def _methods(
-    tree: nodes.Tree, folder: Path, diagnostics: Diagnostics
-) -> tuple[dict[str, nodes.Method], set[str]]:
+def _methods(tree: nodes.Tree, folder: Path, diagnostics: Diagnostics) -> tuple[dict[str, nodes.Method], set[str]]:
     """The methods that the spec defines or uses, and the names of those that are wrong in themselves."""
     found: dict[str, nodes.Method] = {}
     broken: set[str] = set()
@@ -96,11 +94,15 @@ def _used(item: nodes.Use, folder: Path) -> list[nodes.Method]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise fail("SURG011", f"`{item.path}` cannot be read: {reason}", item.span, help=f"looked for {path}") from error
+        raise fail(
+            "SURG011", f"`{item.path}` cannot be read: {reason}", item.span, help=f"looked for {path}"
+        ) from error
     tree = p1_parse.run(Source(str(path), text))
     others = [entry for entry in tree.items if not isinstance(entry, nodes.Method)]
     if others:
-        raise fail("SURG004", f"`{item.path}` may hold methods only", others[0].span, notes=[Note("used here", item.span)])
+        raise fail(
+            "SURG004", f"`{item.path}` may hold methods only", others[0].span, notes=[Note("used here", item.span)]
+        )
     return [entry for entry in tree.items if isinstance(entry, nodes.Method)]
 
 
@@ -131,7 +133,10 @@ def _rule(
 ) -> Rule | None:
     for pattern in (item.pattern, *item.exceptions):
         _pattern(pattern, diagnostics)
-    clauses = {kind: [clause for clause in item.clauses if isinstance(clause, kind)] for kind in (nodes.With, nodes.Expect, nodes.Alias)}
+    clauses = {
+        kind: [clause for clause in item.clauses if isinstance(clause, kind)]
+        for kind in (nodes.With, nodes.Expect, nodes.Alias)
+    }
     for kind, found in clauses.items():
         for extra in found[1:]:
             diagnostics.error("SURG009", f"`{kind.__name__.lower()}` is said twice", extra.span)
@@ -141,7 +146,9 @@ def _rule(
         return None
     for alias in clauses[nodes.Alias]:
         if isinstance(alias, nodes.Alias) and alias.word == "tie":
-            diagnostics.error("SURG008", "`tie` is not built yet", alias.span, help="`untie` gives the head a weight of its own")
+            diagnostics.error(
+                "SURG008", "`tie` is not built yet", alias.span, help="`untie` gives the head a weight of its own"
+            )
     try:
         (clause, *_) = clauses[nodes.With]
         assert isinstance(clause, nodes.With)

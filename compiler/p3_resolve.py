@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,7 +16,15 @@ from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.plan import (
-    EventPlan, Facts, Formula, ModelPlan, Plan, Site, TensorPlan, Totals, WholeParameter,
+    EventPlan,
+    Facts,
+    Formula,
+    ModelPlan,
+    Plan,
+    Site,
+    TensorPlan,
+    Totals,
+    WholeParameter,
 )  # fmt: skip
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
@@ -136,14 +145,16 @@ class _Resolver:
 
     def formula(
         self, rule: Rule, weight: Weight, coordinates: dict[str, int]
-    ) -> tuple[str, MethodFormula, Facts, str] | None:
+    ) -> tuple[str, MethodFormula, Facts, Literal["none", "literal", "telescope"]] | None:
         """The rule's method at the size of a weight; what does not fit is reported once for all sites of that size."""
         record = Formula(
             method=rule.method.name, arguments=dict(rule.arguments), outputs=weight.outputs, inputs=weight.inputs,
             equation="",
         )  # fmt: skip
         reads = self._coordinates(rule)
-        record = record.model_copy(update={"coordinates": {name: coordinates[name] for name in reads if name in coordinates}})
+        record = record.model_copy(
+            update={"coordinates": {name: coordinates[name] for name in reads if name in coordinates}}
+        )
         known = f"{self.program.rules.index(rule)} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
             self._built[known] = self._build(rule, weight, record)
@@ -151,9 +162,10 @@ class _Resolver:
         if found is None:
             return None
         formula, proved = found
-        update = "none"
+        update: Literal["none", "literal", "telescope"] = "none"
         if proved.moves_base:
-            update = rule.update if rule.update != "auto" else ("telescope" if weight.dtype in HALF else "literal")
+            telescopes = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
+            update = "telescope" if telescopes else "literal"
         if update == "telescope":
             record = record.model_copy(update={"telescope": True})
             formula = telescope.telescoped(formula)
@@ -236,10 +248,11 @@ class _Resolver:
             key = f"shared.{group}{part}.{tensor.name}"
             known_shape, first = self.shared.setdefault(key, (shape, weight.path))
             if known_shape != shape:
-                message = f"`{tensor.name}` is shared but would be {list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
+                where = f"{list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
+                message = f"`{tensor.name}` is shared, but would be {where}"
                 self.diagnostics.error("SURG005", message, tensor.span)
         return TensorPlan(
-            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight), start=tensor.start.text,  # type: ignore[arg-type]
+            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight), start=tensor.start.text,
             numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
         )  # fmt: skip
 
@@ -277,7 +290,9 @@ class _Resolver:
 
 def _call(rule: Rule) -> str:
     arguments = ", ".join(
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        f'{name} = "{value}"'
+        if isinstance(value, str)
+        else f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
         for name, value in rule.arguments.items()
     )
     return f"{rule.method.name}({arguments})"

@@ -46,7 +46,9 @@ def _choose(plan: Plan, site: Site, diagnostics: Diagnostics) -> tuple[str, str,
             flops=costs[strategy].flops if strategy in costs else 0,
             bytes=costs[strategy].bytes if strategy in costs else 0,
             legal=strategy in costs,
-            reason=illegal.get(strategy, "loses small updates to rounding" if strategy == "fold" and dtype in HALF else ""),
+            reason=illegal.get(
+                strategy, "loses small updates to rounding" if strategy == "fold" and dtype in HALF else ""
+            ),
         )
         for strategy in STRATEGIES
     )

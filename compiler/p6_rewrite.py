@@ -25,14 +25,14 @@ PREFIX = "adapted"
 
 
 def run(plan: Plan, graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
-    """Put an algebra node where a planned weight is used; the graph given is not changed. `tensors` are the method's, by key."""
+    """Put an algebra node where a planned weight is used, over the method's `tensors` by key; `graph` is not changed."""
     return replace(graph, module=rewrite_module(graph.module, plan, tensors))
 
 
 def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """`run` on a GraphModule of one's own: `torch.export.export(...).module()`, or a symbolic trace with its call_modules.
+    """`run` on a GraphModule of one's own: `torch.export.export(...).module()`, or a symbolic trace.
 
-    Parameters are found by their names in the graph. Raises SURG041 for a weight that is not used by a linear operation.
+    Parameters are found by their names in the graph. Raises SURG041 for a weight that no linear operation uses.
     """
     twin = _twin(module)
     named = tensors_of(twin)
@@ -48,7 +48,9 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
             continue
         if formula.dropout and training is None:
             help_text = f"give the graph an input `{TRAINING}`, or drop the dropout"
-            diagnostics.error("SURG041", f"the graph cannot switch the dropout of `{site.path}` off", span, help=help_text)
+            diagnostics.error(
+                "SURG041", f"the graph cannot switch the dropout of `{site.path}` off", span, help=help_text
+            )
             continue
         if site.untied and site.update == "literal":  # what moves here must not move its former partner
             put(twin, site.parameter, nn.Parameter(weight.detach().clone(), weight.requires_grad))
@@ -109,9 +111,7 @@ def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[fx.Node]]:
     return uses
 
 
-def _operands(
-    module: fx.GraphModule, node: fx.Node, site: Site
-) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+def _operands(module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """x, W and the bias of a linear operation on the site's weight, or None for any other operation."""
 
     def is_weight(argument: object) -> bool:
@@ -122,21 +122,22 @@ def _operands(
         if module_weight(owner) is None:
             return None
         with module.graph.inserting_before(node):
-            weight = module.graph.get_attr(site.parameter)
-            bias = module.graph.get_attr(f"{node.target}.bias") if owner.bias is not None else None
-        x = node.args[0]
+            own_weight = module.graph.get_attr(site.parameter)
+            own_bias = module.graph.get_attr(f"{node.target}.bias") if owner.bias is not None else None
         # a Conv1D module takes any leading axes, its addmm takes rows: leave that one to exported graphs
-        return (x, weight, bias) if isinstance(x, fx.Node) and not site.transposed else None
+        return None if site.transposed else _linked(node.args[0], own_weight, own_bias)
     if node.target in LINEAR and not site.transposed and len(node.args) >= 2 and is_weight(node.args[1]):
-        x, weight = node.args[0], node.args[1]
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-        return x, weight, bias if isinstance(bias, fx.Node) else None
+        x, weight, bias = (*node.args, node.kwargs.get("bias"))[:3]
+        return _linked(x, weight, bias)
     if node.target in ADDMM and site.transposed and len(node.args) == 3 and is_weight(node.args[2]) and not node.kwargs:
         bias, x, weight = node.args
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
-        return x, weight, bias
+        return _linked(x, weight, bias)
     return None
+
+
+def _linked(x: object, weight: object, bias: object) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    return x, weight, bias if isinstance(bias, fx.Node) else None
 
 
 def _replace(

@@ -50,7 +50,9 @@ class Index:
 
 
 Part = Text | Star | Components | Alternatives | Index
-TOKEN = re.compile(r"(?P<components>\*\*\.?)|(?P<star>\*)|\{(?P<options>[^{}]*)\}|\[(?P<index>[^\[\]]*)\]|(?P<text>[^*{}\[\]]+)")
+TOKEN = re.compile(
+    r"(?P<components>\*\*\.?)|(?P<star>\*)|\{(?P<options>[^{}]*)\}|\[(?P<index>[^\[\]]*)\]|(?P<text>[^*{}\[\]]+)"
+)
 INDEX = re.compile(r"\s*(\d{1,9})\s*(?:\.\.\s*(\d{1,9})\s*)?")
 
 
@@ -68,7 +70,9 @@ def _parts(text: str, node: nodes.Pattern) -> Iterator[Part]:
         position = match.end()
         if match["components"]:
             before = text[: match.start()]
-            if (before and not before.endswith(".")) or (position < len(text) and not match["components"].endswith(".")):
+            if (before and not before.endswith(".")) or (
+                position < len(text) and not match["components"].endswith(".")
+            ):
                 raise fail("SURG004", "`**` stands for whole components: `**.name` or `name.**`", node.span)
             yield Components(position == len(text) and not match["components"].endswith("."))
         elif match["star"]:
@@ -145,7 +149,9 @@ def unmatched(parts: tuple[Part, ...], paths: list[str]) -> list[str]:
                 }
             )
             wanted = range(part.first, part.last + 1)
-            gap = next((index for index in wanted if index not in present), None) if len(present) < len(wanted) else None
+            gap = (
+                next((index for index in wanted if index not in present), None) if len(present) < len(wanted) else None
+            )
             if gap is not None:
                 missing.append(f"[{gap}]" if gap == part.last else f"[{gap}..{part.last}]")
     return missing

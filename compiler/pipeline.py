@@ -23,7 +23,14 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from surgery.compiler import (
-    p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit,
+    p1_parse,
+    p2_check,
+    p3_resolve,
+    p4_choose,
+    p5_capture,
+    p6_rewrite,
+    p7_lower,
+    p8_emit,
 )  # fmt: skip
 from surgery.compiler.graph import Graph
 from surgery.compiler.plan import Plan

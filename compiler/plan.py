@@ -1,4 +1,4 @@
-"""The plan, on one screen: every site, what is done to it, what is known about it, and how the step runs. JSON in and out."""
+"""The plan: every site, what is done to it, what is known about it, and how the step runs. JSON in and out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Facts(Record):
 
 
 class Candidate(Record):
-    """One way to run a site, with its cost per step at the planned tokens (forward and backward, beyond the frozen site)."""
+    """One way to run a site, with its cost at the planned tokens (forward and backward, beyond the frozen site)."""
 
     strategy: str
     flops: int
@@ -89,7 +89,7 @@ class Site(Record):
 
 
 class Formula(Record):
-    """One equation with its sizes filled in; many sites share one. `algebra.instance.instance(plan, key)` gives the algebra."""
+    """One equation with its sizes filled in; many sites share one. `algebra.instance` gives the algebra."""
 
     method: str  # name of the method
     arguments: dict[str, int | float | str | bool]
@@ -124,7 +124,7 @@ class OptimizerPlan(Record):
 
 
 class SchedulePlan(Record):
-    """`constant`, `linear(warmup = 0.1)`, `cosine(warmup = 0.03)`: warmup below 1 is a share of the steps, else steps."""
+    """`constant`, `linear(warmup = 0.1)`, `cosine(...)`: a warmup below 1 is a share of the steps, else steps."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0

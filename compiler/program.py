@@ -41,8 +41,8 @@ class Program:
     """A program whose names, kinds, shapes and settings are checked; it knows no model yet.
 
     Built from text by `surgery.parse`, or from items: `Program(surgery.adapt("**.query", surgery.method("lora")))`.
-    Items may be nested in lists and given by keyword (`rules = [...]`). Printing it gives `.surg` text that parses to the
-    same program. Raises `SurgError` with all that is wrong.
+    Items may be nested in lists and given by keyword (`rules = [...]`). Printing it gives `.surg` text that parses to
+    the same program. Raises `SurgError` with all that is wrong.
     """
 
     source: Source

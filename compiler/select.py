@@ -104,7 +104,9 @@ def _report_nothing(
     if near := nearest(pattern.text.split(".")[0], top := sorted({path.split(".")[0] for path in paths})):
         help_text = f"did you mean `{near}`?"
     notes = [Note(f"at the top are {listed(top)}")]
-    diagnostics.error("SURG020", f"nothing in the model matches `{pattern.text}`", pattern.span, notes=notes, help=help_text)
+    diagnostics.error(
+        "SURG020", f"nothing in the model matches `{pattern.text}`", pattern.span, notes=notes, help=help_text
+    )
 
 
 def _of_class(rule: Rule, found: list[str], skeleton: Skeleton, diagnostics: Diagnostics) -> list[str]:

@@ -123,7 +123,12 @@ def arguments(node: nodes.Call, readers: Mapping[str, Reader]) -> dict[str, Any]
         name = argument.name or (names[position] if position < len(names) else "")
         if name not in readers:
             known = did_you_mean(name, names)
-            raise fail("SURG002", f"`{node.function}` has no argument `{name or show(argument.value)}`", argument.span, help=known)
+            raise fail(
+                "SURG002",
+                f"`{node.function}` has no argument `{name or show(argument.value)}`",
+                argument.span,
+                help=known,
+            )
         if name in values:
             raise fail("SURG009", f"`{name}` is given twice", argument.span)
         values[name] = readers[name](argument.value)
@@ -153,8 +158,10 @@ def _optimizer(node: nodes.Expr) -> OptimizerPlan:
     if values.get("nesterov") and not values.get("momentum"):
         raise fail("SURG004", "nesterov needs a momentum", node.span)
     if "lr" not in values:
-        raise fail("SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)")
-    return OptimizerPlan(name=given.function, **values)
+        raise fail(
+            "SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)"
+        )
+    return OptimizerPlan.model_validate({"name": given.function, **values})
 
 
 def _schedule(node: nodes.Expr) -> SchedulePlan:
@@ -167,7 +174,7 @@ def _schedule(node: nodes.Expr) -> SchedulePlan:
     if given.function not in readers:
         known = did_you_mean(given.function, readers)
         raise fail("SURG002", f"there is no schedule `{given.function}`", node.span, help=known)
-    return SchedulePlan(name=given.function, **arguments(given, readers[given.function]))
+    return SchedulePlan.model_validate({"name": given.function, **arguments(given, readers[given.function])})
 
 
 def _every(*more: str) -> Reader:
@@ -264,10 +271,16 @@ def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan
             word_ = "train" if isinstance(setting, nodes.Train) else "freeze"
             message = f"`{word_}` inside `step` is not built yet"
             diagnostics.error("SURG008", message, setting.span, help=f"put `{word_}` beside the `adapt` rules")
-    values = {name: value for name, value in read_settings(item.settings, STEP, "step", diagnostics).items() if value is not None}
+    values = {
+        name: value
+        for name, value in read_settings(item.settings, STEP, "step", diagnostics).items()
+        if value is not None
+    }
     spans = {setting.name: setting.span for setting in item.settings if isinstance(setting, nodes.Setting)}
     if "steps" in values and "epochs" in values:
-        diagnostics.error("SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them")
+        diagnostics.error(
+            "SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them"
+        )
     if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
         diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
     save = values.pop("save", {})
@@ -285,5 +298,4 @@ def read_data(item: nodes.Data, diagnostics: Diagnostics) -> DataPlan:
     known = {name: value for name, value in values.items() if value is not None}
     if "holdout" in known and "eval" in known:
         diagnostics.error("SURG004", "`holdout` and `eval` exclude each other", item.span, help="keep one of them")
-    extra = {"place": place(item.span)} if "place" in DataPlan.model_fields else {}
-    return DataPlan(path=item.path, **known, **extra)
+    return DataPlan(path=item.path, place=place(item.span), **known)

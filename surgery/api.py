@@ -159,7 +159,9 @@ def methods() -> list[MethodInfo]:
 
     found = []
     for name, node in library().items():
-        formula, problems = elaborate(node, bind_arguments(node, None), {size: Quantity.symbol(size) for size in SYMBOLIC})
+        formula, problems = elaborate(
+            node, bind_arguments(node, None), {size: Quantity.symbol(size) for size in SYMBOLIC}
+        )
         problems.raise_errors()
         assert formula is not None
         facts = prove(formula)

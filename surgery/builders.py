@@ -1,4 +1,4 @@
-"""Programs without text: `Program(adapt("**.query", method("lora", rank = 8)), step(optimizer = call("adamw", lr = 1e-3)))`.
+"""Programs without text: `Program(adapt("**.query", method("lora", rank = 8)), step(batch = 32))`.
 
 Every function gives a node of the tree; `Program` prints them and reads the text back, so that a program built here and
 one written by hand are checked alike.
@@ -32,7 +32,9 @@ def expression(value: Any) -> nodes.Expr:
 def call(function: str, *arguments: Any, **named: Any) -> nodes.Call:
     """`function(arguments)`: `call("adamw", lr = 1e-3)`."""
     positional = [nodes.Argument(expression(value)) for value in arguments]
-    return nodes.Call(function, (*positional, *(nodes.Argument(expression(value), name) for name, value in named.items())))
+    return nodes.Call(
+        function, (*positional, *(nodes.Argument(expression(value), name) for name, value in named.items()))
+    )
 
 
 def method(name: str, *arguments: Any, **named: Any) -> nodes.Call:
@@ -47,7 +49,8 @@ def method(name: str, *arguments: Any, **named: Any) -> nodes.Call:
 def _settings(values: Mapping[str, Any], texts: Iterable[str] = ()) -> tuple[nodes.Setting, ...]:
     quoted = set(texts)
     return tuple(
-        nodes.Setting(name, nodes.String(value) if name in quoted else expression(value)) for name, value in values.items()
+        nodes.Setting(name, nodes.String(value) if name in quoted else expression(value))
+        for name, value in values.items()
     )
 
 

@@ -15,19 +15,21 @@ from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
+from surgery.compiler.span import Span
 
 Value = Expression | str | bool
 
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
-LATER = frozenset(
-    "circ skewcirc toeplitz symtoeplitz kron khatri_rao blockdiag grid tile wrap select scatter rotary skew cayley ifft2 "
-    "topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile weight_of grad "
-    "activations onehot_rows left_singular right_singular singular_values hidden_dimension_gain random where".split()
-)
+_LATER = """
+    circ skewcirc toeplitz symtoeplitz kron khatri_rao blockdiag grid tile wrap select scatter rotary skew cayley ifft2
+    topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile weight_of grad
+    activations onehot_rows left_singular right_singular singular_values hidden_dimension_gain random where
+"""
+LATER = frozenset(_LATER.split())
 NUMBERS_ONLY = frozenset({"min", "max"})
 
 
-def number(quantity: Quantity, span: nodes.Span | None = None) -> Expression:
+def number(quantity: Quantity, span: Span | None = None) -> Expression:
     """A number as an expression."""
     return Expression("number", value=quantity, span=span)
 
@@ -112,7 +114,9 @@ class Builder:
                     return number(-inner.value)
                 return Expression("negate", (inner,), inner.shape)
             case nodes.Binary(operator, _, _) if operator in COMPARE or operator in ("and", "or"):
-                raise fail("SURG004", "a comparison is no number; it belongs behind `when`, `where` or `requires`", node.span)
+                raise fail(
+                    "SURG004", "a comparison is no number; it belongs behind `when`, `where` or `requires`", node.span
+                )
             case nodes.Unary("not", _):
                 raise fail("SURG004", "`not` belongs behind `when`, `where` or `requires`", node.span)
             case nodes.Binary():
@@ -142,8 +146,25 @@ class Builder:
             raise fail("SURG008", "`training` in an equation is not built yet", node.span)
         if name in ("step", "steps"):
             raise fail("SURG004", f"`{name}` is known only in events", node.span)
-        if name in ("layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out", "kind"):
-            raise fail("SURG033", f"`{name}` is not known here", node.span, help="it is known at a site, in a tensor or an equation")
+        if name in (
+            "layer",
+            "layers",
+            "slot",
+            "slots",
+            "site",
+            "sites",
+            "heads",
+            "head_dim",
+            "max_in",
+            "max_out",
+            "kind",
+        ):
+            raise fail(
+                "SURG033",
+                f"`{name}` is not known here",
+                node.span,
+                help="it is known at a site, in a tensor or an equation",
+            )
         raise fail("SURG002", f"nothing is called `{name}` here", node.span, help=did_you_mean(name, self.names))
 
     def _binary(self, node: nodes.Binary) -> Expression:
@@ -192,7 +213,9 @@ class Builder:
             axes.append(q if p == one else p)
         return tuple(axes)
 
-    def _slice(self, node: nodes.Subscript, operand: Expression, indices: tuple[nodes.Expr | nodes.Slice, ...]) -> Expression:
+    def _slice(
+        self, node: nodes.Subscript, operand: Expression, indices: tuple[nodes.Expr | nodes.Slice, ...]
+    ) -> Expression:
         shape: list[Quantity] = []
         taken: list[Range | Quantity | None] = []
         axis = 0

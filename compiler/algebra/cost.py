@@ -18,8 +18,10 @@ from surgery.compiler.algebra.evaluate import whole_of
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.lower import Adaptation, Base
 
-FREE = ("view", "t", "transpose", "permute", "detach", "expand", "unsqueeze", "squeeze", "slice", "select", "_unsafe_view",
-        "alias", "as_strided")  # fmt: skip
+FREE = frozenset(
+    ("view", "t", "transpose", "permute", "detach", "expand", "unsqueeze", "squeeze", "slice", "select")
+    + ("_unsafe_view", "alias", "as_strided")
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Cost:
         return Cost(self.flops - other.flops, self.bytes - other.bytes)
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every operation's inputs and outputs; views are free."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
-from surgery.compiler.algebra.order import multiplication_order
 
 
 def value_of(quantity: Quantity) -> float | int:

@@ -256,9 +256,7 @@ def keeps_zeros(node: Expression) -> bool:
         case "divide" | "negate" | "previous":
             return keeps_zeros(parts[0]) and parts[0].shape == node.shape
         case "matmul":
-            return any(
-                keeps_zeros(part) and other.operation == "diag" for part, other in (parts, parts[::-1])
-            )
+            return any(keeps_zeros(part) and other.operation == "diag" for part, other in (parts, parts[::-1]))
         case name if name in STRUCTURES:
             return STRUCTURES[name].keeps_zeros([keeps_zeros(part) and part.shape == node.shape for part in parts])
     return False

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from surgery.compiler.algebra.condition import Condition
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
+
+
+Role = Literal["train", "frozen", "state"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class TensorFormula:
     """A tensor of a method."""
 
     name: str
-    role: str  # train, frozen, state
+    role: Role
     shape: Shape
     start: Start
     shared_by: str | None = None

@@ -126,7 +126,7 @@ def _long_axis(vector: Expression) -> int:
 
 @dataclass
 class Branch:
-    """Products with an activation, from the right, in the cheapest order; matrices are cast to the activation's dtype."""
+    """Products with an activation, from the right, in the cheapest order; matrices are cast to its dtype."""
 
     base: Base
     evaluator: Evaluator
@@ -143,9 +143,7 @@ class Branch:
 
     def _sum(self, x: Tensor, factor: Factor) -> Tensor:
         node = factor.node
-        left, right = (
-            self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments
-        )
+        left, right = (self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments)
         return left + right if node.operation == "add" else left - right
 
     def _chain(self, x: Tensor, factors: list[Factor], scale: Scale) -> Tensor:
@@ -188,17 +186,13 @@ class Branch:
             return functional.linear(x, self._cast(node, factor.stopped))
         return torch.matmul(x, self._cast(node, factor.stopped))
 
-    def _matrix(
-        self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int
-    ) -> Tensor:
+    def _matrix(self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int) -> Tensor:
         if first == last:
             factor = factors[first - 1]
             value = self._cast(factor.node, factor.stopped)
             return value.transpose(-1, -2) if factor.transposed else value
         split = order[first, last]
-        return torch.matmul(
-            self._matrix(factors, order, first, split), self._matrix(factors, order, split + 1, last)
-        )
+        return torch.matmul(self._matrix(factors, order, first, split), self._matrix(factors, order, split + 1, last))
 
     def _cast(self, node: Expression, stopped: bool) -> Tensor:
         """A matrix in the activation's dtype: stored tensors are cast at use, computed ones are rounded once."""
@@ -254,7 +248,7 @@ class Adaptation:
     ) -> Tensor:
         formula = self.formula
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
-        dropped = functional.dropout(x, formula.dropout, training) if formula.dropout else x  # type: ignore[arg-type]
+        dropped = functional.dropout(x, formula.dropout, training) if formula.dropout else x
         if formula.form == "delta":
             return base.base_linear(x, bias) + branch.product(dropped, formula.expression)
         y = branch.product(dropped, formula.expression)

@@ -1,4 +1,4 @@
-"""A method's body to its formula, at symbolic sizes or at those of a site; everything wrong is collected and located."""
+"""A method's body to its formula, at symbolic sizes or at a site's; everything wrong is collected and located."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, f
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
-RESERVED = frozenset(
-    "W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out step steps training".split()
-)
+_RESERVED = """
+    W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out step steps training
+"""
+RESERVED = frozenset(_RESERVED.split())
 FORMS = ("delta", "weight")
 SPECIAL = (*FORMS, "output", "input", "penalty")
-COORDINATES = frozenset("layer layers slot slots site sites heads head_dim max_in max_out".split())
+COORDINATES = frozenset(["layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out"])
 # Starts and how many numbers each may take.
 STARTS: dict[str, tuple[int, int]] = {
     "zeros": (0, 0),
@@ -36,7 +37,6 @@ STARTS: dict[str, tuple[int, int]] = {
     "orthogonal": (0, 0),
 }
 KINDS = ("int", "real", "text", "bool")
-NOT_YET_OPTIONS: frozenset[str] = frozenset()
 
 
 def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, Value]:
@@ -134,7 +134,9 @@ class _Reader:
                     self.poison(statement.name)
         if self.result is None and self.result_span is None:
             message = f"method `{self.method.name}` says nothing about the weight"
-            self.diagnostics.error("SURG006", message, self.method.span, help="end with `delta = ...` or `weight = ...`")
+            self.diagnostics.error(
+                "SURG006", message, self.method.span, help="end with `delta = ...` or `weight = ...`"
+            )
 
     def poison(self, name: str) -> None:
         """A name whose definition failed: statements that use it are skipped without an error of their own."""
@@ -168,7 +170,12 @@ class _Reader:
             options[option.name] = None if constant is None else float(constant)
         if node.shared_by not in (None, "model", "layer", "kind"):
             help_text = did_you_mean(node.shared_by, ("model", "layer", "kind"))
-            raise fail("SURG002", f"a tensor is shared by model, layer or kind, not `{node.shared_by}`", node.span, help=help_text)
+            raise fail(
+                "SURG002",
+                f"a tensor is shared by model, layer or kind, not `{node.shared_by}`",
+                node.span,
+                help=help_text,
+            )
         start, shape = self.start(node)
         tensor = TensorFormula(
             node.name, node.role, shape.shape, start, node.shared_by, node.shared_as,
@@ -262,7 +269,9 @@ class _Reader:
             raise fail("SURG008", "an input other than `dropout(x, p)` is not built yet", call.span)
         share = self.builder().number(call.arguments[1].value).constant
         if share is not None and not 0 <= share < 1:
-            raise fail("SURG004", f"dropout must be at least 0 and below 1, this is {share}", call.arguments[1].value.span)
+            raise fail(
+                "SURG004", f"dropout must be at least 0 and below 1, this is {share}", call.arguments[1].value.span
+            )
         self.dropout = float(share or 0)
 
     def require(self, node: nodes.Require) -> None:

@@ -10,8 +10,8 @@ def multiplication_order(
 ) -> dict[tuple[int, int], int]:
     """For every part `first..last` of the chain the place to split it: `(first..split) @ (split + 1..last)`.
 
-    Factor k is `[sizes[k], sizes[k + 1]]`. `cost(first, split, last)` replaces the usual 2abc of one product, for factors
-    that are no dense matrices. Dynamic programming, cubic in the length of the chain.
+    Factor k is `[sizes[k], sizes[k + 1]]`. `cost(first, split, last)` replaces the usual 2abc of one product, for
+    factors that are no dense matrices. Dynamic programming, cubic in the length of the chain.
     """
     length = len(sizes) - 1
 

@@ -179,13 +179,12 @@ class Quantity:
             return self._operation("**", other)
         if base == 0 and exponent < 0:
             raise ArithmeticProblem("division by zero")
-        if abs(exponent) > 1024 or (isinstance(base, int | Fraction) and exponent == int(exponent) and base != 0
-                                    and abs(exponent) * abs(math.log2(abs(base))) > 62):
+        if abs(exponent) > 1024 or (base != 0 and abs(float(exponent)) * abs(math.log2(abs(float(base)))) > 512):
             raise ArithmeticProblem("the number is too large")
-        if base < 0 and exponent != int(exponent):
+        if float(base) < 0 and exponent != int(exponent):
             raise ArithmeticProblem("a root of a negative number")
         if isinstance(base, int) and exponent == int(exponent):
-            return self.of(Fraction(base) ** int(exponent))
+            return self.of(Fraction(base) ** int(exponent) if base else int(exponent == 0))
         return self.of(float(base) ** float(exponent))
 
     @classmethod
@@ -212,9 +211,7 @@ class Quantity:
 
         top = [power(atom, exponent) for atom, exponent in monomial if exponent > 0]
         bottom = [power(atom, -exponent) for atom, exponent in monomial if exponent < 0]
-        numerator, denominator = (
-            (factor.numerator, factor.denominator) if isinstance(factor, Fraction) else (factor, 1)
-        )
+        numerator, denominator = (factor.numerator, factor.denominator) if isinstance(factor, Fraction) else (factor, 1)
         if denominator != 1:
             bottom.insert(0, str(denominator))
         sign = "-" if numerator == -1 and top else ""

@@ -31,7 +31,9 @@ def ratio_of(event: EventFormula, formula: MethodFormula) -> Quantity | None:
     if value.operation != "subtract":
         return None
     now, before = value.arguments
-    return ratio if now == formula.expression and before.operation == "previous" and before.arguments[0] == now else None
+    return (
+        ratio if now == formula.expression and before.operation == "previous" and before.arguments[0] == now else None
+    )
 
 
 def why_not(formula: MethodFormula) -> str | None:

@@ -34,8 +34,7 @@ def _start(plan: Plan, site: Site, tensor: TensorPlan, formula: TensorFormula, s
     start = formula.start
     if start.expression is not None:
         base = stored.detach().T if site.transposed else stored.detach()
-        value = evaluate(start.expression, base, {})
-        return value.to(dtype).clone().expand(tensor.shape).contiguous()
+        return evaluate(start.expression, base, {}).to(dtype).expand(tensor.shape).clone()
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
     value = STARTS[start.name](tuple(whole_of(size) for size in formula.shape), numbers, generator)
@@ -75,8 +74,9 @@ def _orthogonal(shape: Sizes, numbers: list[float], generator: torch.Generator) 
     rows, columns = shape[-2:]
     tall = (*shape[:-2], max(rows, columns), min(rows, columns))
     q, r = torch.linalg.qr(torch.randn(tall, generator=generator))
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)  # uniform over all of them
-    return q if rows >= columns else q.transpose(-1, -2).contiguous()
+    q *= torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)  # uniform over all of them
+    found: Tensor = q if rows >= columns else q.transpose(-1, -2)
+    return found.contiguous()
 
 
 def _eye(shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:

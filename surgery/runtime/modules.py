@@ -1,4 +1,4 @@
-"""Module scope: single modules of a model replaced by adapted ones; the model keeps its class, `generate` and `Trainer`."""
+"""Module scope: single modules replaced by adapted ones; the model keeps its class, `generate` and `Trainer`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Adapted(nn.Module):
     def __init__(self, original: nn.Module, lowered: fx.GraphModule, names: tuple[str, ...]) -> None:
         super().__init__()
         self.weight = original.weight
+        self.sizes = f"weight={tuple(original.get_parameter('weight').shape)}"
         self.bias = getattr(original, "bias", None)
         for name in ("in_features", "out_features", "nf", "nx"):
             if hasattr(original, name):
@@ -52,7 +53,7 @@ class Adapted(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and tensor names, for `print(model)`."""
-        return f"weight={tuple(self.weight.shape)}, tensors={[name for name in self.names if name not in ('weight', 'bias')]}"
+        return f"{self.sizes}, {', '.join(name for name in self.names if name not in ('weight', 'bias'))}"
 
 
 def apply_program(program: Program, model: nn.Module) -> nn.Module:
@@ -121,12 +122,14 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
 
 
 def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
+    owner: nn.Module
     lowered, names = _lowered(plan, site, module, values)
     adapted = Adapted(module, lowered, names)
     for tensor in site.tensors:
         value = values[tensor.key]
-        owner, name = (holder, tensor.key.replace(".", "_")) if tensor.key.startswith("shared.") else (adapted, tensor.name)
-        if owner is holder:
+        owner, name = adapted, tensor.name
+        if tensor.key.startswith("shared."):
+            owner, name = holder, tensor.key.replace(".", "_")
             adapted.shared[tensor.name] = (holder, name)
         if not hasattr(owner, name):
             if tensor.role == "train":
@@ -136,7 +139,9 @@ def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     return adapted
 
 
-def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def _lowered(
+    plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The site's computation as a graph whose inputs are x, training, and then the tensors of the names given."""
     traced = fx.symbolic_trace(module)
     first = next(node for node in traced.graph.nodes if node.op == "placeholder")
@@ -162,5 +167,3 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)
     return fx.GraphModule(nn.Module(), graph, "Lowered"), names
-
-

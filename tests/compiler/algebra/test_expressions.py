@@ -43,7 +43,9 @@ class Grower:
         sizes = tuple(size(length) for length in shape)
         start = self.draw(st.sampled_from(["zeros", "normal", "ones"]))
         role = self.draw(st.sampled_from(["train", "train", "frozen"]))
-        self.tensors[name] = TensorFormula(name, role, sizes, Start(start, (Quantity.of(1),) if start == "normal" else ()))
+        self.tensors[name] = TensorFormula(
+            name, role, sizes, Start(start, (Quantity.of(1),) if start == "normal" else ())
+        )
         return Expression("tensor", (), sizes, name=name)
 
     def vector(self, length: int, depth: int) -> Expression:
@@ -53,7 +55,9 @@ class Grower:
 
     def matrix(self, rows: int, columns: int, depth: int) -> Expression:
         shape = (size(rows), size(columns))
-        leaves = ["tensor"] + ["weight"] * ((rows, columns) == (OUT, IN)) + ["weight.T"] * ((rows, columns) == (IN, OUT))
+        leaves = (
+            ["tensor"] + ["weight"] * ((rows, columns) == (OUT, IN)) + ["weight.T"] * ((rows, columns) == (IN, OUT))
+        )
         inner = ["matmul", "matmul", "matmul", "add", "subtract", "multiply", "scale", "shrink", "negate", "transpose",
                  "stop", "rows", "columns", "diag", "slice", "tanh", "surrogate", "mask", "stack"]  # fmt: skip
         kind = self.draw(st.sampled_from(leaves if depth == 0 else leaves + inner))
