@@ -26,7 +26,12 @@ class Body:
     """
 
     def __init__(
-        self, known: dict[fx.Node, str], weight: Callable[[str], str], names: Names, kept: set[fx.Node], within: str = ""
+        self,
+        known: dict[fx.Node, str],
+        weight: Callable[[str], str],
+        names: Names,
+        kept: set[fx.Node],
+        within: str = "",
     ) -> None:
         self.known, self.weight, self.names, self.kept, self.within = known, weight, names, kept, within
         self.lines: list[str] = []
@@ -123,6 +128,9 @@ class Body:
         if self._is_result(node):
             last = [part for part in module_path(node).split(".") if not part.isdecimal()][-1:]
             return snake(last[0]) if last else by_operation(node, None)
+        path = [part for part in self._inner(node).split(".") if not part.isdecimal()]
+        if isinstance(node.meta.get("span"), Span) and path[-1:] != [""]:
+            return f"{snake(path[-1])}_{by_operation(node, None)}"
         first = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
         while first is not None and first not in self.known and first.op != "get_attr":  # an expression that was nested
             first = next((argument for argument in first.args if isinstance(argument, fx.Node)), None)
@@ -131,10 +139,13 @@ class Body:
             base = self.known.get(first) or str(first.target).rpartition(".")[2]
         return by_operation(node, base)
 
-    def _comment(self, node: fx.Node) -> None:
+    def _inner(self, node: fx.Node) -> str:
+        """The path of a node's module below the one that this function is of."""
         path = module_path(node)
-        if path.startswith(self.within):
-            path = path[len(self.within) :].lstrip(".")
+        return path[len(self.within) :].lstrip(".") if path.startswith(self.within) else path
+
+    def _comment(self, node: fx.Node) -> None:
+        path = self._inner(node)
         nodes = self._modules.get(module_path(node), [])
         section = path if len(nodes) > 1 else path.rpartition(".")[0]
         if not section or section == self._section or self._section.startswith(section + "."):
@@ -194,4 +205,3 @@ def wrapped(statement: str, comment: str = "") -> list[str]:
     if row:
         lines.append(f"    {row.rstrip(',') if len(parts) == 1 else row}")
     return [*lines, statement[-1]]
-

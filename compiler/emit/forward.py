@@ -104,7 +104,8 @@ class _Writer:
         self._name_sizes()
         several = len(self.stacks) > 1
         self.flow = {
-            stack: self.names.claim(f"{snake(stack.split('.')[0])}_hidden" if several else "hidden") for stack in self.stacks
+            stack: self.names.claim(f"{snake(stack.split('.')[0])}_hidden" if several else "hidden")
+            for stack in self.stacks
         }
         self.functions: dict[tuple[str, str], Function] = {}
         self.written = [self._write_block(block) for block in self.blocks]
@@ -138,7 +139,9 @@ class _Writer:
             assert isinstance(source, fx.Node)
             first = snake(str(source.target)).split("_")[0]
             if axis == 0:
-                self.shared[node] = "batch" if "batch" not in self.shared.values() else self.names.claim(f"{first}_batch")
+                self.shared[node] = (
+                    "batch" if "batch" not in self.shared.values() else self.names.claim(f"{first}_batch")
+                )
             elif axis == 1 and source.meta["val"].ndim == 2:
                 lengths += 1
                 self.shared[node] = "length" if lengths == 1 else self.names.claim(f"{first}_length")
@@ -187,7 +190,11 @@ class _Writer:
         body = Body(known, weight, names, set(block.outputs), within=block.path)
         body.write(block.nodes)
         order = sorted(others, key=lambda node: (self.shared[node] == TRAINING, _kind(node) != "Tensor"))
-        parameters = ["w: Weights", *(f"{known[node]}: Tensor" for node in carried), *(f"{name}: Tensor" for name in outside.values())]
+        parameters = [
+            "w: Weights",
+            *(f"{known[node]}: Tensor" for node in carried),
+            *(f"{name}: Tensor" for name in outside.values()),
+        ]
         parameters += [f"{known[node]}: {_kind(node)}" for node in order]
         if body.uses_device:
             parameters.append("device: torch.device")
@@ -195,7 +202,12 @@ class _Writer:
         returned = "Tensor" if len(results) == 1 else "tuple[" + ", ".join(["Tensor"] * len(results)) + "]"
         head = wrapped(f"def NAME({', '.join(parameters)})", "")
         head[-1] += f" -> {returned}:"
-        lines = [*head, "    DOCUMENTATION", *(f"    {line}" for line in body.lines), f"    return {', '.join(results)}"]
+        lines = [
+            *head,
+            "    DOCUMENTATION",
+            *(f"    {line}" for line in body.lines),
+            f"    return {', '.join(results)}",
+        ]
         text = "\n".join(lines) + "\n"
         function = self.functions.setdefault((block.class_name, text), Function(text, block.class_name))
         function.blocks.append(block)
@@ -206,7 +218,9 @@ class _Writer:
         alike: dict[str, list[Function]] = {}
         for function in self.functions.values():
             stack = function.blocks[0].stack
-            same = {other.blocks[0].stack for other in self.functions.values() if other.class_name == function.class_name}
+            same = {
+                other.blocks[0].stack for other in self.functions.values() if other.class_name == function.class_name
+            }
             prefix = f"{stack.split('.')[0]}_" if len(same) > 1 else ""
             alike.setdefault(snake(prefix + snake(function.class_name)), []).append(function)
         names = Names(frozenset(self.names.used))
@@ -248,7 +262,10 @@ class _Writer:
         parameters = ["weights: Weights", *(f"{self.placeholders[node]}: {_kind(node)}" for node in self.placeholders)]
         head = wrapped(f"def forward({', '.join(parameters)})".replace(f"{TRAINING}: bool", f"{TRAINING}: bool = True"))
         head[-1] += " -> Tensor:" if isinstance(value, fx.Node) else " -> Any:"
-        lines = [*head, '    """The adapted model: its outputs, from inputs [batch, ...]; dropout is live while `training`."""']
+        lines = [
+            *head,
+            '    """The adapted model: its outputs, from inputs [batch, ...]; dropout is live while `training`."""',
+        ]
         first = next(iter(self.placeholders.values()))
         if uses_device or body.uses_device:
             lines.append(f"    device = {first}.device")

@@ -53,7 +53,9 @@ class Loops:
     def _feeds(self, before: Call, after: Call) -> bool:
         """Whether all that a block returns goes to the next one and nowhere else, and the next one carries nothing else."""
         inside = set(after.block.nodes)
-        apart = all(user in inside for node in before.block.outputs for user in node.users if user not in before.block.nodes)
+        apart = all(
+            user in inside for node in before.block.outputs for user in node.users if user not in before.block.nodes
+        )
         same_list = after.block.index == before.block.index + 1
         return same_list and apart and after.carried == before.block.outputs
 

@@ -11,7 +11,21 @@ import torch
 from torch import fx
 
 RESERVED = frozenset(
-    {"w", "weights", "torch", "F", "math", "device", "training", "forward", "block", "blocks", "part", "batch", "length"}
+    {
+        "w",
+        "weights",
+        "torch",
+        "F",
+        "math",
+        "device",
+        "training",
+        "forward",
+        "block",
+        "blocks",
+        "part",
+        "batch",
+        "length",
+    }
     | {"step", "steps", "optimizer", "loss", "events", "under", "index"}
 )
 _WORDS = {
@@ -29,7 +43,9 @@ _SHAPED = {
     "unsqueeze": "unsqueezed", "squeeze": "squeezed", "contiguous": "contiguous", "slice": "part", "select": "part", "flatten": "flat",
     "to": "cast", "repeat": "repeated", "clone": "copy", "detach": "detached", "getitem": "part", "unbind": "parts", "t": "transposed",
 }  # fmt: skip
-_SUFFIXES = re.compile("_(heads|" + "|".join(sorted(set(_SHAPED.values()) | {r"float32|bfloat16|float16|bool|int64"})) + ")(_\\d+)?$")
+_SUFFIXES = re.compile(
+    "_(heads|" + "|".join(sorted(set(_SHAPED.values()) | {r"float32|bfloat16|float16|bool|int64"})) + ")(_\\d+)?$"
+)
 
 
 def snake(name: str) -> str:
@@ -54,7 +70,6 @@ class Names:
             name = f"{wanted}_{number}"
         self.used.add(name)
         return name
-
 
     @staticmethod
     def next_of(wanted: str, used: Iterable[str]) -> str:
@@ -100,7 +115,20 @@ def is_skip(node: fx.Node) -> bool:
     )
 
 
-_PLAIN = {"to", "expand", "unsqueeze", "contiguous", "view", "reshape", "slice", "mul", "detach", "clone", "transpose", "permute"}
+_PLAIN = {
+    "to",
+    "expand",
+    "unsqueeze",
+    "contiguous",
+    "view",
+    "reshape",
+    "slice",
+    "mul",
+    "detach",
+    "clone",
+    "transpose",
+    "permute",
+}
 
 
 def describe(node: fx.Node) -> str:

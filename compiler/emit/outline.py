@@ -54,7 +54,12 @@ def is_ordered(node: fx.Node) -> bool:
         if torch.Tag.nondeterministic_seeded in target.tags:
             return True
         return target._schema.is_mutable and not _writes_into_its_own(node, target)
-    return node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator)
+    if isinstance(target, str):  # a method or a submodule
+        return node.op == "call_module" or (target.endswith("_") and not target.endswith("__"))
+    name = str(getattr(target, "__name__", ""))
+    return isinstance(target, torch._ops.HigherOrderOperator) or any(
+        word in name for word in ("dropout", "rand", "bernoulli")
+    )
 
 
 def _writes_into_its_own(node: fx.Node, target: torch._ops.OpOverload) -> bool:
@@ -65,7 +70,11 @@ def _writes_into_its_own(node: fx.Node, target: torch._ops.OpOverload) -> bool:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     for value in written:
-        if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload) or len(value.users) != 1:
+        if (
+            not isinstance(value, fx.Node)
+            or not isinstance(value.target, torch._ops.OpOverload)
+            or len(value.users) != 1
+        ):
             return False
         if any(result.alias_info is not None for result in value.target._schema.returns):
             return False
@@ -138,7 +147,9 @@ def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[I
         if node in owner:
             span = spans.setdefault(owner[node][0], [position[node], position[node]])
             span[1] = position[node]
-    priority = {place: min(position[node] for node in nodes if owner.get(node) == place) for place in set(owner.values())}
+    priority = {
+        place: min(position[node] for node in nodes if owner.get(node) == place) for place in set(owner.values())
+    }
     rank: dict[_Place | fx.Node, float] = dict(priority)
     for node in nodes:
         if node not in owner:

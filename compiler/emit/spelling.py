@@ -56,6 +56,7 @@ _OPERATORS: dict[Any, tuple[str, int]] = {
     operator.sub: ("-", SUM),
     operator.mul: ("*", PRODUCT),
     operator.matmul: ("@", PRODUCT),
+    torch.matmul: ("@", PRODUCT),
     operator.floordiv: ("//", PRODUCT),
     operator.truediv: ("/", PRODUCT),
     operator.mod: ("%", PRODUCT),
@@ -98,13 +99,15 @@ _SILENT = {"pin_memory": (False, None), "layout": (torch.strided, None), "non_bl
 
 
 def spell(node: fx.Node, argument: Argument) -> Text:
-    """The expression of a `call_function` node; `argument` gives the text of the nodes that it reads.
+    """The expression of a node that computes something; `argument` gives the text of the nodes that it reads.
 
     Raises SurgError (SURG040) for nodes that have no form in Python: calls of submodules and of graph-valued operators.
     """
-    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
+    if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         raise fail("SURG040", f"the captured graph holds `{node.format_node()}`, which cannot be written as Python")
     writer = _Writer(argument)
+    if isinstance(node.target, str):
+        return writer.method(node.target, node.args, dict(node.kwargs))
     if isinstance(node.target, OpOverload):
         return writer.aten(node)
     return writer.plain(node)
@@ -137,7 +140,9 @@ class _Writer:
             inner = ", ".join(self.value(entry) for entry in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
         if isinstance(value, slice):
-            start, stop, step = (("" if part is None else self.value(part)) for part in (value.start, value.stop, value.step))
+            start, stop, step = (
+                ("" if part is None else self.value(part)) for part in (value.start, value.stop, value.step)
+            )
             return f"{start}:{stop}" + (f":{step}" if step else "")
         if isinstance(value, (int, float)) and value < 0 and precedence > UNARY:
             return f"({literal(value)})"
@@ -175,6 +180,8 @@ class _Writer:
         if target is operator.neg:
             return Text(f"-{self.value(arguments[0], UNARY)}", UNARY)
         name = getattr(target, "__name__", "")
+        if target is torch.nn.functional.linear and len(arguments) == 3 and arguments[2] is None:
+            arguments = arguments[:2]
         for prefix, namespace in (("", builtins), ("torch.", torch), ("F.", torch.nn.functional), ("math.", math)):
             if getattr(namespace, name, None) is target:
                 return self.call(prefix + name, arguments, keywords)
@@ -254,7 +261,16 @@ class _Writer:
 
 
 # Positional arguments of a call beyond these are written with their names.
-_POSITIONAL = {"scaled_dot_product_attention": 3, "layer_norm": 2, "mean": 2, "sum": 2, "amax": 2, "amin": 2, "dropout": 3, "group_norm": 2}
+_POSITIONAL = {
+    "scaled_dot_product_attention": 3,
+    "layer_norm": 2,
+    "mean": 2,
+    "sum": 2,
+    "amax": 2,
+    "amin": 2,
+    "dropout": 3,
+    "group_norm": 2,
+}
 
 
 def _by_name(target: OpOverload, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

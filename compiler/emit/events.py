@@ -1,0 +1,117 @@
+"""The events of a spec as Python: a function for what happens at one site, and where in the step's clock it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from surgery.compiler.emit.body import Body
+from surgery.compiler.emit.naming import Names, snake
+from surgery.compiler.emit.tables import names_list
+from surgery.compiler.events import EventProgram
+
+PHASES = ("start", "before forward", "after backward", "after step")
+
+
+@dataclass
+class EventSource:
+    """Functions and tables of all events, what is kept at a step's start, and the calls of each phase."""
+
+    definitions: list[str] = field(default_factory=list)
+    keeps: list[str] = field(default_factory=list)
+    calls: dict[str, list[str]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+
+
+def event_source(programs: Sequence[EventProgram]) -> EventSource:
+    """Python for the events; programs with the same statements share a function, those with the same sites a table."""
+    source, names = EventSource(), Names(frozenset({"kept", "site", "train_step", "weights", "key"}))
+    functions: dict[str, str] = {}
+    tables: dict[tuple[str, ...], str] = {}
+    for program in programs:
+        body = _function_body(program.graph)
+        if body not in functions:
+            functions[body] = names.claim(snake(program.function))
+            source.definitions.append(body.replace("NAME", functions[body], 1))
+        table, keys = _sites(program)
+        if table not in tables:
+            tables[table] = names.claim("SITES")
+            source.definitions.append(
+                "\n".join([f"{tables[table]} = {names_list(table)[0]}", *names_list(table)[1:]]) + "\n"
+            )
+        _add_calls(source, program, functions[body], tables[table], keys)
+    return source
+
+
+def _add_calls(source: EventSource, program: EventProgram, function: str, table: str, keys: dict[str, str]) -> None:
+    always = program.condition == "True"
+    head = [] if always else [f"if {program.condition}:"]
+    indent = "" if always else "    "
+    arguments = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+            kept = name.removesuffix("_before")
+            if name in ("step", "steps"):
+                arguments.append(name)
+            elif name not in keys and kept in program.keep:
+                arguments.append(f"kept[{_key(keys[kept])}]")
+            else:
+                arguments.append(f"weights[{_key(keys[name])}]")
+    loop = f"{indent}for site in {table}:"
+    source.calls[program.phase] += [
+        f"# {program.comment}",
+        *head,
+        loop,
+        f"{indent}    {function}({', '.join(arguments)})",
+    ]
+    if program.keep:
+        copies = [
+            f"{indent}    kept[{_key(keys[name])}] = weights[{_key(keys[name])}].detach().clone()"
+            for name in program.keep
+        ]
+        lines = [*head, loop, *copies]
+        if source.keeps[-len(lines) :] != lines:
+            source.keeps += lines
+
+
+def _key(pattern: str) -> str:
+    return f'f"{pattern}"' if "{site}" in pattern else f'"{pattern}"'
+
+
+def _sites(program: EventProgram) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What names the sites, and per placeholder the weight's name with `{site}` in it."""
+    keys: dict[str, str] = {}
+    names = [_stem(site) for site in program.sites]
+    for placeholder in program.sites[0]:
+        own = {site[placeholder].removeprefix(f"{name}.") for site, name in zip(program.sites, names, strict=True)}
+        shared = {site[placeholder] for site in program.sites}
+        if len(own) == 1 and all(
+            site[placeholder].startswith(f"{name}.") for site, name in zip(program.sites, names, strict=True)
+        ):
+            keys[placeholder] = "{site}." + own.pop()
+        elif len(shared) == 1:
+            keys[placeholder] = shared.pop()
+        else:
+            raise AssertionError(f"the sites of `{program.comment}` do not name `{placeholder}` alike")
+    return tuple(names), keys
+
+
+def _stem(site: dict[str, str]) -> str:
+    """The module path that most of a site's names lie below."""
+    paths = [name.rpartition(".")[0] for name in site.values()]
+    return max(dict.fromkeys(paths), key=paths.count)
+
+
+def _function_body(graph: fx.Graph) -> str:
+    names = Names()
+    known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
+    body = Body(known, lambda name: f'weights["{name}"]', names, set())
+    body.write([node for node in graph.nodes if node.op not in ("placeholder", "output")])
+    parameters = ", ".join(f"{name}: {'int' if name in ('step', 'steps') else 'Tensor'}" for name in known.values())
+    lines = ["@torch.no_grad()", f"def NAME({parameters}) -> None:"]
+    lines.append('    """What the event does at one site; `..._before` is the value at the start of the step."""')
+    if body.uses_device:
+        lines.append(f"    device = {next(iter(known.values()))}.device")
+    return "\n".join([*lines, *(f"    {line}" for line in body.lines)]) + "\n"

@@ -1,0 +1,201 @@
+"""The text of step.py around the forward: loss, optimizer, schedule and the step's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgery.compiler.emit.events import EventSource
+from surgery.compiler.emit.tables import names_list
+from surgery.compiler.plan import OptimizerPlan, SchedulePlan, StepPlan
+
+HEADER = """\
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]  # every tensor of the adapted model by its full name
+"""
+
+MAIN = """\
+if __name__ == "__main__":
+    from surgery.runtime.alone import main
+
+    raise SystemExit(main(__file__))
+"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trained tensors with one learning rate and weight decay."""
+
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class LossText:
+    """The task's loss: its functions' source, their names, and which output of the forward they read."""
+
+    source: str
+    total: str
+    count: str
+    reads: str  # what stands behind `forward(...)`: "" or "[0]"
+    labels: str  # the entry of the batch that the loss compares with
+
+
+def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group]) -> str:
+    """`TRAINED` tables and `make_optimizer`."""
+    lines: list[str] = []
+    tables = []
+    for number, group in enumerate(groups):
+        table = "TRAINED" if len(groups) == 1 else f"TRAINED_{number + 1}"
+        first, *rest = names_list(group.names)
+        lines += [f"{table} = {first}", *rest]
+        tables.append((table, group))
+    lines += ["", ""]
+    options = f"betas={optimizer.betas}, eps={optimizer.eps}"
+    if optimizer.name == "sgd":
+        options = f"momentum={optimizer.momentum}" + (", nesterov=True" if optimizer.nesterov else "")
+    kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.name]
+    lines += [
+        "def make_optimizer(weights: Weights) -> torch.optim.Optimizer:",
+        f'    """{kind} over what is trained; `base_lr` is the rate that the schedule scales."""',
+        "    groups: list[dict[str, Any]] = [",
+    ]
+    for table, group in tables:
+        rates = f'"lr": {group.lr}, "base_lr": {group.lr}, "weight_decay": {group.weight_decay}'
+        lines.append(f'        {{"params": [weights[name] for name in {table}], {rates}}},')
+    lines += [
+        "    ]",
+        '    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])',
+        f"    return torch.optim.{kind}(groups, {options}, foreach=False, fused=on_gpu)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def schedule_source(schedule: SchedulePlan) -> str:
+    """`schedule(step, steps)`: the factor on the learning rate, by transformers' formulas."""
+    words = {"constant": "constant", "linear": "linear decay", "cosine": "half a cosine"}[schedule.name]
+    warm = schedule.warmup > 0
+    title = f"after a linear warmup, {words}" if warm else words
+    lines = [
+        "def schedule(step: int, steps: int) -> float:",
+        f'    """Factor on the learning rate at a step: {title}."""',
+    ]
+    if warm:
+        count = f"math.ceil({schedule.warmup} * steps)" if schedule.warmup < 1 else str(math_int(schedule.warmup))
+        lines += [f"    warmup = {count}", "    if step < warmup:", "        return step / max(1, warmup)"]
+    since, length = ("(step - warmup)", "(steps - warmup)") if warm else ("step", "steps")
+    if schedule.name == "constant":
+        return "\n".join([*lines, "    return 1.0"]) + "\n"
+    if schedule.name == "linear":
+        decay = f"max(0.0, (steps - step) / max(1, {length.strip('()')}))"
+    else:
+        lines.append(f"    progress = {since} / max(1, {length.strip('()')})")
+        decay = "max(0.0, 0.5 * (1.0 + math.cos(math.pi * 2.0 * 0.5 * progress)))"
+    if schedule.minimum:
+        lines.append(f"    decay = {decay}")
+        decay = f"decay * (1 - {schedule.minimum}) + {schedule.minimum}"
+    return "\n".join([*lines, f"    return {decay}"]) + "\n"
+
+
+def math_int(value: float) -> int:
+    """A number of steps."""
+    return round(value)
+
+
+def step_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, events: EventSource) -> str:
+    """`train_step`, with a numbered comment for each mark of the step's clock that this program uses."""
+    scaled = plan.precision == "float16"
+    arguments = ", ".join(f'part["{name}"]' for name in inputs)
+    lines = [
+        "def train_step(",
+        "    weights: Weights,",
+        "    optimizer: torch.optim.Optimizer,",
+        "    batch: dict[str, Tensor],",
+        "    step: int,",
+        "    steps: int,",
+        *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
+        ") -> tuple[Tensor, bool]:",
+        '    """Optimizer step number `step` (from 0) of `steps`: its loss, and whether it was taken.',
+        "",
+        "    A loss that is not finite changes nothing on the CPU, where looking at it is free; on a GPU the caller looks.",
+        *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
+        '    """',
+        f'    labels = batch["{loss.labels}"]',
+        f"    count = {loss.count}(labels)",
+        "    rows = labels.shape[0]",
+        '    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]',
+    ]
+    if events.keeps:
+        lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
+    lines += _phase(events, "start", "1. before anything is changed")
+    lines += _phase(events, "before forward", "2. before the forward")
+    size = str(plan.micro_batch) if plan.micro_batch else "rows"
+    lines += [
+        "",
+        "    # 3. forward and backward: the sum over all labels of the step, divided by their number",
+        "    loss = torch.zeros((), device=labels.device)",
+        f"    for start in range(0, rows, {size}):",
+        f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
+    ]
+    if plan.precision == "model":
+        lines.append(f"        output = forward(weights, {arguments}, training=True){loss.reads}")
+    else:
+        lines += [
+            f"        with torch.autocast(labels.device.type, torch.{plan.precision}):",
+            f"            output = forward(weights, {arguments}, training=True){loss.reads}",
+        ]
+    backward = "scaler.scale(share).backward()" if scaled else "share.backward()"
+    lines += [
+        f'        share = {loss.total}(output, part["{loss.labels}"]) / count',
+        f"        {backward}",
+        "        loss = loss + share.detach()",
+        "    if not loss.is_cuda and not torch.isfinite(loss):",
+        "        optimizer.zero_grad()",
+        "        return loss, False",
+    ]
+    if scaled:
+        lines += [
+            "",
+            "    # 4. unscale; a step whose gradients are not finite is skipped",
+            "    scaler.unscale_(optimizer)",
+            "    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]",
+            "    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):",
+            "        scaler.update()",
+            "        optimizer.zero_grad()",
+            "        return loss, False",
+        ]
+    lines += _phase(events, "after backward", "5. after the backward")
+    if plan.clip is not None:
+        lines += [
+            "",
+            "    # 6. clip the norm of all gradients together",
+            f"    torch.nn.utils.clip_grad_norm_(trained, {plan.clip})",
+        ]
+    lines += [
+        "",
+        "    # 7. optimizer, at the scheduled rate",
+        "    for group in optimizer.param_groups:",
+        '        group["lr"] = group["base_lr"] * schedule(step, steps)',
+        *(["    scaler.step(optimizer)", "    scaler.update()"] if scaled else ["    optimizer.step()"]),
+    ]
+    lines += _phase(events, "after step", "8. after the step")
+    lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", "    return loss, True"]
+    return "\n".join(lines) + "\n"
+
+
+def _phase(events: EventSource, phase: str, title: str) -> list[str]:
+    calls = events.calls[phase]
+    return ["", f"    # {title}", *_in(calls)] if calls else []
+
+
+def _in(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

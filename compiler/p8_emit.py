@@ -1,0 +1,197 @@
+"""Pass 8: plan and graph to the source of step.py, the training step that runs; and of graph.py, its forward alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from surgery.compiler.diagnostics import fail
+from surgery.compiler.emit.body import wrapped
+from surgery.compiler.emit.events import event_source
+from surgery.compiler.emit.forward import Forward, forward_source
+from surgery.compiler.emit.template import (
+    HEADER, MAIN, Group, LossText, optimizer_source, schedule_source, step_source,
+)  # fmt: skip
+from surgery.compiler.events import EventProgram, programs
+from surgery.compiler.graph import Graph, tensors
+from surgery.compiler.plan import Plan
+from surgery.runtime import losses
+
+
+def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
+    """The source of step.py; `events` are the plan's own if left out.
+
+    It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule` and `train_step`. Raises SurgError:
+    SURG031 if nothing says what the loss is, SURG040 if the graph holds what cannot be written as Python.
+    """
+    forward = forward_source(graph, autocast=plan.step.precision != "model")
+    loss = _loss(plan, graph)
+    happenings = event_source(programs(plan) if events is None else events)
+    parts = [
+        f'"""{_documentation(plan)}"""\n\n{_header(graph)}',
+        _title("Forward") + forward.source,
+        _compile_source(forward),
+        _title("Loss") + loss.source,
+        _title("Optimizer and schedule") + optimizer_source(plan.step.optimizer, _groups(plan, graph)),
+        schedule_source(plan.step.schedule),
+        *([_title("Events")] if happenings.definitions else []),
+    ]
+    if happenings.definitions:
+        parts[-1] += "\n\n".join(happenings.definitions)
+    parts += [_title("The step") + step_source(plan.step, graph.inputs, loss, happenings), MAIN]
+    text = "\n\n".join(parts)
+    return text if "math." in text else text.replace("import math\n", "", 1)
+
+
+def graph_source(plan: Plan, graph: Graph) -> str:
+    """The source of graph.py: the adapted model's forward, to read."""
+    forward = forward_source(graph, autocast=plan.step.precision != "model")
+    title = f"The forward of {plan.model.architecture or 'the model'} as {Path(plan.file).name} adapts it."
+    return "\n\n".join([f'"""{title}"""\n\n{_header(graph)}', forward.source])
+
+
+def _title(text: str) -> str:
+    return f"# --- {text} " + "-" * (113 - len(text)) + "\n\n"
+
+
+def _header(graph: Graph) -> str:
+    """The imports; operators of other libraries are there once those are imported."""
+    used = {
+        str(node.target).split(".")[0]
+        for node in graph.module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    others = sorted(used - {"aten", "prim", "prims"})
+    lines = [f"import {name}  # registers torch.ops.{name}" for name in others]
+    return HEADER.replace("import torch\n", "\n".join(["import torch", *lines]) + "\n", 1) if lines else HEADER
+
+
+def _documentation(plan: Plan) -> str:
+    """What this file is, of what, and how to run it."""
+    spec = Path(plan.file).name
+    what = plan.model.architecture or "the model"
+    methods: dict[str, int] = {}
+    for site in plan.sites:
+        methods[site.method] = methods.get(site.method, 0) + 1
+    lines = [f"One training step of {what}, written by surgery from {spec}.", ""]
+    lines += [f"{count} weights adapted with {method}." for method, count in methods.items()]
+    if plan.trained:
+        lines.append(f"{len(plan.trained)} parameters of the model trained as they are.")
+    lines += [
+        f"Trained: {plan.totals.trainable:,} numbers; the model has {plan.totals.model:,}.",
+        "",
+        "This is what runs: `surgery train` executes this text. Alone, beside its plan.json and adapters.safetensors:",
+        "",
+        "    python step.py --data FILE",
+        "",
+        "`weights` holds every tensor by its full name; a function for one block takes that block's own, as `w`.",
+        f"Comments such as `{spec}:7` name the line of the spec that a piece of code comes from.",
+        "",
+    ]
+    return "\n".join(lines).replace("\\", "\\\\")
+
+
+def _compile_source(forward: Forward) -> str:
+    names = forward.block_functions or ("forward",)
+    (row,) = [f"COMPILED = [{', '.join(repr(name) for name in names)}]".replace("'", '"')]
+    body = [
+        *wrapped(row),
+        "",
+        "",
+        "def compile_forward() -> None:",
+        '    """Let torch compile the forward, block by block: the first step then takes as long for 4 blocks as for 40."""',
+        "    for name in COMPILED:",
+        "        globals()[name] = torch.compile(globals()[name], dynamic=True)",
+    ]
+    return "\n".join(body) + "\n"
+
+
+@dataclass(frozen=True)
+class ChosenLoss:
+    """The step's loss, which of the module's outputs it reads, and the entry of the batch that it compares with."""
+
+    loss: losses.Loss
+    output: int | None  # None: the graph's output is the logits
+    labels: str
+
+    def total(self, output: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the labels, 0-d."""
+        return self.loss.total(output, labels)
+
+    def count(self, labels: Tensor) -> Tensor:
+        """The number of labels, 0-d int64."""
+        return self.loss.count(labels)
+
+
+def chosen_loss(plan: Plan, graph: Graph) -> ChosenLoss:
+    """The loss of the spec, of the task, or the module's own 0-d output; SURG031 if there is none of them."""
+    scalar = _scalar_output(graph)
+    loss = losses.choose(plan.step.loss, plan.model.task, plan.model.labels, plan.model.settings.get("problem_type"))
+    if loss is None and scalar is not None:
+        loss = losses.OUTPUT
+    if loss is None:
+        task = f"task {plan.model.task}" if plan.model.task else "a model without a task"
+        raise fail("SURG031", f"nothing says what the loss of {task} is", help="write `loss = mse` in the step block")
+    if loss is losses.OUTPUT and scalar is None:
+        raise fail("SURG031", "`loss = output` needs a model that returns its loss, a tensor without axes")
+    if loss is losses.OUTPUT:
+        return ChosenLoss(loss, scalar, graph.inputs[0])
+    return ChosenLoss(loss, None if graph.output == "logits" else 0, "labels")
+
+
+def _loss(plan: Plan, graph: Graph) -> LossText:
+    chosen = chosen_loss(plan, graph)
+    reads = "" if chosen.output is None else f"[{chosen.output}]"
+    loss = chosen.loss
+    return LossText(_formatted(loss.source), loss.total.__name__, loss.count.__name__, reads, chosen.labels)
+
+
+def _scalar_output(graph: Graph) -> int | None:
+    """The first output without axes, if the graph gives the module's own outputs."""
+    if graph.output == "logits":
+        return None
+    output = next(node for node in graph.module.graph.nodes if node.op == "output")
+    values = output.args[0]
+    assert isinstance(values, (list, tuple))
+    for number, node in enumerate(values):
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.ndim == 0:
+            return number
+    return None
+
+
+def _formatted(source: str) -> str:
+    """Two functions with the distance that the rest of the file keeps, in its spelling of the same names."""
+    source = source.replace("torch.nn.functional.", "F.").replace("torch.Tensor", "Tensor")
+    return source.replace("\n\n\ndef ", "\n\ndef ").replace("\n\ndef ", "\n\n\ndef ")
+
+
+def trained_names(plan: Plan, graph: Graph) -> list[str]:
+    """Every trained tensor once, under its first name, in the order of the plan."""
+    named = tensors(graph.module)
+    names = [tensor.key for site in plan.sites for tensor in site.tensors if tensor.role == "train"]
+    names += [parameter.name for parameter in plan.trained]
+    found: dict[int, str] = {}
+    for name in dict.fromkeys(names):
+        found.setdefault(id(named[name]), name)
+    return list(found.values())
+
+
+def _groups(plan: Plan, graph: Graph) -> list[Group]:
+    own: dict[str, tuple[float | None, float | None]] = {}
+    for site in plan.sites:
+        for tensor in site.tensors:
+            own.setdefault(tensor.key, (tensor.lr, tensor.weight_decay))
+    for parameter in plan.trained:
+        own[parameter.name] = (parameter.lr, parameter.weight_decay)
+    optimizer = plan.step.optimizer
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name in trained_names(plan, graph):
+        lr, decay = own[name]
+        key = (optimizer.lr if lr is None else lr, optimizer.weight_decay if decay is None else decay)
+        groups.setdefault(key, []).append(name)
+    return [Group(tuple(names), *key) for key, names in groups.items()]

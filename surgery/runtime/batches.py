@@ -1,0 +1,69 @@
+"""Checks of a batch before a step takes it: missing and unknown entries, padding of causal models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from surgery.compiler.diagnostics import did_you_mean, fail
+
+
+def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None, *, causal: bool) -> dict[str, Tensor]:
+    """The entries that the step takes: the graph's `inputs`, and `labels` where there is to be a loss.
+
+    A causal model captured without an `attention_mask` is exact for rows padded on the right, since no token sees what
+    comes after it: such a mask is checked, labels under its zeros become -100, and it is dropped. Raises SurgError:
+    SURG043 for another mask, SURG044 for entries that are missing, unknown, no tensors or of another number of rows.
+    """
+    wanted = [*inputs, *([labels] if labels and labels not in inputs else [])]
+    given = dict(batch)
+    mask = None
+    if causal and "attention_mask" not in inputs:
+        mask = given.pop("attention_mask", None)
+    for name in wanted:
+        if name not in given:
+            what = "labels" if name == labels and name not in inputs else f"the input `{name}`"
+            raise fail("SURG044", f"the batch lacks {what}", help=f"this step takes {_listed(wanted)}")
+    extra = [name for name in given if name not in wanted]
+    if extra == ["labels"] and labels is None:
+        extra = []
+    if extra:
+        help = did_you_mean(extra[0], wanted) or f"this step takes {_listed(wanted)}"
+        raise fail("SURG044", f"the step does not take {_listed(extra)}", help=help)
+    for name in wanted:
+        if not isinstance(given[name], Tensor):
+            raise fail("SURG044", f"`{name}` is a {type(given[name]).__name__}, not a tensor")
+        if given[name].ndim == 0 or given[name].shape[0] == 0:
+            raise fail("SURG044", f"`{name}` has no rows: its shape is {list(given[name].shape)}")
+    rows = {name: given[name].shape[0] for name in wanted}
+    if len(set(rows.values())) > 1:
+        raise fail("SURG044", "the entries of the batch have different numbers of rows: " + _counts(rows))
+    if mask is not None:
+        _check_mask(mask, given[inputs[0]])
+        if labels in given:
+            given[str(labels)] = given[str(labels)].masked_fill(mask.to(given[str(labels)].device) == 0, -100)
+    return {name: given[name] for name in wanted}
+
+
+def _check_mask(mask: Tensor, tokens: Tensor) -> None:
+    if mask.shape != tokens.shape[:2]:
+        message = f"attention_mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}"
+        raise fail("SURG044", message)
+    real = mask != 0
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        row = int((real[:, 1:] & ~real[:, :-1]).any(1).nonzero()[0])
+        where = "on the left" if not bool(real[row, 0]) else "between tokens"
+        raise fail(
+            "SURG043",
+            f"row {row} of the batch is padded {where}; a causal model is trained without a mask, padded on the right",
+            help='pad on the right: `tokenizer.padding_side = "right"`',
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _counts(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"`{name}` {count}" for name, count in rows.items())

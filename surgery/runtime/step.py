@@ -1,0 +1,278 @@
+"""The training step: it owns the tensors, checks the batch, and runs the emitted source of step.py."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from surgery.compiler import p8_emit
+from surgery.compiler.diagnostics import did_you_mean, fail
+from surgery.compiler.events import EventProgram
+from surgery.compiler.events import programs as events_of
+from surgery.compiler.graph import Graph, build_module, copy_module, non_persistent, tensors
+from surgery.compiler.plan import Plan, Site
+from surgery.runtime import batches
+from surgery.runtime.ownership import own, written_names
+
+_NUMBERS = itertools.count(1)
+# After so many steps in a row whose float16 gradients overflow, however small the loss scale, training is broken.
+_MOST_SKIPPED = 50
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives: `loss` without penalties and `penalty`, both 0-d; `taken` is False for a skipped step."""
+
+    loss: Tensor
+    penalty: Tensor
+    taken: bool = True
+
+
+class Outputs(dict[str, Any]):
+    """Outputs by name, as items and as attributes: `outputs.logits`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class TrainingStep:
+    """One optimizer step of an adapted model, as a callable; `source` is the Python text that it executes.
+
+    `weights` holds every tensor of the graph by its full name. What a step may write is the step's own; everything else
+    shares the memory of `model`, which is never changed. Making a step seeds torch's generators with the spec's seed.
+    A step whose loss is not finite leaves everything as it was on the CPU; on a GPU, where nobody waits for the loss
+    inside a step, the caller has to look at `result.loss` before it saves anything.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        graph: Graph,
+        model: nn.Module,
+        *,
+        folder: Path = Path(),
+        device: str | torch.device | None = None,
+        source: str | None = None,
+        events: Sequence[EventProgram] | None = None,
+    ) -> None:
+        self.plan, self.model, self.folder = plan, model, folder
+        self.graph = graph
+        self.step = 0
+        self.steps = plan.step.steps or 0
+        given = tensors(graph.module)
+        self.device = _device(device, given)
+        programs = events_of(plan) if events is None else tuple(events)
+        self._loss = p8_emit.chosen_loss(plan, graph)
+        self._trained = p8_emit.trained_names(plan, graph)
+        self._written = written_names(plan, graph, self._trained, programs)
+        self.weights = own(given, self._written, set(self._trained), self.device)
+        self.module = _module(graph, self.weights, self.device)
+        self.source = p8_emit.run(plan, graph, programs) if source is None else source
+        self._namespace = _execute(self.source, plan)
+        if plan.step.compile == "on" or (plan.step.compile == "auto" and self.device.type == "cuda"):
+            self._namespace["compile_forward"]()
+        torch.manual_seed(plan.step.seed)
+        self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
+        scaled = plan.step.precision == "float16"
+        self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self._skipped = 0
+
+    # --- training ---
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Take one optimizer step on a batch: the graph's inputs and `labels`, each [rows, ...].
+
+        Raises SurgError: SURG043 or SURG044 for a batch that does not fit (nothing is changed), SURG053 if float16
+        gradients overflow at every loss scale.
+        """
+        if not self.steps and (self.plan.step.schedule.name != "constant" or self.plan.step.schedule.warmup):
+            raise fail(
+                "SURG044",
+                f"the {self.plan.step.schedule.name} schedule needs the number of steps",
+                help="write `steps = ...` in the step block, or set `step.steps`",
+            )
+        ready = self._ready(batch, labels=True)
+        scaler = () if self._scaler is None else (self._scaler,)
+        loss, taken = self._namespace["train_step"](self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
+        if taken:
+            self.step += 1
+        self._skipped = 0 if taken else self._skipped + 1
+        if self._scaler is not None and self._skipped > _MOST_SKIPPED:
+            message = f"the float16 gradients of step {self.step} overflow at every loss scale"
+            raise fail("SURG053", message, help="lower lr, or use `precision = bfloat16`")
+        return StepResult(loss, torch.zeros((), device=loss.device), taken)
+
+    @property
+    def learning_rate(self) -> float:
+        """The scheduled rate of the next step (of the optimizer's own `lr`; tensors may have theirs)."""
+        factor: float = self._namespace["schedule"](self.step, self.steps)
+        return self.plan.step.optimizer.lr * factor
+
+    def label_count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """How many labels the loss of a batch is a mean over, 0-d int64."""
+        ready = self._ready(batch, labels=True)
+        count: Tensor = self._loss.count(ready[self._loss.labels])
+        return count
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def evaluate_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss's sum over a batch in evaluation mode, and the number of labels."""
+        ready = self._ready(batch, labels=True)
+        output = self._run(ready)
+        if self._loss.output is not None:
+            output = output[self._loss.output]
+        labels = ready[self._loss.labels]
+        return self._loss.total(output, labels), self._loss.count(labels)
+
+    @torch.no_grad()
+    def forward(self, **inputs: Tensor) -> Any:
+        """The adapted model's outputs in evaluation mode: `.logits`, `.last_hidden_state`, or the module's own structure."""
+        output = self._run(self._ready(inputs, labels=False))
+        if self.graph.output == "logits":
+            name = "last_hidden_state" if self.plan.model.task == "feature_extraction" else "logits"
+            return Outputs({name: output})
+        spec = self.graph.output_spec
+        return output if spec is None else pytree.tree_unflatten(list(output), spec)
+
+    def _run(self, ready: Mapping[str, Tensor]) -> Any:
+        arguments = [ready[name] for name in self.graph.inputs]
+        if self.plan.step.precision == "model":
+            return self._namespace["forward"](self.weights, *arguments, training=False)
+        with torch.autocast(self.device.type, getattr(torch, self.plan.step.precision)):
+            return self._namespace["forward"](self.weights, *arguments, training=False)
+
+    def _ready(self, batch: Mapping[str, Tensor], *, labels: bool) -> dict[str, Tensor]:
+        needed = self._loss.labels if labels else None
+        checked = batches.check(batch, self.graph.inputs, needed, causal=self.plan.model.task == "causal_lm")
+        return {name: value.to(self.device) for name, value in checked.items()}
+
+    # --- what is inside ---
+
+    @property
+    def parameters_by_site(self) -> dict[str, dict[str, Tensor]]:
+        """The method's tensors by site and name, frozen and state too: the step's own objects."""
+        return {
+            site.path: {tensor.name: self.weights[tensor.key] for tensor in site.tensors} for site in self.plan.sites
+        }
+
+    @property
+    def graph_source(self) -> str:
+        """The text of graph.py: the adapted model's forward alone."""
+        return p8_emit.graph_source(self.plan, self.graph)
+
+    def effective_weight(self, path: str) -> Tensor:
+        """What the site multiplies with now, [out, in], in float32 or the model's dtype if wider.
+
+        Raises SurgError: SURG020 if `path` is no site, SURG055 if its output is not affine in the input.
+        """
+        from surgery.compiler.algebra.instance import effective_weight
+
+        return effective_weight(self.plan, self._site(path), self.weights)
+
+    def effective_bias(self, path: str) -> Tensor | None:
+        """What the site adds, [out], or None; raises SURG020 if `path` is no site."""
+        site = self._site(path)
+        if not site.bias:
+            return None
+        return self.weights[site.parameter.rpartition(".")[0] + ".bias"].detach()
+
+    def _site(self, path: str) -> Site:
+        for site in self.plan.sites:
+            if site.path == path:
+                return site
+        help = did_you_mean(path, [site.path for site in self.plan.sites])
+        raise fail("SURG020", f"`{path}` is no adapted site", help=help)
+
+    def merge(self) -> nn.Module:
+        """A copy of the user's model with the merged weights; raises SURG055 with the reasons where that is not possible."""
+        from surgery.runtime.merge import merged
+
+        return merged(self)
+
+    # --- saving ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on to the bit; tensors are the live ones, not copies."""
+        keys = dict.fromkeys([*self._written, *(tensor.key for site in self.plan.sites for tensor in site.tensors)])
+        return {
+            "weights": {key: self.weights[key].detach() for key in keys},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "random": _random_state(self.device),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a saved state in place; raises SURG054 if it is of another program."""
+        saved: Mapping[str, Tensor] = state["weights"]
+        for key in self.state_dict()["weights"]:
+            if key not in saved or saved[key].shape != self.weights[key].shape:
+                found = "is missing" if key not in saved else f"has shape {list(saved[key].shape)}"
+                message = f"`{key}` of shape {list(self.weights[key].shape)} {found} in the state"
+                raise fail("SURG054", message, help="the state is of another spec or another model")
+        for key in self.state_dict()["weights"]:
+            self.weights[key].copy_(saved[key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
+        _set_random_state(state.get("random") or {}, self.device)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run folder; an existing one is replaced as a whole."""
+        from surgery.runtime.run_folder import save_step
+
+        save_step(self, directory)
+
+
+def _device(device: str | torch.device | None, given: Mapping[str, Tensor]) -> torch.device:
+    if device is not None:
+        wanted = torch.device(device)
+        return torch.empty(0, device=wanted).device  # "cuda" to "cuda:0"
+    return next((tensor.device for tensor in given.values()), torch.device("cpu"))
+
+
+def _module(graph: Graph, weights: dict[str, Tensor], device: torch.device) -> fx.GraphModule:
+    """The graph over the step's own tensors, making its constants on the step's device."""
+    module = copy_module(graph.module)
+    for node in module.graph.nodes:
+        node.args = pytree.tree_map_only(torch.device, lambda _: device, node.args)
+        node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, node.kwargs)
+    return build_module(module.graph, weights, non_persistent(graph.module), type(graph.module).__name__)
+
+
+def _execute(source: str, plan: Plan) -> dict[str, Any]:
+    """Run the text of step.py as a module of its own, whose lines tracebacks and debuggers can show."""
+    name = f"<step.py of {Path(plan.file).name}, number {next(_NUMBERS)}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": "surgery_step", "__file__": name}
+    exec(compile(source, name, "exec"), namespace)
+    return namespace
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
