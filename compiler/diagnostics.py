@@ -36,6 +36,10 @@ class Diagnostic:
     help: str | None = None
     severity: Severity = "error"
 
+    def __post_init__(self) -> None:
+        if self.help is None and not self.notes:  # nobody is left with the bare message
+            object.__setattr__(self, "help", f"`surgery explain {self.code}` says why, and how to fix it")
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON form, one of the public contract's `diagnostics`."""
         place: dict[str, Any] = dict.fromkeys(("file", "line", "column", "end_line", "end_column"))

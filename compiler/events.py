@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -51,7 +51,17 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
         for event in formula.events:
             for number, change in enumerate(event.changes):
                 found.append(_program(formula, event, change, number, sites))
-    return tuple(found)
+    return _merged(found)
+
+
+def _merged(programs_: list[EventProgram]) -> tuple[EventProgram, ...]:
+    """Sites of several sizes that do the same are one program."""
+    merged: dict[tuple[str, ...], EventProgram] = {}
+    for program in programs_:
+        key = (program.comment, program.phase, program.condition, program.function, *program.keep, str(program.graph))
+        known = merged.get(key)
+        merged[key] = program if known is None else replace(known, sites=known.sites + program.sites)
+    return tuple(merged.values())
 
 
 def _original(plan: Plan, key: str) -> MethodFormula:

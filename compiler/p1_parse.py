@@ -222,7 +222,7 @@ class _Builder:
         # The options stay on the tensor's line, and so do their comments.
         options = block.elements if block else ()
         plain = tuple(nodes.Setting(each.name, each.value, span=each.span) for each in options)
-        return nodes.Tensor(str(name), str(role), start, by, group, plain, **self._line(span))
+        return nodes.Tensor(str(name), role, start, by, group, plain, **self._line(span))
 
     def bind(self, span: Span, parts: list[Any]) -> nodes.Bind:
         return nodes.Bind(str(parts[0]), parts[1], **self._line(span))

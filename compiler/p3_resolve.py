@@ -193,7 +193,10 @@ class _Resolver:
             formula = instance.build(rule.method, record)
         except SurgError as error:
             used = Note("used by this rule", with_span)
+            known = {(found.code, found.span) for found in self.diagnostics.found}
             for found in error.diagnostics:
+                if (found.code, found.span) in known:  # said for another size already
+                    continue
                 self.diagnostics.error(
                     found.code, found.message, found.span, notes=[*found.notes, where, used], help=found.help
                 )
@@ -252,8 +255,8 @@ class _Resolver:
                 message = f"`{tensor.name}` is shared, but would be {where}"
                 self.diagnostics.error("SURG005", message, tensor.span)
         return TensorPlan(
-            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight), start=tensor.start.text,
-            numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
+            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight),
+            start=tensor.start.text, numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
         )  # fmt: skip
 
     def _dtype(self, weight: Weight) -> str:

@@ -25,7 +25,7 @@ PREFIX = "adapted"
 
 
 def run(plan: Plan, graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
-    """Put an algebra node where a planned weight is used, over the method's `tensors` by key; `graph` is not changed."""
+    """Put an algebra node at each use of a planned weight, over the method's `tensors` by key; `graph` stays as it is."""
     return replace(graph, module=rewrite_module(graph.module, plan, tensors))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.compiler.diagnostics import fail
+from surgery.compiler import nodes
+from surgery.compiler.diagnostics import SurgError, fail
 from surgery.compiler.program import Program
 from surgery.compiler.span import Source
 
@@ -57,8 +59,19 @@ def plan(program: Program, model: nn.Module | None = None, *, allow_code: bool =
     from surgery.runtime.models import load_skeleton
 
     if model is None:
-        model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
+        with _at_model_line(program):
+            model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
     return pipeline.resolve(program, model)
+
+
+@contextmanager
+def _at_model_line(program: Program) -> Iterator[None]:
+    """What goes wrong in loading the model is said at the spec's `model` line."""
+    try:
+        yield
+    except SurgError as error:
+        line = next((item.span for item in program.tree.items if isinstance(item, nodes.Model)), None)
+        raise SurgError([replace(found, span=found.span or line) for found in error.diagnostics]) from error
 
 
 def _model_of(program: Program) -> Any:
@@ -92,7 +105,8 @@ def compile(
         raise fail("SURG008", "calibration data is not built yet: no method of the library reads it")
     if model is None:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
+        with _at_model_line(program):
+            model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
     made = pipeline.resolve(program, model)
     task = made.model.task
     where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
@@ -149,7 +163,6 @@ class MethodInfo:
 
 def methods() -> list[MethodInfo]:
     """Every method of the library, in the order of the names."""
-    from surgery.compiler import nodes
     from surgery.compiler.algebra.facts import prove
     from surgery.compiler.algebra.method import bind_arguments, elaborate
     from surgery.compiler.algebra.quantity import Quantity

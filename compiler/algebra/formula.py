@@ -10,7 +10,6 @@ from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
 
-
 Role = Literal["train", "frozen", "state"]
 
 

@@ -177,13 +177,13 @@ class Quantity:
         base, exponent = self.constant, other.constant
         if base is None or exponent is None:
             return self._operation("**", other)
-        if base == 0 and exponent < 0:
+        if base == 0 and float(exponent) < 0:
             raise ArithmeticProblem("division by zero")
-        if abs(exponent) > 1024 or (base != 0 and abs(float(exponent)) * abs(math.log2(abs(float(base)))) > 512):
+        if abs(float(exponent)) > 1024 or (base != 0 and abs(float(exponent)) * abs(math.log2(abs(float(base)))) > 512):
             raise ArithmeticProblem("the number is too large")
-        if float(base) < 0 and exponent != int(exponent):
+        if float(base) < 0 and not float(exponent).is_integer():
             raise ArithmeticProblem("a root of a negative number")
-        if isinstance(base, int) and exponent == int(exponent):
+        if isinstance(base, int) and float(exponent).is_integer():
             return self.of(Fraction(base) ** int(exponent) if base else int(exponent == 0))
         return self.of(float(base) ** float(exponent))
 
