@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from surgery.compiler.emit.body import Body
+from surgery.compiler.emit.body import WIDTH, Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 from surgery.compiler.emit.tables import names_list
 from surgery.compiler.events import EventProgram
@@ -25,29 +26,31 @@ class EventSource:
 
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
-    """Python for the events; programs with the same statements share a function, those with the same sites a table."""
+    """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
     source, names = EventSource(), Names(frozenset({"kept", "site", "train_step", "weights", "key"}))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
+    merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}
     for program in programs:
-        body = _function_body(program.graph)
+        body, (sites, keys) = _function_body(program.graph), _sites(program)
+        same = (program.phase, program.condition, program.comment, program.keep, body, tuple(keys.items()))
+        merged.setdefault(same, (program, body, keys, []))[3].extend(sites)
+    for program, body, keys, sites in merged.values():
         if body not in functions:
             functions[body] = names.claim(snake(program.function))
             source.definitions.append(body.replace("NAME", functions[body], 1))
-        table, keys = _sites(program)
+        table = tuple(sites)
         if table not in tables:
             tables[table] = names.claim("SITES")
-            source.definitions.append(
-                "\n".join([f"{tables[table]} = {names_list(table)[0]}", *names_list(table)[1:]]) + "\n"
-            )
+            first, *rest = names_list(table)
+            source.definitions.append("\n".join([f"{tables[table]} = {first}", *rest]) + "\n")
         _add_calls(source, program, functions[body], tables[table], keys)
     return source
 
 
 def _add_calls(source: EventSource, program: EventProgram, function: str, table: str, keys: dict[str, str]) -> None:
-    always = program.condition == "True"
-    head = [] if always else [f"if {program.condition}:"]
-    indent = "" if always else "    "
+    head = [] if program.condition == "True" else [f"if {program.condition}:"]
+    indent = "    " if head else ""
     arguments = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -60,20 +63,20 @@ def _add_calls(source: EventSource, program: EventProgram, function: str, table:
             else:
                 arguments.append(f"weights[{_key(keys[name])}]")
     loop = f"{indent}for site in {table}:"
-    source.calls[program.phase] += [
-        f"# {program.comment}",
-        *head,
-        loop,
-        f"{indent}    {function}({', '.join(arguments)})",
-    ]
-    if program.keep:
-        copies = [
-            f"{indent}    kept[{_key(keys[name])}] = weights[{_key(keys[name])}].detach().clone()"
-            for name in program.keep
-        ]
-        lines = [*head, loop, *copies]
-        if source.keeps[-len(lines) :] != lines:
-            source.keeps += lines
+    calls = source.calls[program.phase]
+    calls += wrapped_comment(program.comment) + head + [loop]
+    calls += [f"{indent}    {line}" for line in wrapped(f"{function}({', '.join(arguments)})")]
+    lines = [*head, loop]
+    for name in program.keep:
+        key = _key(keys[name])
+        lines.append(f"{indent}    kept[{key}] = weights[{key}].detach().clone()")
+    if program.keep and source.keeps[-len(lines) :] != lines:
+        source.keeps += lines
+
+
+def wrapped_comment(text: str) -> list[str]:
+    """A comment on as many lines as it needs."""
+    return [f"# {line}" for line in textwrap.wrap(text, WIDTH - 6)]
 
 
 def _key(pattern: str) -> str:
@@ -107,11 +110,17 @@ def _stem(site: dict[str, str]) -> str:
 def _function_body(graph: fx.Graph) -> str:
     names = Names()
     known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
+    parameters = ", ".join(f"{name}: {'int' if name in ('step', 'steps') else 'Tensor'}" for name in known.values())
+    first = next(iter(known.values()))
     body = Body(known, lambda name: f'weights["{name}"]', names, set())
     body.write([node for node in graph.nodes if node.op not in ("placeholder", "output")])
-    parameters = ", ".join(f"{name}: {'int' if name in ('step', 'steps') else 'Tensor'}" for name in known.values())
-    lines = ["@torch.no_grad()", f"def NAME({parameters}) -> None:"]
+    lines = ["@torch.no_grad()", *_head(parameters)]
     lines.append('    """What the event does at one site; `..._before` is the value at the start of the step."""')
     if body.uses_device:
-        lines.append(f"    device = {next(iter(known.values()))}.device")
+        lines.append(f"    device = {first}.device")
     return "\n".join([*lines, *(f"    {line}" for line in body.lines)]) + "\n"
+
+
+def _head(parameters: str) -> list[str]:
+    lines = wrapped(f"def NAME({parameters})")
+    return [*lines[:-1], f"{lines[-1]} -> None:"]
