@@ -18,7 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import surgery
 
 METHODS = sorted(
-    entry.name.removesuffix(".surg") for entry in files("surgery.methods").iterdir() if entry.name.endswith(".surg")
+    entry.name.removesuffix(".surg")
+    for entry in (files("surgery") / "methods").iterdir()
+    if entry.name.endswith(".surg")
 )
 MODELS = ["mlp", "bert"]
 
@@ -96,7 +98,7 @@ def compile_step(kind: str, method: str, optimizer: str = "adamw(lr = 1e-2)") ->
 
 def parameters(method: str) -> str:
     """The line of the method's file that names it and its parameters."""
-    text = (files("surgery.methods") / f"{method}.surg").read_text()
+    text = (files("surgery") / "methods" / f"{method}.surg").read_text()
     return text[text.index(f"method {method}(") :].partition("{")[0]
 
 
