@@ -13,7 +13,7 @@ from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from surgery.compiler.capture.causal import restore_causal
-from surgery.compiler.capture.isolate import buffer_contents, restore, untouched
+from surgery.compiler.capture.isolate import buffer_contents, keep_layers, restore, untouched
 from surgery.compiler.capture.plain import Uncapturable, plain
 from surgery.compiler.diagnostics import Diagnostic, SurgError, did_you_mean, fail
 from surgery.compiler.graph import TRAINING, Graph, tensors
@@ -32,6 +32,7 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
     inputs = _fit(model, example_inputs)
     with untouched(model), torch.enable_grad():
         model.train()
+        keep_layers(model)
         wrapper = _Wrapper(model, tuple(inputs), task)
         exported = _export(wrapper, inputs)
         _check_dynamic(exported, inputs)

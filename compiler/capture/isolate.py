@@ -39,6 +39,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
             restore(contents)
 
 
+def keep_layers(model: nn.Module) -> None:
+    """Make a layer drop of probability 0 say so before it draws a number, which no graph can branch on.
+
+    transformers 5.17 compares `torch.rand([])` with it in every layer of OPT, BART and their kin.
+    """
+    for module in model.modules():
+        if getattr(module, "layerdrop", None) == 0:
+            module.__dict__["layerdrop"] = _Never()
+
+
+class _Never:
+    """The probability 0: no random number is below it, and it is above nothing."""
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return False if function is Tensor.__lt__ else NotImplemented
+
+
 def buffer_contents(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Every buffer that has contents, with a copy of them."""
     return [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
