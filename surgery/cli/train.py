@@ -21,6 +21,7 @@ from surgery.cli.common import (
     reporting,
     show,
 )
+from surgery.compiler.diagnostics import SurgError, fail
 
 if TYPE_CHECKING:
     from surgery.compiler.plan import Plan
@@ -96,15 +97,21 @@ def _start(
     if not source.is_file():
         if resume and not spec.is_dir():
             _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
-        return load_run(source, device, allow_code), list(state.extra.get("labels", ()))
+        step = load_run(source, device, allow_code)
+        if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked
+            raise _edited(source)
+        return step, list(state.extra.get("labels", ()))
     program = surgery.parse(spec)
     show(program.warnings)
     return surgery.compile(program, device=device, allow_code=allow_code), []
 
 
-def _check_same(plan: Plan, before: Plan, folder: Path) -> None:
-    from surgery.compiler.diagnostics import fail
+def _edited(folder: Path) -> SurgError:
+    message = f"`{folder}/step.py` is not what its spec compiles to: it was edited, or another version wrote it"
+    return fail("SURG054", message, help="compile the spec anew; python step.py --data FILE runs the file as it is")
 
+
+def _check_same(plan: Plan, before: Plan, folder: Path) -> None:
     if _meaning(plan.model_dump()) != _meaning(before.model_dump()):
         help = "resume with the spec of the run (spec.surg in it), or train into a new folder"
         raise fail("SURG054", f"`{folder}` is a run of another spec", help=help)

@@ -12,6 +12,7 @@ from surgery.compiler.diagnostics import SurgError, render
 from surgery.runtime.data import load_data, steps_of
 from surgery.runtime.models import load_tokenizer
 from surgery.runtime.run_folder import load_state
+from surgery.runtime.step import TrainingStep
 from surgery.runtime.train import train
 
 
@@ -36,9 +37,10 @@ def main(path: str, arguments: Sequence[str] | None = None) -> int:
 def _run(folder: Path, file: str | None, output: str | None, device: str | None) -> None:
     state = load_state(folder)
     step = surgery.load(folder, device=device)
-    if state.step > 0:  # a trained run: its step, from the start that the seed gives
-        fresh = surgery.compile(surgery.parse(state.spec, folder=state.folder), device=device)
-        step.load_state_dict(fresh.state_dict())
+    # The file itself runs, also when somebody has edited it. Made from the graph, a step is at the start of its run.
+    step = TrainingStep(step.plan, step.graph, step.model, folder=step.folder, device=step.device, source=state.source)
+    if state.step == 0:
+        step.load_state_dict(state.state)
     tokenizer = load_tokenizer(step.plan.model, state.folder)
     data = load_data(step.plan, state.folder, tokenizer, file, tuple(state.extra.get("labels", ())))
     print(data.summary(), file=sys.stderr)

@@ -80,6 +80,8 @@ def train(
             number = step.step
             row = _take(step, stream.batch(number), number, run, extra)
             done = step.step
+            if done == number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller loss scale
+                continue
             if data.held_out is not None and (done == step.steps or _due(plan.evaluate, done)):
                 evaluation = evaluate(step, data.held_out)
                 row |= {f"eval_{name}": value for name, value in evaluation.items() if name != "rows"}

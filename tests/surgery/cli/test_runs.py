@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from transformers import BertTokenizerFast as Tokenizer
 
 from surgery.cli import main
-from surgery.runtime.data import load_data
+from surgery.runtime import alone
+from surgery.runtime.data import Stream, load_data
 from surgery.runtime.run_folder import all_finite, load_state
 
 ROOT = Path(__file__).parents[3]
@@ -82,13 +82,6 @@ def edited(folder: Path, name: str, old: str, new: str) -> str:
     assert old in SPEC
     (folder / name).write_text(SPEC.replace(old, new))
     return str(folder / name)
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    code = "import sys; from surgery.cli import main; main(sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def test_check_and_plan(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -172,27 +165,43 @@ def test_a_compiled_folder_trains_to_the_same_losses(
     assert cli(capsys, "train", str(folder / "spec.surg"), "-o", str(compiled))[0] == 2
 
 
-def test_ctrl_c_leaves_a_run_that_continues_bitwise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = edited(folder, "long.surg", "steps = 12", "steps = 400")
-    run = folder / "runs" / "interrupted"
-    process = command("train", spec, "-o", str(run), "--device", "cpu", "--format", "json", cwd=folder)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 6:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    done = json.loads(out)["steps"]
-    assert process.returncode == 130 and 6 <= done < 400, err
-    assert f"surgery train {run} --resume" in err
-    assert load_state(run).step == done == len(losses(run))
+def test_ctrl_c_leaves_a_run_that_continues_bitwise(
+    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, run = str(folder / "spec.surg"), folder / "runs" / "interrupted"
+    batch = Stream.batch
 
-    unbroken = folder / "runs" / "unbroken"
-    assert cli(capsys, "train", spec, "-o", str(unbroken), "--device", "cpu")[0] == 0
+    def interrupting(stream: Stream, step: int) -> dict[str, torch.Tensor]:
+        if step == 5:  # inside an epoch of six batches
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(stream, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "batch", interrupting)
+        code, out, err = cli(capsys, "train", spec, "-o", str(run), "--device", "cpu", "--format", "json")
+    assert code == 130 and json.loads(out)["steps"] == 6 and json.loads(out)["interrupted"]
+    assert f"surgery train {run} --resume" in err
+    assert load_state(run).step == 6 == len(losses(run))
+
+    torch.manual_seed(17)
     assert cli(capsys, "train", str(run), "--resume", "--device", "cpu")[0] == 0
-    assert losses(run) == losses(unbroken) and len(losses(run)) == 400
-    first, second = load_state(run).state["weights"], load_state(unbroken).state["weights"]
+    assert losses(run) == losses(whole)
+    first, second = load_state(run).state["weights"], load_state(whole).state["weights"]
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_edited_step_py_runs_alone_and_only_alone(
+    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiled = tmp_path / "compiled"
+    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
+    file = compiled / "step.py"
+    file.write_text(file.read_text().replace("def train_step(", "print('edited')\n\n\ndef train_step(", 1))
+    code, _, err = cli(capsys, "train", str(compiled), "--device", "cpu")
+    assert code == 1 and "SURG054" in err and "edited" in err
+    assert alone.main(str(file), ["--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "edited" and f"loss {losses(whole)[-1]!r}" in said[-1]
 
 
 def test_a_run_of_another_spec_is_not_resumed(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +220,7 @@ def test_a_run_of_another_spec_is_not_resumed(folder: Path, whole: Path, capsys:
         ("label = kind", "label = knid", "SURG051", "did you mean `kind`?"),
         ('"rows.jsonl"', '"raws.jsonl"', "SURG050", "no such file"),
         ("labels = 2", "labels = 3", "SURG052", "has 2 labels, the model 3"),
-        ("holdout = 0.25", "holdout = 0.99", "SURG052", "to train on"),
+        ("holdout = 0.25", "holdout = 0.999", "SURG052", "to train on"),
     ],
 )
 def test_what_goes_wrong_in_a_run(
