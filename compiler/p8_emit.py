@@ -14,7 +14,13 @@ from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
 from surgery.compiler.emit.template import (
-    HEADER, MAIN, Group, LossText, optimizer_source, schedule_source, step_source,
+    HEADER,
+    MAIN,
+    Group,
+    LossText,
+    optimizer_source,
+    schedule_source,
+    step_source,
 )  # fmt: skip
 from surgery.compiler.events import EventProgram, programs
 from surgery.compiler.graph import Graph, tensors
@@ -25,8 +31,8 @@ from surgery.runtime import losses
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
     """The source of step.py; `events` are the plan's own if left out.
 
-    It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule` and `train_step`. Raises SurgError:
-    SURG031 if nothing says what the loss is, SURG040 if the graph holds what cannot be written as Python.
+    It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule` and `train_step`. Raises
+    SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what cannot be written as Python.
     """
     forward = forward_source(graph, autocast=plan.step.precision != "model")
     loss = _loss(plan, graph)
@@ -103,7 +109,7 @@ def _compile_source(forward: Forward) -> str:
         "",
         "",
         "def compile_forward() -> None:",
-        '    """Let torch compile the forward, block by block: the first step then takes as long for 4 blocks as for 40."""',
+        '    """Let torch compile the forward, block by block: 40 blocks then take no longer than 4."""',
         "    for name in COMPILED:",
         "        globals()[name] = torch.compile(globals()[name], dynamic=True)",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ _SHORT = 20  # what is as short as this may stand in any call
 class Body:
     """Writes nodes as statements in exactly their order, so that autograd and random numbers see the same sequence.
 
-    `known` names what comes from outside, `weight` spells a `get_attr` target, `kept` are the nodes that are read later on
-    and need a name, `within` is the module path that comments and names leave out.
+    `known` names what comes from outside, `weight` spells a `get_attr` target, `kept` are the nodes that are read
+    later on and need a name, `within` is the module path that comments and names leave out.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Body:
         self._assign(node, text, wanted)
 
     def _nestable(self, node: fx.Node, needed: list[fx.Node]) -> int:
-        """How many of the waiting expressions may stand inside this one: the last ones, in the order of its arguments."""
+        """How many of the waiting expressions may stand inside this one: the last, in the order of its arguments."""
         for count in range(len(needed), 0, -1):
             tail = self._pending[len(self._pending) - count :]
             if [waiting for waiting, _ in tail] != needed[len(needed) - count :]:
@@ -88,10 +89,15 @@ class Body:
             nested = dict(tail)
             if all(len(text.source) <= _SHORT for text in nested.values()):
                 return count
-            text = spell(node, lambda argument, nested=nested: nested.get(argument) or _stand_in(self, argument))  # type: ignore[misc]
-            if len(text.source) <= _NESTED:
+            if len(spell(node, partial(self._provisional, nested)).source) <= _NESTED:
                 return count
         return 0
+
+    def _provisional(self, nested: dict[fx.Node, Text], argument: fx.Node) -> Text:
+        """The text of an argument before those that will not be nested have their names."""
+        if argument in nested:
+            return nested[argument]
+        return self.text(argument) if argument.op == "get_attr" or argument in self.known else Text("a_name_to_come")
 
     def _may_nest(self, node: fx.Node, inside: set[fx.Node], wanted: dict[fx.Node, str]) -> bool:
         """Read exactly once, in this body, and not the result of a module, which deserves its name."""
@@ -159,11 +165,6 @@ class Body:
         place = (Path(span.file).name, span.line) if isinstance(span, Span) else None
         new, self._place = place is not None and place != self._place, place
         return f"{place[0]}:{place[1]}" if new and place is not None else ""
-
-
-def _stand_in(body: Body, argument: fx.Node) -> Text:
-    known = argument.op == "get_attr" or argument in body.known
-    return body.text(argument) if known else Text("a_name_to_come")
 
 
 def _flat(value: object) -> list[object]:

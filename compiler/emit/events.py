@@ -1,4 +1,4 @@
-"""The events of a spec as Python: a function for what happens at one site, and where in the step's clock it is called."""
+"""The events of a spec as Python: a function for what happens at one site, and its calls in the step's clock."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def event_source(programs: Sequence[EventProgram]) -> EventSource:
     tables: dict[tuple[str, ...], str] = {}
     merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}
     for program in programs:
-        body, (sites, keys) = _function_body(program.graph), _sites(program)
+        body, (own, keys) = _function_body(program.graph), _sites(program)
         same = (program.phase, program.condition, program.comment, program.keep, body, tuple(keys.items()))
-        merged.setdefault(same, (program, body, keys, []))[3].extend(sites)
+        merged.setdefault(same, (program, body, keys, []))[3].extend(own)
     for program, body, keys, sites in merged.values():
         if body not in functions:
             functions[body] = names.claim(snake(program.function))

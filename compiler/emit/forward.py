@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.loops import Call, Function, Loops
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
-from surgery.compiler.graph import TRAINING, Graph, drop_dead_nodes
+from surgery.compiler.graph import TRAINING, Graph, drop_dead_nodes, tensors
 
 HELPER = '''\
 def blocks(weights: Weights, path: str, indices: range) -> list[Weights]:
@@ -41,7 +42,7 @@ def forward_source(graph: Graph, autocast: bool = False) -> Forward:
 
     With `autocast` the types in the graph are not those at run time, so that every cast stays.
     """
-    module_graph = tidy(graph.copy().module.graph, autocast)
+    module_graph = tidy(graph.copy().module, autocast)
     inline: frozenset[str] = frozenset()
     while True:
         items = outline(module_graph, inline)
@@ -53,10 +54,19 @@ def forward_source(graph: Graph, autocast: bool = False) -> Forward:
         inline = inline | lonely
 
 
-def tidy(graph: fx.Graph, autocast: bool = False) -> fx.Graph:
-    """Let equal sizes be read from one place and take out what does nothing; works in place and returns `graph`."""
+def tidy(module: fx.GraphModule, autocast: bool = False) -> fx.Graph:
+    """Let equal sizes and constants be read from one place and take out what does nothing; works in place."""
+    graph, named = module.graph, tensors(module)
     seen: dict[str, fx.Node] = {}
+    constants: list[fx.Node] = []
     for node in list(graph.nodes):
+        if node.op == "get_attr" and is_constant(str(node.target)):
+            equal = next((other for other in constants if _same(named, node, other)), None)
+            if equal is not None:
+                node.replace_all_uses_with(equal)
+                graph.erase_node(node)
+            else:
+                constants.append(node)
         value = node.meta.get("val")
         twin: Any = None
         if node.op != "call_function":
@@ -70,6 +80,18 @@ def tidy(graph: fx.Graph, autocast: bool = False) -> fx.Graph:
             graph.erase_node(node)
     drop_dead_nodes(graph)
     return graph
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor is a number in the model's code, which export gave a name where it found it."""
+    return re.search(r"(^|\.)(lifted_tensor_|_tensor_constant)\d+$", name) is not None
+
+
+def _same(named: dict[str, Tensor], node: fx.Node, other: fx.Node) -> bool:
+    left, right = named[str(node.target)], named[str(other.target)]
+    if left.is_meta or right.is_meta or left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left, right)
 
 
 def _casts_nothing(node: fx.Node) -> bool:
@@ -181,10 +203,11 @@ class _Writer:
         outside: dict[str, str] = {}  # weights of other modules: passed by the caller
 
         def weight(target: str) -> str:
-            if target.startswith(block.path + "."):
+            if target.startswith(block.path + ".") and not is_constant(target):
                 return f'w["{target[len(block.path) + 1 :]}"]'
             if target not in outside:
-                outside[target] = names.claim(snake("_".join(target.split(".")[-2:])))
+                short = "constant" if is_constant(target) else snake("_".join(target.split(".")[-2:]))
+                outside[target] = names.claim(short)
             return outside[target]
 
         body = Body(known, weight, names, set(block.outputs), within=block.path)
@@ -211,8 +234,9 @@ class _Writer:
         text = "\n".join(lines) + "\n"
         function = self.functions.setdefault((block.class_name, text), Function(text, block.class_name))
         function.blocks.append(block)
-        passed = (*(f'weights["{name}"]' for name in outside), *order)
-        return Call(block, function, carried, (*passed, *(["device"] if body.uses_device else [])))
+        passed: list[fx.Node | str] = [f'weights["{name}"]' for name in outside]
+        passed += [*order, *(["device"] if body.uses_device else [])]
+        return Call(block, function, carried, tuple(passed))
 
     def _name_functions(self) -> None:
         alike: dict[str, list[Function]] = {}

@@ -24,7 +24,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Call:
-    """How a block is called: `carried` are values that blocks hand on, `passed` is the rest, in the function's order."""
+    """How a block is called: `carried` are values that blocks hand on, `passed` is the rest, in order."""
 
     block: Block
     function: Function
@@ -51,7 +51,7 @@ class Loops:
         return lines
 
     def _feeds(self, before: Call, after: Call) -> bool:
-        """Whether all that a block returns goes to the next one and nowhere else, and the next one carries nothing else."""
+        """Whether a block's results go to the next one and nowhere else, and the next one carries nothing else."""
         inside = set(after.block.nodes)
         apart = all(
             user in inside for node in before.block.outputs for user in node.users if user not in before.block.nodes
@@ -63,9 +63,9 @@ class Loops:
         return ", ".join(part if isinstance(part, str) else self.known[part] for part in call.passed)
 
     def _single(self, call: Call) -> list[str]:
-        results = []
+        results: list[str] = []
         for node in call.block.outputs:
-            # A name that the value before it no longer needs may go on to be used: it is the same stream of activations.
+            # The name goes on with the same stream of activations, unless the value before it is still needed.
             free = call.carried and self.known.get(call.carried[0]) == self.flow and not results
             ended = free and all(user in call.block.nodes for user in call.carried[0].users)
             taken = self.flow in self.known.values() and not ended

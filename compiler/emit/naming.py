@@ -29,19 +29,22 @@ RESERVED = frozenset(
     | {"step", "steps", "optimizer", "loss", "events", "under", "index"}
 )
 _WORDS = {
-    "add": "total", "sub": "difference", "rsub": "difference", "mul": "product", "div": "quotient", "pow": "power", "rsqrt": "inverse_root",
-    "matmul": "product", "bmm": "product", "mm": "product", "scaled_dot_product_attention": "attended", "softmax": "shares",
-    "cat": "joined", "stack": "stacked", "neg": "negative", "arange": "positions", "eq": "equal", "ne": "different",
-    "le": "at_most", "lt": "less", "gt": "more", "ge": "at_least", "index": "picked", "where": "chosen", "embedding": "embedded",
-    "dropout": "dropped", "cumsum": "running_sum", "diff": "differences", "sym_size": "size", "sum": "summed", "abs": "magnitude",
-    "max": "largest", "min": "smallest", "__and__": "both", "__or__": "either", "bitwise_not": "inverted", "logical_not": "inverted",
-    "gather": "gathered", "masked_fill": "masked", "linear": "projected", "layer_norm": "normalised", "batch_norm": "normalised",
-    "addmm": "projected", "mean": "mean", "log": "logarithm", "floordiv": "quotient", "round": "rounded", "split": "parts", "chunk": "parts",
+    "add": "total", "sub": "difference", "rsub": "difference", "mul": "product", "div": "quotient", "pow": "power",
+    "rsqrt": "inverse_root", "matmul": "product", "bmm": "product", "mm": "product", "scaled_dot_product_attention":
+    "attended", "softmax": "shares", "cat": "joined", "stack": "stacked", "neg": "negative", "arange": "positions",
+    "eq": "equal", "ne": "different", "le": "at_most", "lt": "less", "gt": "more", "ge": "at_least", "index":
+    "picked", "where": "chosen", "embedding": "embedded", "dropout": "dropped", "cumsum": "running_sum", "diff":
+    "differences", "sym_size": "size", "sum": "summed", "abs": "magnitude", "max": "largest", "min": "smallest",
+    "__and__": "both", "__or__": "either", "bitwise_not": "inverted", "logical_not": "inverted", "gather":
+    "gathered", "masked_fill": "masked", "linear": "projected", "layer_norm": "normalised", "batch_norm":
+    "normalised", "addmm": "projected", "mean": "mean", "log": "logarithm", "floordiv": "quotient", "round":
+    "rounded", "split": "parts", "chunk": "parts",
 }  # fmt: skip
 _SHAPED = {
-    "view": "reshaped", "reshape": "reshaped", "transpose": "transposed", "permute": "permuted", "expand": "expanded",
-    "unsqueeze": "unsqueezed", "squeeze": "squeezed", "contiguous": "contiguous", "slice": "part", "select": "part", "flatten": "flat",
-    "to": "cast", "repeat": "repeated", "clone": "copy", "detach": "detached", "getitem": "part", "unbind": "parts", "t": "transposed",
+    "view": "reshaped", "reshape": "reshaped", "transpose": "transposed", "permute": "permuted", "expand":
+    "expanded", "unsqueeze": "unsqueezed", "squeeze": "squeezed", "contiguous": "contiguous", "slice": "part",
+    "select": "part", "flatten": "flat", "to": "cast", "repeat": "repeated", "clone": "copy", "detach": "detached",
+    "getitem": "part", "unbind": "parts", "t": "transposed",
 }  # fmt: skip
 _SUFFIXES = re.compile(
     "_(heads|" + "|".join(sorted(set(_SHAPED.values()) | {r"float32|bfloat16|float16|bool|int64"})) + ")(_\\d+)?$"

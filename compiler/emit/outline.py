@@ -1,8 +1,8 @@
 """Split a captured graph into what stands outside its repeated blocks and the blocks themselves.
 
 A block is an entry of a repeated ModuleList (`model.layers.3`); its nodes are those that ran inside that module. The
-order of the result is valid, and operations that draw random numbers or write into tensors keep the order they had. Where
-a stack of blocks does not allow that, its nodes stay outside any block: the result is always the same computation.
+order of the result is valid, and operations that draw random numbers or write into tensors keep the order they had.
+Where a stack of blocks does not allow that, its nodes stay outside any block: the computation is always the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEAVY = re.compile(r"aten\.(linear|addmm|mm|bmm|matmul|baddbmm|conv\w*|scaled_d
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of a stack: `stack` is the ModuleList's path, `inputs` come from outside, `outputs` are read outside."""
+    """One entry of the ModuleList at `stack`; `inputs` come from outside, `outputs` are read outside."""
 
     stack: str
     index: int
@@ -82,7 +82,7 @@ def _writes_into_its_own(node: fx.Node, target: torch._ops.OpOverload) -> bool:
 
 
 def outline(graph: fx.Graph, inline: frozenset[str] = frozenset()) -> list[Item]:
-    """The computing nodes of `graph` in a valid order, those of a block gathered; stacks named in `inline` are not gathered."""
+    """The computing nodes of `graph` in a valid order, those of a block gathered, but for the stacks in `inline`."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     while True:
         owner = _hoist(nodes, {node: place for node in nodes if (place := _place(node, inline))})
@@ -139,7 +139,7 @@ def _cone(node: fx.Node, owner: dict[fx.Node, _Place]) -> set[fx.Node] | None:
 
 
 def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[Item], frozenset[str]]:
-    """Topological order over blocks and single nodes; with it the stacks that cannot be gathered, then the order is void."""
+    """Topological order over blocks and single nodes, or nothing and the stacks that cannot be gathered."""
     position = {node: number for number, node in enumerate(nodes)}
     key = {node: owner.get(node, node) for node in nodes}
     spans: dict[str, list[int]] = {}
@@ -150,7 +150,7 @@ def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[I
     priority = {
         place: min(position[node] for node in nodes if owner.get(node) == place) for place in set(owner.values())
     }
-    rank: dict[_Place | fx.Node, float] = dict(priority)
+    rank: dict[_Place | fx.Node, float] = {place: float(start) for place, start in priority.items()}
     for node in nodes:
         if node not in owner:
             rank[node] = _rank(node, position[node], spans, owner)

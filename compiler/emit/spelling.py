@@ -72,27 +72,31 @@ _OPERATORS: dict[Any, tuple[str, int]] = {
 # aten's arguments are the method's, in the same order.
 _METHODS = {
     "view.default", "reshape.default", "transpose.int", "permute.default", "expand.default", "unsqueeze.default",
-    "squeeze.dim", "squeeze.default", "squeeze.dims", "contiguous.default", "flatten.using_ints", "to.dtype", "to.device",
-    "masked_fill.Scalar", "masked_fill.Tensor", "cumsum.default", "type_as.default", "clone.default", "detach.default",
-    "pow.Tensor_Scalar", "pow.Tensor_Tensor", "mean.default", "mean.dim", "sum.default", "sum.dim_IntList", "amax.default",
-    "amin.default", "gather.default", "index_select.default", "repeat.default", "split.Tensor", "split_with_sizes.default",
-    "chunk.default", "unbind.int", "t.default", "unflatten.int", "expand_as.default", "view_as.default", "any.dim",
-    "any.default", "all.default", "all.dim", "argmax.default", "roll.default", "diagonal.default", "sub_.Tensor",
-    "add_.Tensor", "mul_.Tensor", "copy_.default", "addmm_.default", "zero_.default", "swapaxes.default", "narrow.default",
-    "new_ones.default", "new_zeros.default", "new_full.default", "argsort.default", "float_power.Tensor_Scalar",
+    "squeeze.dim", "squeeze.default", "squeeze.dims", "contiguous.default", "flatten.using_ints", "to.dtype",
+    "to.device", "masked_fill.Scalar", "masked_fill.Tensor", "cumsum.default", "type_as.default", "clone.default",
+    "detach.default", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "mean.default", "mean.dim", "sum.default",
+    "sum.dim_IntList", "amax.default", "amin.default", "gather.default", "index_select.default", "repeat.default",
+    "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int", "t.default", "unflatten.int",
+    "expand_as.default", "view_as.default", "any.dim", "any.default", "all.default", "all.dim", "argmax.default",
+    "roll.default", "diagonal.default", "sub_.Tensor", "add_.Tensor", "mul_.Tensor", "copy_.default",
+    "addmm_.default", "zero_.default", "swapaxes.default", "narrow.default", "new_ones.default",
+    "new_zeros.default", "new_full.default", "argsort.default", "float_power.Tensor_Scalar",
 }  # fmt: skip
 _TORCH = {
-    "abs", "acos", "addmm", "arange", "asin", "baddbmm", "bernoulli", "bmm", "bucketize", "cat", "ceil", "clamp", "cos",
-    "cosh", "diff", "empty_like", "erf", "exp", "expm1", "eye", "floor", "fmod", "full", "full_like", "ge", "isfinite",
-    "isnan", "isinf", "linspace", "log", "log1p", "log2", "logical_and", "logical_not", "logical_or", "logical_xor", "maximum",
-    "minimum", "mm", "mv", "ones", "ones_like", "outer", "pad", "reciprocal", "remainder", "repeat_interleave", "round",
-    "rsqrt", "scalar_tensor", "searchsorted", "sigmoid", "sign", "sin", "sinh", "sqrt", "stack", "tan", "tanh", "tril", "triu",
-    "where", "zeros", "zeros_like", "softmax", "log_softmax", "sort", "histc", "floor_divide", "index_put", "cumprod", "topk", "square", "batch_norm", "rand_like", "bitwise_not",
-    "randn_like", "diag", "diag_embed", "one_hot", "gather", "rms_norm", "hstack", "vstack", "kron", "flip", "div",
+    "abs", "acos", "addmm", "arange", "asin", "baddbmm", "bernoulli", "bmm", "bucketize", "cat", "ceil", "clamp",
+    "cos", "cosh", "diff", "empty_like", "erf", "exp", "expm1", "eye", "floor", "fmod", "full", "full_like", "ge",
+    "isfinite", "isnan", "isinf", "linspace", "log", "log1p", "log2", "logical_and", "logical_not", "logical_or",
+    "logical_xor", "maximum", "minimum", "mm", "mv", "ones", "ones_like", "outer", "pad", "reciprocal", "remainder",
+    "repeat_interleave", "round", "rsqrt", "scalar_tensor", "searchsorted", "sigmoid", "sign", "sin", "sinh",
+    "sqrt", "stack", "tan", "tanh", "tril", "triu", "where", "zeros", "zeros_like", "softmax", "log_softmax",
+    "sort", "histc", "floor_divide", "index_put", "cumprod", "topk", "square", "batch_norm", "rand_like",
+    "bitwise_not", "randn_like", "diag", "diag_embed", "one_hot", "gather", "rms_norm", "hstack", "vstack", "kron",
+    "flip", "div",
 }  # fmt: skip
 _FUNCTIONAL = {
-    "linear", "layer_norm", "group_norm", "relu", "silu", "gelu", "conv1d", "conv2d", "conv3d", "dropout", "softplus",
-    "hardtanh", "mish", "pad", "one_hot", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "scaled_dot_product_attention",
+    "linear", "layer_norm", "group_norm", "relu", "silu", "gelu", "conv1d", "conv2d", "conv3d", "dropout",
+    "softplus", "hardtanh", "mish", "pad", "one_hot", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+    "scaled_dot_product_attention",
 }  # fmt: skip
 # What a factory function has by default: naming it tells the reader nothing.
 _SILENT = {"pin_memory": (False, None), "layout": (torch.strided, None), "non_blocking": (False,), "copy": (False,)}
@@ -245,7 +249,9 @@ class _Writer:
         leading = [slice(None)] * arguments[1]
         if full == "select.int":
             return self.index(arguments[0], [*leading, arguments[2]])
-        start, end, step = (*arguments[2:], *(None, None, 1)[len(arguments) - 2 :])
+        given = arguments[2:]
+        default: list[Any] = [None, None, 1]
+        start, end, step = given + default[len(given) :]
         if step != 1:
             return None
         begin = None if isinstance(start, int) and start == 0 else start

@@ -35,7 +35,7 @@ class Mergeable(Protocol):
     @property
     def weights(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
-    def effective_weight(self, path: str) -> Tensor: ...  # noqa: D102
+    def effective_weight(self, path: str, dtype: torch.dtype | None = ...) -> Tensor: ...  # noqa: D102
 
     def effective_bias(self, path: str) -> Tensor | None: ...  # noqa: D102
 
@@ -65,7 +65,7 @@ def merged(step: Mergeable) -> nn.Module:
 def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) -> None:
     module = model.get_submodule(site.path)
     weight = module.get_parameter("weight")
-    effective = step.effective_weight(site.path)
+    effective = step.effective_weight(site.path, dtype=None)
     rounded = (effective.T if site.transposed else effective).to(weight.dtype)
     if not torch.isfinite(rounded).all():
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"

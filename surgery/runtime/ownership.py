@@ -53,7 +53,7 @@ def own(
 def _memory(tensor: Tensor) -> _Memory:
     if tensor.numel() == 0 or tensor.is_meta:  # no memory to share
         return (-id(tensor), 0, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-    return (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+    return (tensor.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

@@ -139,7 +139,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor) -> Any:
-        """The adapted model's outputs in evaluation mode: `.logits`, `.last_hidden_state`, or the module's own structure."""
+        """The outputs in evaluation mode: `.logits`, `.last_hidden_state`, or the module's own structure."""
         output = self._run(self._ready(inputs, labels=False))
         if self.graph.output == "logits":
             name = "last_hidden_state" if self.plan.model.task == "feature_extraction" else "logits"
@@ -173,14 +173,15 @@ class TrainingStep:
         """The text of graph.py: the adapted model's forward alone."""
         return p8_emit.graph_source(self.plan, self.graph)
 
-    def effective_weight(self, path: str) -> Tensor:
-        """What the site multiplies with now, [out, in], in float32 or the model's dtype if wider.
+    def effective_weight(self, path: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """What the site multiplies with now, [out, in], in `dtype`; None leaves it as computed: float32 or wider.
 
         Raises SurgError: SURG020 if `path` is no site, SURG055 if its output is not affine in the input.
         """
         from surgery.compiler.algebra.instance import effective_weight
 
-        return effective_weight(self.plan, self._site(path), self.weights)
+        weight = effective_weight(self.plan, self._site(path), self.weights)
+        return weight if dtype is None else weight.to(dtype)
 
     def effective_bias(self, path: str) -> Tensor | None:
         """What the site adds, [out], or None; raises SURG020 if `path` is no site."""
@@ -197,7 +198,7 @@ class TrainingStep:
         raise fail("SURG020", f"`{path}` is no adapted site", help=help)
 
     def merge(self) -> nn.Module:
-        """A copy of the user's model with the merged weights; raises SURG055 with the reasons where that is not possible."""
+        """A copy of the user's model with the merged weights; raises SURG055 with the reasons if there is none."""
         from surgery.runtime.merge import merged
 
         return merged(self)
