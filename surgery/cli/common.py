@@ -19,6 +19,7 @@ from surgery.compiler.diagnostics import Diagnostic, SurgError, render
 from surgery.compiler.span import Source
 
 if TYPE_CHECKING:
+    from surgery.compiler.plan import Plan
     from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
 
@@ -172,12 +173,13 @@ def load_run(run: Path, device: str | None, allow_code: bool) -> TrainingStep:
     return surgery.load(run, device=device, allow_code=allow_code)
 
 
-def data_of(step: TrainingStep, labels: Iterable[str] = ()) -> Data:
-    """The data that a step's spec names, tokenised; its warnings are shown."""
+def data_of(plan: Plan, folder: Path, labels: Iterable[str] = ()) -> Data:
+    """The data that a plan names, tokenised; its warnings and sizes are shown."""
     from surgery.runtime.data import load_data
     from surgery.runtime.models import load_tokenizer
 
-    data = load_data(step.plan, step.folder, load_tokenizer(step.plan.model, step.folder), names=tuple(labels))
+    quiet()
+    data = load_data(plan, folder, load_tokenizer(plan.model, folder), names=tuple(labels))
     show(data.warnings)
     note(data.summary())
     return data

@@ -47,7 +47,7 @@ def run(
         show(program.warnings)
         step = surgery.compile(program, device=device, allow_code=allow_code)
         step.save(folder)
-        write_text(folder / "graph.py", step.module.print_readable(print_output=False))
+        write_text(folder / "graph.py", step.graph_source)
     if format is Format.json:
         answer({"folder": str(folder), "sites": step.plan.totals.sites, "trainable": step.plan.totals.trainable})
     else:

@@ -47,7 +47,7 @@ def run(
         if data is not None:
             tokenizer = load_tokenizer(step.plan.model, step.folder)
             examples = load_evaluation(step.plan, step.folder, tokenizer, data, labels)
-        elif (held_out := data_of(step, labels).held_out) is not None:
+        elif (held_out := data_of(step.plan, step.folder, labels).held_out) is not None:
             examples = held_out
         else:
             help = "write holdout = 0.2 or eval = FILE in the data block, or give --data FILE"

@@ -17,7 +17,6 @@ from surgery.cli.common import (
     data_of,
     load_run,
     note,
-    quiet,
     reporting,
     show,
 )
@@ -25,6 +24,7 @@ from surgery.compiler.diagnostics import SurgError, fail
 
 if TYPE_CHECKING:
     from surgery.compiler.plan import Plan
+    from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
 
 EXAMPLE = "Example: surgery train specs/demo.surg -o runs/demo; after Ctrl-C: surgery train runs/demo --resume"
@@ -51,13 +51,11 @@ def run(
     good state. metrics.jsonl in the run folder has a row for every step (steps count from 0).
     """
     with reporting(format):
-        quiet()
-        folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
-        step, labels = _start(spec, folder, resume, device, allow_code)
         from surgery.runtime.data import steps_of
         from surgery.runtime.train import train
 
-        data = data_of(step, labels)
+        folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
+        step, data = _start(spec, folder, resume, device, allow_code)
         step.steps = steps_of(step.plan, len(data.train))
         terminal = sys.stderr.isatty()
         outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
@@ -76,34 +74,32 @@ def run(
         raise typer.Exit(130)
 
 
-def _start(
-    spec: Path, folder: Path, resume: bool, device: str | None, allow_code: bool
-) -> tuple[TrainingStep, list[str]]:
-    """The step to run and the labels' names that it already knows."""
+def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_code: bool) -> tuple[TrainingStep, Data]:
+    """The step to run and its data. The data is read first: what is wrong with it shows before the model is loaded."""
     import surgery
     from surgery.runtime.run_folder import is_run, load_state
 
     if resume and spec.is_dir() and folder != spec:
         raise typer.BadParameter("--resume continues in DIR itself; leave -o out", param_hint="-o")
+    if not resume and is_run(folder) and (done := load_state(folder).step) > 0:
+        message = f"`{folder}` is a run with {done} steps done; continue it with --resume, or choose another folder"
+        raise typer.BadParameter(message, param_hint="-o")
+    if not resume and not spec.is_dir():
+        program = surgery.parse(spec)
+        show(program.warnings)
+        data = data_of(surgery.plan(program, allow_code=allow_code), program.folder)
+        return surgery.compile(program, device=device, allow_code=allow_code), data
     source = folder if resume else spec
-    if resume or spec.is_dir():
-        state = load_state(source)
-        if not resume and state.step > 0:
-            raise typer.BadParameter(f"`{spec}` has {state.step} steps done; continue it with --resume")
-    if not resume and is_run(folder) and load_state(folder).step > 0:
-        raise typer.BadParameter(
-            f"`{folder}` holds a run; continue it with --resume or choose another", param_hint="-o"
-        )
-    if not source.is_file():
-        if resume and not spec.is_dir():
-            _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
-        step = load_run(source, device, allow_code)
-        if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked
-            raise _edited(source)
-        return step, list(state.extra.get("labels", ()))
-    program = surgery.parse(spec)
-    show(program.warnings)
-    return surgery.compile(program, device=device, allow_code=allow_code), []
+    state = load_state(source)
+    if not resume and state.step > 0:
+        raise typer.BadParameter(f"`{spec}` is a run with {state.step} steps done; continue it with --resume")
+    if not spec.is_dir():
+        _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
+    data = data_of(state.plan, state.folder, state.extra.get("labels", ()))
+    step = load_run(source, device, allow_code)
+    if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked
+        raise _edited(source)
+    return step, data
 
 
 def _edited(folder: Path) -> SurgError:

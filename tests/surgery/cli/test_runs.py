@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def whole(folder: Path) -> Path:
         main(["train", str(folder / "spec.surg"), "-o", str(run), "--device", "cpu"])
     assert not ended.value.code
     return run
+
+
+@pytest.fixture(scope="module")
+def compiled(folder: Path) -> Path:
+    """The spec compiled, not run."""
+    with pytest.raises(SystemExit) as ended:
+        main(["compile", str(folder / "spec.surg"), "-o", str(folder / "compiled"), "--device", "cpu"])
+    assert not ended.value.code
+    return folder / "compiled"
 
 
 def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -140,29 +150,30 @@ def test_evaluate_merge_and_reload_with_plain_transformers(
     assert cli(capsys, "merge", str(whole), "-o", str(tmp_path / "merged"))[0] == 1  # never over what is there
 
 
-def test_step_py_alone_has_the_same_losses(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compiled = folder / "compiled"
-    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
+def test_step_py_alone_has_the_same_losses(
+    folder: Path, whole: Path, compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert {"plan.json", "adapters.safetensors", "graph.py", "step.py"} <= set(os.listdir(compiled))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for run in (compiled, whole):  # a trained run begins anew
-        arguments = [sys.executable, str(run / "step.py"), "--data", str(folder / "rows.jsonl"), "--device", "cpu"]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=folder.parent)
-        assert done.returncode == 0, done.stderr
-        said = {int(line.split()[1]): float(line.split()[3]) for line in done.stdout.splitlines()}
+    arguments = ["--data", str(folder / "rows.jsonl"), "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(compiled / "step.py"), *arguments], env=environment,
+                          capture_output=True, text=True, cwd=folder.parent)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert alone.main(str(whole / "step.py"), arguments) == 0  # a trained run begins anew
+    for out in (done.stdout, capsys.readouterr().out):
+        said = {int(line.split()[1]): float(line.split()[3]) for line in out.splitlines()}
         expected = losses(whole)
         assert set(said) >= {3, 7, 11} and all(loss == expected[step] for step, loss in said.items())
 
 
 def test_a_compiled_folder_trains_to_the_same_losses(
-    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    folder: Path, whole: Path, compiled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled = tmp_path / "compiled"
-    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
-    code, out, _ = cli(capsys, "train", str(compiled), "--device", "cpu", "--format", "json")
-    assert code == 0 and json.loads(out)["steps"] == 12 and losses(compiled) == losses(whole)
-    assert cli(capsys, "train", str(compiled))[0] == 2  # holds a run
-    assert cli(capsys, "train", str(folder / "spec.surg"), "-o", str(compiled))[0] == 2
+    run = shutil.copytree(compiled, folder / "trained")
+    code, out, _ = cli(capsys, "train", str(run), "--device", "cpu", "--format", "json")
+    assert code == 0 and json.loads(out)["steps"] == 12 and losses(run) == losses(whole)
+    assert cli(capsys, "train", str(run))[0] == 2  # holds a run
+    assert cli(capsys, "train", str(folder / "spec.surg"), "-o", str(run))[0] == 2
 
 
 def test_ctrl_c_leaves_a_run_that_continues_bitwise(
@@ -191,13 +202,11 @@ def test_ctrl_c_leaves_a_run_that_continues_bitwise(
 
 
 def test_an_edited_step_py_runs_alone_and_only_alone(
-    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    folder: Path, whole: Path, compiled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled = tmp_path / "compiled"
-    assert cli(capsys, "compile", str(folder / "spec.surg"), "-o", str(compiled), "--device", "cpu")[0] == 0
-    file = compiled / "step.py"
+    file = shutil.copytree(compiled, folder / "edited") / "step.py"
     file.write_text(file.read_text().replace("def train_step(", "print('edited')\n\n\ndef train_step(", 1))
-    code, _, err = cli(capsys, "train", str(compiled), "--device", "cpu")
+    code, _, err = cli(capsys, "train", str(file.parent), "--device", "cpu")
     assert code == 1 and "SURG054" in err and "edited" in err
     assert alone.main(str(file), ["--device", "cpu"]) == 0
     said = capsys.readouterr().out.splitlines()
