@@ -40,7 +40,7 @@ def test_the_commands_run(line: str) -> None:
     code = "from surgery.cli import main; main()"
     run = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
+    assert run.stdout.strip() or run.stderr.strip()  # `check` has nothing to answer but a word for people
 
 
 def test_the_method_of_the_guide_is_a_method() -> None:

@@ -194,7 +194,7 @@ def test_saved_and_loaded_steps_are_equal(kind: str, method: str, tmp_path: Path
     step(batch(kind))
     step.save(tmp_path / "run")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in {".pt", ".pth", ".pkl", ".bin"}]
-    loaded = surgery.load(tmp_path / "run", model=model)
+    loaded = surgery.load(tmp_path / "run", model=model, example_inputs=inputs(batch(kind)))
     example = inputs(batch(kind, seed=5))
     with torch.no_grad():
         assert torch.equal(logits_of(step.forward(**example)), logits_of(loaded.forward(**example)))
