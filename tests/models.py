@@ -160,6 +160,7 @@ class Architecture:
     name: str
     task: str
     factory: Callable[..., nn.Module]
+    adapt: str = "model.layers.*.self_attn.{q_proj,v_proj}"  # a pattern of some of its weights
 
     def model(self, dropout: float = 0.0, **settings: Any) -> nn.Module:
         """A tiny random model in evaluation mode; `settings` go to its config. The weights are the same every time."""
@@ -187,6 +188,12 @@ class Architecture:
             inputs["decoder_input_ids"] = tokens(length - 3)
         return inputs
 
+    def spec(self, method: str = "lora(rank = 4)", step: str = "optimizer = adamw(lr = 1e-2)") -> str:
+        """A program that adapts the model of `model()` for its task."""
+        task = f"{self.task}(labels = 3)" if self.task.endswith("classification") else self.task
+        model = f'model "given" {{ task = {task} }}'
+        return f"{model}\nadapt {self.adapt} {{ with {method} }}\nstep {{ {step}  steps = 8 }}\n"
+
     def labels(self, rows: int = 4, length: int = 9) -> Tensor:
         """Labels that go with `inputs` of the same sizes."""
         inputs = self.inputs(rows, length)
@@ -204,12 +211,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("mistral", "causal_lm", mistral),
         Architecture("gemma2", "causal_lm", gemma2),
         Architecture("qwen3_moe", "causal_lm", qwen3_moe),
-        Architecture("gpt2", "causal_lm", gpt2),
-        Architecture("opt", "causal_lm", opt),
-        Architecture("bert", "sequence_classification", bert),
-        Architecture("roberta", "masked_lm", roberta),
-        Architecture("deberta_v2", "sequence_classification", deberta_v2),
-        Architecture("vit", "image_classification", vit),
-        Architecture("t5", "seq2seq_lm", t5),
+        Architecture("gpt2", "causal_lm", gpt2, "transformer.h.*.{attn,mlp}.c_*"),
+        Architecture("opt", "causal_lm", opt, "**.{q_proj,v_proj,fc1}"),
+        Architecture("bert", "sequence_classification", bert, "bert.encoder.layer.*.attention.self.{query,value}"),
+        Architecture("roberta", "masked_lm", roberta, "roberta.encoder.layer.*.attention.self.{query,value}"),
+        Architecture(
+            "deberta_v2",
+            "sequence_classification",
+            deberta_v2,
+            "deberta.**.{query_proj,value_proj}",
+        ),
+        Architecture("vit", "image_classification", vit, "vit.**: Linear"),
+        Architecture("t5", "seq2seq_lm", t5, "**.{q,v,wi}"),
     )
 }
