@@ -171,7 +171,7 @@ class _Writer:
     def _is_carried(self, node: fx.Node, block: Block) -> bool:
         """Whether a block's input flows from block to block, rather than being read by all of them."""
         value = node.meta.get("val")
-        if node in self.placeholders or not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
             return False
         made = any(node in other.outputs for other in self.blocks if other.stack == block.stack)
         return made or not (self._is_read_by_all(node, block.stack) or describe(node) == "mask")

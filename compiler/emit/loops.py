@@ -57,29 +57,34 @@ class Loops:
             user in inside for node in before.block.outputs for user in node.users if user not in before.block.nodes
         )
         same_list = after.block.index == before.block.index + 1
-        return same_list and apart and after.carried == before.block.outputs
+        alike = len(before.carried) == len(before.block.outputs)
+        return same_list and alike and apart and after.carried == before.block.outputs
+
+    def _is_free(self, call: Call) -> bool:
+        """Whether the stream's name may go on to a block's result: it is unused, or what flows in and is not read again."""
+        holders = [node for node, name in self.known.items() if name == self.flow]
+        if not holders:
+            return True
+        return holders[-1] in call.carried[:1] and all(user in call.block.nodes for user in holders[-1].users)
 
     def _values(self, call: Call) -> str:
         return ", ".join(part if isinstance(part, str) else self.known[part] for part in call.passed)
 
     def _single(self, call: Call) -> list[str]:
         results: list[str] = []
-        for node in call.block.outputs:
-            # The name goes on with the same stream of activations, unless the value before it is still needed.
-            free = call.carried and self.known.get(call.carried[0]) == self.flow and not results
-            ended = free and all(user in call.block.nodes for user in call.carried[0].users)
-            taken = self.flow in self.known.values() and not ended
-            self.known[node] = self.flow if not results and not taken else self.names.claim(self.flow)
-            results.append(self.known[node])
+        free = self._is_free(call)
+        for number in range(len(call.block.outputs)):
+            results.append(self.flow if free and number == 0 else self.names.claim(self.flow))
         carried = [self.known[node] for node in call.carried]
         index = call.block.index
         weights = f'blocks(weights, "{call.block.stack}", range({index}, {index + 1}))[0]'
         arguments = ", ".join(part for part in (weights, *carried, self._values(call)) if part)
+        self.known.update(zip(call.block.outputs, results, strict=True))
         return wrapped(f"{', '.join(results)} = {call.function.name}({arguments})")
 
     def _loop(self, calls: Sequence[Call]) -> list[str]:
         first, last = calls[0], calls[-1]
-        state = [self.flow]
+        state = [self.flow if self._is_free(first) else self.names.claim(self.flow)]
         while len(state) < len(first.carried):
             state.append(self.names.claim(self.flow))
         lines = []

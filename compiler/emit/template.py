@@ -126,7 +126,7 @@ def step_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, events: E
         ") -> tuple[Tensor, bool]:",
         '    """Optimizer step number `step` (from 0) of `steps`: its loss, and whether it was taken.',
         "",
-        "    A loss that is not finite changes nothing on the CPU; on a GPU, where looking would wait, the caller looks.",
+        "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
         *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
         '    """',
         f'    labels = batch["{loss.labels}"]',
