@@ -130,14 +130,19 @@ def apply(program_or_run: Program | str | Path, model: nn.Module) -> nn.Module:
 
 
 def load(
-    directory: str | Path, model: nn.Module | None = None, *, device: str | torch.device | None = None,
+    directory: str | Path, model: nn.Module | None = None, *,
+    example_inputs: Mapping[str, torch.Tensor] | None = None, device: str | torch.device | None = None,
     allow_code: bool = False,
 ) -> TrainingStep:  # fmt: skip
-    """The training step of a run folder or a compiled folder, as it was saved; `model` where the spec names none."""
+    """The training step of a run folder or a compiled folder, as it was saved.
+
+    `model` where the spec names none, with `example_inputs` where they cannot be made from its config.
+    """
     from surgery.runtime.run_folder import load_state
 
     state = load_state(directory)
-    step = compile(parse(state.spec, state.folder, state.plan.file), model, device=device, allow_code=allow_code)
+    program = parse(state.spec, state.folder, state.plan.file)
+    step = compile(program, model, example_inputs, device, allow_code=allow_code)
     step.load_state_dict(state.state)
     return step
 
