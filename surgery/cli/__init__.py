@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Adapt PyTorch models with a few declarative lines: write a .surg file, see the plan, train it, merge it.",
     epilog="Start with `surgery plan specs/demo.surg`, then `surgery train specs/demo.surg -o runs/demo`.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )

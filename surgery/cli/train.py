@@ -109,7 +109,7 @@ def _edited(folder: Path) -> SurgError:
 
 def _check_same(plan: Plan, before: Plan, folder: Path) -> None:
     if _meaning(plan.model_dump()) != _meaning(before.model_dump()):
-        help = "resume with the spec of the run (spec.surg in it), or train into a new folder"
+        help = f"continue it as it was with `surgery train {folder} --resume`, or train into a new folder"
         raise fail("SURG054", f"`{folder}` is a run of another spec", help=help)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
-from transformers import BertTokenizerFast as Tokenizer
+from transformers import BertTokenizer as Tokenizer
 
 from surgery.cli import main
 from surgery.runtime import alone
