@@ -61,7 +61,7 @@ class Loops:
         return same_list and alike and apart and after.carried == before.block.outputs
 
     def _is_free(self, call: Call) -> bool:
-        """Whether the stream's name may go on to a block's result: it is unused, or what flows in and is not read again."""
+        """Whether the stream's name may go on to a result: it is unused, or what flows in and is not read again."""
         holders = [node for node, name in self.known.items() if name == self.flow]
         if not holders:
             return True

@@ -78,15 +78,20 @@ class TrainingStep:
         self._written = written_names(plan, graph, self._trained, programs)
         self.weights = own(given, self._written, set(self._trained), self.device)
         self.module = _module(graph, self.weights, self.device)
-        self.source = p8_emit.run(plan, graph, programs) if source is None else source
-        self._namespace = _execute(self.source, plan)
-        if plan.step.compile == "on" or (plan.step.compile == "auto" and self.device.type == "cuda"):
-            self._namespace["compile_forward"]()
+        self.use_source(p8_emit.run(plan, graph, programs) if source is None else source)
         torch.manual_seed(plan.step.seed)
-        self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
         scaled = plan.step.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self._skipped = 0
+
+    def use_source(self, source: str) -> None:
+        """Run this text of step.py from now on, with a new optimizer; the weights stay as they are."""
+        self.source = source
+        self._namespace = _execute(source, self.plan)
+        compiled = self.plan.step.compile
+        if compiled == "on" or (compiled == "auto" and self.device.type == "cuda"):
+            self._namespace["compile_forward"]()
+        self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
 
     # --- training ---
 
