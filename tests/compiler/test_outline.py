@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ def same(graph: Graph, source: str, inputs: dict[str, Tensor]) -> None:
     forward = execute(source)["forward"]
     for training in (True, False):
         found = []
-        for run in (graph.module, lambda *a: forward(weights, *a)):
+        runs: list[Callable[..., Any]] = [graph.module, lambda *a: forward(weights, *a)]
+        for run in runs:
             torch.manual_seed(3)
             output = run(*inputs.values(), training)
             output = output if isinstance(output, Tensor) else output[0]
@@ -47,7 +49,8 @@ class Layer(nn.Module):
         self.linear, self.dropout = nn.Linear(6, 6), nn.Dropout(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(torch.tanh(self.linear(x)))
+        y: Tensor = x + self.dropout(torch.tanh(self.linear(x)))
+        return y
 
 
 class Plain(nn.Module):
@@ -67,7 +70,8 @@ class Skips(Plain):
     """A block's output is read again further on, as in a U-Net."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first = x = self.layers[0](x)
+        first: Tensor = self.layers[0](x)
+        x = first
         for layer in self.layers[1:]:
             x = layer(x)
         return x + first
@@ -102,7 +106,8 @@ class Recurrent(Plain):
     """One block is used twice, with another one between."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[0](self.layers[1](self.layers[0](x)))
+        y: Tensor = self.layers[0](self.layers[1](self.layers[0](x)))
+        return y
 
 
 class Reentered(nn.Module):
@@ -114,9 +119,9 @@ class Reentered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer["a"](x)
+            x = layer.get_submodule("a")(x)
         for layer in self.layers:
-            x = layer["b"](x)
+            x = layer.get_submodule("b")(x)
         return x
 
 
@@ -128,7 +133,8 @@ class Nested(nn.Module):
         self.towers = nn.ModuleList([Plain()])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.towers[0](x)
+        y: Tensor = self.towers[0](x)
+        return y
 
 
 MODELS = [Plain, Skips, Collected, Interleaved, Recurrent, Reentered, Nested]

@@ -31,7 +31,8 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.dropout(torch.relu(self.norm(self.first(x)))))
+        y: Tensor = self.last(self.dropout(torch.relu(self.norm(self.first(x)))))
+        return y
 
 
 def network(dropout: float = 0.0) -> Network:
@@ -99,7 +100,7 @@ def test_the_update_is_that_of_a_loop_by_hand(text: str, make: Any) -> None:
         assert step.learning_rate == pytest.approx(base * factor)
         optimizer.param_groups[0]["lr"] = base * factor
         loss = F.cross_entropy(mirror(data["x"]), data["labels"])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learned, 0.3)
         optimizer.step()
         optimizer.zero_grad()
@@ -341,7 +342,7 @@ def test_events_run_at_their_point_of_the_clock() -> None:
 def causal() -> TrainingStep:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0))
     text = (
@@ -381,7 +382,8 @@ def test_batches_that_do_not_fit(causal: TrainingStep) -> None:
     assert code_of(lambda: causal({**good, "labels": tokens[:2]})) == "SURG044"
     assert code_of(lambda: causal({**good, "attention_mask": left[:, :3]})) == "SURG044"
     assert code_of(lambda: causal({"input_ids": tokens[:0], "labels": tokens[:0]})) == "SURG044"
-    assert code_of(lambda: causal({**good, "labels": tokens.tolist()})) == "SURG044"
+    no_tensor: Any = tokens.tolist()
+    assert code_of(lambda: causal({**good, "labels": no_tensor})) == "SURG044"
     assert causal.step == 0
 
 
