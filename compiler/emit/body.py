@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from surgery.compiler.emit.naming import Names, by_operation, is_skip, operation, snake
+from surgery.compiler.emit.naming import Names, by_factor, by_operation, is_skip, operation, snake
 from surgery.compiler.emit.outline import module_path
 from surgery.compiler.emit.spelling import Text, spell
 from surgery.compiler.span import Span
@@ -136,7 +136,7 @@ class Body:
             return snake(last[0]) if last else by_operation(node, None)
         path = [part for part in self._inner(node).split(".") if not part.isdecimal()]
         if isinstance(node.meta.get("span"), Span) and path[-1:] != [""]:
-            return f"{snake(path[-1])}_{by_operation(node, None)}"
+            return f"{snake(path[-1])}_{by_factor(node) or by_operation(node, None)}"
         first = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
         while first is not None and first not in self.known and first.op != "get_attr":  # an expression that was nested
             first = next((argument for argument in first.args if isinstance(argument, fx.Node)), None)

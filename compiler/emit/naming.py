@@ -108,6 +108,21 @@ def by_operation(node: fx.Node, base: str | None) -> str:
     return _WORDS.get(name, snake(name))
 
 
+def by_factor(node: fx.Node) -> str | None:
+    """`base` for a product with the module's own weight, `times_A` for one with a method's tensor, else None."""
+    while operation(node) == "mul" and len(node.all_input_nodes) == 1:  # scaled by a number
+        node = node.all_input_nodes[0]
+    if operation(node) not in ("linear", "matmul") or not isinstance(node.args[1], fx.Node):
+        return None
+    factor = node.args[1]
+    while len(factor.all_input_nodes) == 1:  # cast, transposed, scaled
+        factor = factor.all_input_nodes[0]
+    if factor.op != "get_attr":
+        return None
+    name = str(factor.target).rpartition(".")[2]
+    return "base" if name == "weight" else f"times_{name}"
+
+
 def is_skip(node: fx.Node) -> bool:
     """Whether an addition joins two activations of the same shape, as residual connections do."""
     values = [argument.meta.get("val") for argument in node.args[:2] if isinstance(argument, fx.Node)]

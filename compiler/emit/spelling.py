@@ -99,7 +99,13 @@ _FUNCTIONAL = {
     "scaled_dot_product_attention",
 }  # fmt: skip
 # What a factory function has by default: naming it tells the reader nothing.
-_SILENT = {"pin_memory": (False, None), "layout": (torch.strided, None), "non_blocking": (False,), "copy": (False,)}
+_SILENT = {
+    "pin_memory": (False, None),
+    "layout": (torch.strided, None),
+    "non_blocking": (False,),
+    "copy": (False,),
+    "inplace": (False,),
+}
 
 
 def spell(node: fx.Node, argument: Argument) -> Text:

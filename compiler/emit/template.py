@@ -132,8 +132,9 @@ def step_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, events: E
         f'    labels = batch["{loss.labels}"]',
         f"    count = {loss.count}(labels)",
         "    rows = labels.shape[0]",
-        '    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]',
     ]
+    if scaled or plan.clip is not None:
+        lines.append('    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]')
     if events.keeps:
         lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
     lines += _phase(events, "start", "1. before anything is changed")
