@@ -193,9 +193,9 @@ class _Resolver:
             formula = instance.build(rule.method, record)
         except SurgError as error:
             used = Note("used by this rule", with_span)
-            known = {(found.code, found.span) for found in self.diagnostics.found}
+            said = {(found.code, found.span) for found in self.diagnostics.found}
             for found in error.diagnostics:
-                if (found.code, found.span) in known:  # said for another size already
+                if (found.code, found.span) in said:  # said for another size already
                     continue
                 self.diagnostics.error(
                     found.code, found.message, found.span, notes=[*found.notes, where, used], help=found.help

@@ -25,7 +25,7 @@ PREFIX = "adapted"
 
 
 def run(plan: Plan, graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
-    """Put an algebra node at each use of a planned weight, over the method's `tensors` by key; `graph` stays as it is."""
+    """Put an algebra node at each use of a planned weight, over the method's `tensors` by key; `graph` is unchanged."""
     return replace(graph, module=rewrite_module(graph.module, plan, tensors))
 
 
@@ -34,7 +34,7 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
 
     Parameters are found by their names in the graph. Raises SURG041 for a weight that no linear operation uses.
     """
-    twin = _twin(module)
+    twin = twin_of(module)
     named = tensors_of(twin)
     training = next((node for node in twin.graph.nodes if node.op == "placeholder" and node.name == TRAINING), None)
     diagnostics = Diagnostics()
@@ -77,7 +77,7 @@ def _stored(tensor: Tensor, role: str) -> Tensor:
     return nn.Parameter(tensor) if role == "train" and not isinstance(tensor, nn.Parameter) else tensor
 
 
-def _twin(module: fx.GraphModule) -> fx.GraphModule:
+def twin_of(module: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with its own nodes over the very same tensors and submodules."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -89,7 +89,7 @@ def _twin(module: fx.GraphModule) -> fx.GraphModule:
     twin_module = fx.GraphModule(module, graph, type(module).__name__)
     for name, tensor in tensors_of(module).items():  # GraphModule takes over only what the graph reads
         put(twin_module, name, tensor, persistent=name in module.state_dict(keep_vars=True))
-    twin_module.train(module.training) if type(module).train is nn.Module.train else None
+    twin_module.training = module.training
     return twin_module
 
 

@@ -12,8 +12,7 @@ from torch import fx
 from surgery.compiler.adapted import AdaptedSite
 from surgery.compiler.algebra.lower import Base
 from surgery.compiler.graph import Graph, drop_dead_nodes
-from surgery.compiler.p6_rewrite import PREFIX
-from surgery.compiler.p6_rewrite import _twin as twin_of
+from surgery.compiler.p6_rewrite import PREFIX, twin_of
 
 
 def run(graph: Graph) -> Graph:

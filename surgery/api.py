@@ -113,7 +113,7 @@ def compile(
     examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
     examples = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in examples.items()}
     graph = p5_capture.run(model, examples, task)
-    graph = pipeline.rewrite(made, graph, initialise(made, tensors(graph.module)))
+    graph = pipeline.adapt(made, graph, initialise(made, tensors(graph.module)))
     return TrainingStep(made, graph, model, folder=program.folder, device=device)
 
 

@@ -43,7 +43,8 @@ class Perceptron(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor, /) -> Tensor:
-        return self.second(self.drop(torch.relu(self.first(x))))
+        found: Tensor = self.second(self.drop(torch.relu(self.first(x))))
+        return found
 
 
 class Convolutional(nn.Module):
@@ -108,7 +109,7 @@ def test_a_tree_of_outputs_with_every_kind_of_mode() -> None:
         torch.testing.assert_close(model.state_dict()[name], value)
     assert model.norm.num_batches_tracked == 1
 
-    gradients = [torch.autograd.grad(tree["logits"].sum(), one.parameters(), allow_unused=True)
+    gradients = [torch.autograd.grad(tree["logits"].sum(), tuple(one.parameters()), allow_unused=True)
                  for tree, one in ((found, model), (wanted, twin))]  # fmt: skip
     for ours, theirs in zip(*gradients, strict=True):  # `size` passes none: its region is cut out of the gradient
         assert (ours is None) == (theirs is None)
@@ -294,7 +295,8 @@ class Branching(nn.Module):
             y = nn.functional.dropout(y, 0.9)
         if self.kind == "batch":
             y = y.view(3, 5)
-        return y
+        result: Tensor = y
+        return result
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def test_token_classification() -> None:
     from transformers import BertConfig, BertForTokenClassification
 
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, num_labels=4)  # fmt: skip
+                        intermediate_size=16)  # fmt: skip
+    config.num_labels = 4
     model = BertForTokenClassification(config).eval()
     labels = torch.randint(0, 4, (2, 6))
     labels[1, 4:] = -100

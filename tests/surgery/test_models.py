@@ -97,8 +97,9 @@ def test_random_weights_from_a_config() -> None:
 
 def test_attention_and_label_names() -> None:
     model = load_model(hub(MINILM, labels=2, attention="eager"), SPECS, label_names=("no", "yes"))
-    assert model.config._attn_implementation == "eager"
-    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.label2id == {"no": 0, "yes": 1}
+    config: Any = model.config
+    assert config._attn_implementation == "eager"
+    assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
     name_labels(torch.nn.Linear(1, 1), ("no", "yes"))  # a module of one's own has no config to write them into
 
 

@@ -15,7 +15,7 @@ import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.events import EventProgram
-from surgery.compiler.pipeline import rewrite
+from surgery.compiler.pipeline import adapt
 from surgery.runtime.initialise import initialise
 from surgery.runtime.step import TrainingStep
 
@@ -301,7 +301,7 @@ def test_events_run_at_their_point_of_the_clock() -> None:
     program = surgery.parse(spec("optimizer = sgd(lr = 0.1)  steps = 9"))
     plan = surgery.plan(program, model)
     graph = p5_capture.run(model, {"x": torch.randn(4, 5).double()}, None)
-    graph = rewrite(plan, graph, initialise(plan, dict(model.named_parameters())))
+    graph = adapt(plan, graph, initialise(plan, dict(model.named_parameters())))
     site = {"W": "first.weight", "A": "first.A", "B": "first.B"}
     events = (
         EventProgram(

@@ -61,7 +61,10 @@ class Grower:
         inner = ["matmul", "matmul", "matmul", "add", "subtract", "multiply", "scale", "shrink", "negate", "transpose",
                  "stop", "rows", "columns", "diag", "slice", "tanh", "surrogate", "mask", "stack"]  # fmt: skip
         kind = self.draw(st.sampled_from(leaves if depth == 0 else leaves + inner))
-        deeper = lambda: self.matrix(rows, columns, depth - 1)  # noqa: E731
+
+        def deeper() -> Expression:
+            return self.matrix(rows, columns, depth - 1)
+
         match kind:
             case "tensor":
                 return self.tensor(rows, columns)
