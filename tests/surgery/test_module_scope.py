@@ -59,7 +59,7 @@ def test_the_model_starts_equal_and_keeps_working(make: Any, pattern: str, metho
     with torch.no_grad():
         before = model(ids).logits
     adapted = surgery.apply(surgery.parse(SPEC.format(pattern=pattern, method=method)), model)
-    assert adapted is model
+    assert id(adapted) == id(model)
     assert type(model) is type(make())
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == names
     with torch.no_grad():
