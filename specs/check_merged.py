@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from surgery.runtime.data import load_data
 from surgery.runtime.run_folder import load_state
@@ -16,6 +17,7 @@ from surgery.runtime.run_folder import load_state
 def main() -> None:
     """Print the accuracy; exit with 1 if it is not the expected one."""
     merged, run, expected = Path(sys.argv[1]), load_state(sys.argv[2]), float(sys.argv[3])
+    logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
     # Only which rows were held out is taken from the run; they are read with the merged folder's own tokenizer.
     rows = load_data(run.plan, run.folder, AutoTokenizer.from_pretrained(merged)).held_out
