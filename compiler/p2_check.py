@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from surgery.compiler import nodes, p1_parse
@@ -91,9 +94,14 @@ def _methods(tree: nodes.Tree, folder: Path, diagnostics: Diagnostics) -> tuple[
 def _used(item: nodes.Use, folder: Path) -> list[nodes.Method]:
     path = folder / item.path
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no file")
+        with path.open("rb") as file:  # one byte more than p1 reads, so that p1 says it
+            text = file.read(p1_parse.MAXIMUM_CHARACTERS + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        if "\0" in item.path:
+            reason = "it is no name of a file"
         raise fail(
             "SURG011", f"`{item.path}` cannot be read: {reason}", item.span, help=f"looked for {path}"
         ) from error
@@ -160,9 +168,11 @@ def _rule(
             return None
         method = methods[call.function]
         values = bind_arguments(method, call)
+        _check_rank(values, call)
         formula, problems = elaborate(method, values, {name: Quantity.symbol(name) for name in SYMBOLIC})
         if formula is None:
-            raise SurgError([*problems.found])
+            used = Note("used by this rule", call.span)
+            raise SurgError([replace(found, notes=(*found.notes, used)) for found in problems.found])
     except SurgError as error:
         diagnostics.found += error.diagnostics
         return None
@@ -175,6 +185,15 @@ def _rule(
         expects[0] if expects else None, aliases[0] if aliases else None,
         settings.get("strategy") or "auto", settings.get("update") or "auto",
     )  # fmt: skip
+
+
+def _check_rank(values: Mapping[str, Value], call: nodes.Call) -> None:
+    """A rank below 1 is said at the rule; how large it may be is known at a site."""
+    rank = values.get("rank")
+    number = rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None
+    if number is not None and number < 1:
+        where = next((argument.span for argument in call.arguments if argument.name == "rank"), call.span)
+        raise fail("SURG026", f"rank {number} is out of range: it is at least 1", where)
 
 
 def _method_call(node: nodes.Expr) -> nodes.Call:

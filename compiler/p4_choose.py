@@ -15,6 +15,7 @@ HALF = ("bfloat16", "float16")
 # A byte takes as long as this many operations in float32 on an H200 (67 TFLOP/s over 4.3 TB/s). Only the order of two
 # candidates matters; a processor's ratio is of the same size.
 OPERATIONS_PER_BYTE = 15
+MOST_TOKENS = 1 << 20  # beyond them both costs only grow alike, and sizes in bytes would not fit 64 bits
 
 
 def run(plan: Plan) -> Plan:
@@ -73,4 +74,5 @@ def _time(cost: Cost) -> float:
 
 
 def _measure(plan: Plan, key: str, strategy: str, dtype: str, adapter_dtype: str) -> Cost:
-    return measure(instance(plan, key), strategy, plan.tokens, getattr(torch, dtype), getattr(torch, adapter_dtype))
+    tokens = min(plan.tokens, MOST_TOKENS)
+    return measure(instance(plan, key), strategy, tokens, getattr(torch, dtype), getattr(torch, adapter_dtype))

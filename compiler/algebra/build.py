@@ -5,13 +5,14 @@ The same code reads a method twice: with symbolic sizes (`surgery check`, the me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import Expression, Range, Shape
-from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
+from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
@@ -26,6 +27,9 @@ _LATER = """
     activations onehot_rows left_singular right_singular singular_values hidden_dimension_gain random where
 """
 LATER = frozenset(_LATER.split())
+MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
+LARGEST_TENSOR = 1 << 40  # numbers: more than any machine holds, and its bytes can still be counted
+MAXIMUM_DEPTH = 100  # so that every later pass may recurse
 NUMBERS_ONLY = frozenset({"min", "max"})
 
 
@@ -37,6 +41,14 @@ def number(quantity: Quantity, span: Span | None = None) -> Expression:
 def spelt(shape: Shape) -> str:
     """A shape for people: `[out, rank]`, or `a number`."""
     return f"[{', '.join(map(str, shape))}]" if shape else "a number"
+
+
+def check_extent(shape: Shape, span: Span | None) -> None:
+    """Refuse a tensor or a matrix that no machine could hold (SURG010)."""
+    numbers = math.prod(length.whole for length in shape if length.whole is not None)
+    if numbers > LARGEST_TENSOR:
+        limit = f"at most {LARGEST_TENSOR:,} are possible"
+        raise fail("SURG010", f"{spelt(shape)} has {numbers:,} numbers or more", span, help=limit)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class Builder:
             return value
         if value.whole is None:
             raise self._remainder(node, value)
+        if abs(value.whole) > LARGEST:
+            raise fail("SURG004", f"`{show(node)}` is {value}, too large for a size", node.span)
         return Quantity.of(value.whole)
 
     def _remainder(self, node: nodes.Expr, value: Quantity) -> SurgError:
@@ -96,6 +110,12 @@ class Builder:
             value = self._value(node)
         except ArithmeticProblem as problem:
             raise fail("SURG004", f"`{show(node)}`: {problem}", node.span) from problem
+        if isinstance(value, Expression) and (value.parts > MAXIMUM_PARTS or value.depth > MAXIMUM_DEPTH):
+            message = f"with its names written out, `{show(node)}` has {value.parts:,} parts, nested {value.depth} deep"
+            limits = f"at most {MAXIMUM_PARTS:,} parts and {MAXIMUM_DEPTH} levels are read"
+            raise fail("SURG010", message, node.span, help=limits)
+        if isinstance(value, Expression):
+            check_extent(value.shape, node.span)
         return replace(value, span=node.span) if isinstance(value, Expression) and value.arguments else value
 
     def _value(self, node: nodes.Expr) -> Value:
@@ -181,6 +201,8 @@ class Builder:
             raise fail("SURG004", f"`{sign}` is for whole numbers, not for matrices", node.operator_span or node.span)
         if sign == "**" and right.value is None:
             raise fail("SURG004", "the exponent must be a number", node.right.span)
+        if sign == "/" and right.value == Quantity.of(0):
+            raise fail("SURG004", f"`{show(node)}`: division by zero", node.operator_span or node.span)
         shape = self._product(node, left, right) if sign == "@" else self._broadcast(node, left, right)
         return Expression(names[sign], (left, right), shape)
 
@@ -250,6 +272,8 @@ class Builder:
                 raise fail("SURG004", "`prev` is known only in events", node.span)
             self._check_count(node, 1)
             inner = self.expression(arguments[0].value)
+            if _has_previous(inner):
+                raise fail("SURG008", "`prev` of `prev` is not built yet", node.span)
             return Expression("previous", (inner,), inner.shape)
         if function == "dropout":
             raise fail("SURG004", "`dropout` belongs on the input: `input = dropout(x, p)`", node.span)
@@ -303,6 +327,10 @@ class Builder:
                 return Condition(operator, (_text(sides[0]), _text(sides[1])))
             case _:
                 raise fail("SURG004", "a condition is needed here, such as `in == out`", node.span)
+
+
+def _has_previous(node: Expression) -> bool:
+    return node.operation == "previous" or any(_has_previous(part) for part in node.arguments)
 
 
 def _text(value: Value) -> str | bool:

@@ -38,6 +38,12 @@ class Expression:
     value: Quantity | None = None
     index: tuple[Range | Quantity | None, ...] = ()
     span: Span | None = field(default=None, compare=False, repr=False)
+    parts: int = field(init=False, compare=False, repr=False)  # nodes of the tree, one that occurs twice counted twice
+    depth: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", 1 + sum(argument.parts for argument in self.arguments))
+        object.__setattr__(self, "depth", 1 + max((argument.depth for argument in self.arguments), default=0))
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
 ONE = Quantity.of(1)
@@ -135,28 +136,31 @@ def rank_bound(node: Expression) -> Quantity:
     rows, columns = node.shape[-2:]
     bounds = [rows, columns]
     parts = node.arguments
+    # each part once: asking again in several places would double the work at every level
+    inner = [rank_bound(part) if len(part.shape) >= 2 else Quantity.of(1) for part in parts]
     match node.operation:
         case "filled":
             bounds.append(Quantity.of(0) if node.value == Quantity.of(0) else ONE)
         case "matmul":
-            bounds += [rank_bound(part) for part in parts]
+            bounds += inner
         case "add" | "subtract" if all(part.shape == node.shape for part in parts):
-            bounds.append(rank_bound(parts[0]) + rank_bound(parts[1]))
+            bounds.append(inner[0] + inner[1])
         case "multiply":
-            for part, other in (parts, parts[::-1]):
+            for part, other, bound in zip(parts, parts[::-1], inner, strict=True):
                 if is_scalar(other) or is_row(other) or is_column(other):
-                    bounds += [rank_bound(part)] if part.shape == node.shape else []
+                    bounds += [bound] if part.shape == node.shape else []
             if all(part.shape == node.shape for part in parts):
-                bounds.append(rank_bound(parts[0]) * rank_bound(parts[1]))
+                with suppress(ArithmeticProblem):  # a symbolic bound of too many terms is none
+                    bounds.append(inner[0] * inner[1])
         case "divide" if is_scalar(parts[1]) or is_row(parts[1]) or is_column(parts[1]):
-            bounds += [rank_bound(parts[0])] if parts[0].shape == node.shape else []
+            bounds += [inner[0]] if parts[0].shape == node.shape else []
         case "negate" | "transpose" | "stop" | "previous":
-            bounds.append(rank_bound(parts[0]))
+            bounds.append(inner[0])
         case "slice" if len(parts[0].shape) == 2 and all(part is not None for part in node.index):
-            bounds.append(rank_bound(parts[0]))
+            bounds.append(inner[0])
         case name if name in STRUCTURES:
-            inner = [rank_bound(part) if len(part.shape) >= 2 else None for part in parts]
-            found = STRUCTURES[name].rank_bound(inner)
+            known = [bound if len(part.shape) >= 2 else None for part, bound in zip(parts, inner, strict=True)]
+            found = STRUCTURES[name].rank_bound(known)
             bounds += [found] if found is not None else []
     return _least(bounds)
 

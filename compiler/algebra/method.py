@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
+from surgery.compiler.algebra.build import LATER, Builder, Value, check_extent, number, spelt
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula, Start, TensorFormula
@@ -36,6 +36,7 @@ STARTS: dict[str, tuple[int, int]] = {
     "xavier": (0, 0),
     "orthogonal": (0, 0),
 }
+START_NUMBER = {"constant": "c", "normal": "std", "uniform": "a", "kaiming_uniform": "a"}
 KINDS = ("int", "real", "text", "bool")
 
 
@@ -61,6 +62,10 @@ def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, V
             given[name] = argument
     values: dict[str, Value] = {}
     for parameter in method.parameters:
+        if parameter.kind not in KINDS:
+            message = f"a parameter is int, real, text or bool, not `{parameter.kind}`"
+            diagnostics.error("SURG004", message, parameter.span, help=did_you_mean(parameter.kind, KINDS))
+            continue
         node = given[parameter.name].value if parameter.name in given else parameter.default
         if call is None and parameter.kind in ("int", "real"):
             values[parameter.name] = number(Quantity.symbol(parameter.name))
@@ -151,6 +156,8 @@ class _Reader:
             raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help="choose another name")
         if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
             raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
+        if name.endswith("_before"):
+            raise fail("SURG003", f"`{name}` is how the step calls what `prev` reads, and cannot be bound", span)
         if name in STRUCTURES or name in LATER or name in STARTS:
             raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
 
@@ -166,7 +173,12 @@ class _Reader:
             if option.name not in ("lr", "weight_decay"):
                 known = did_you_mean(option.name, ("lr", "weight_decay"))
                 raise fail("SURG002", f"a tensor has no option `{option.name}`", option.span, help=known)
+            if option.name in options:
+                raise fail("SURG009", f"`{option.name}` is set twice", option.span)
             constant = self.builder().number(option.value).constant
+            if constant is not None and (constant < 0 or (constant == 0 and option.name == "lr")):
+                bound = "above 0" if option.name == "lr" else "at least 0"
+                raise fail("SURG004", f"`{option.name}` must be {bound}, not {float(constant):g}", option.value.span)
             options[option.name] = None if constant is None else float(constant)
         if node.shared_by not in (None, "model", "layer", "kind"):
             help_text = did_you_mean(node.shared_by, ("model", "layer", "kind"))
@@ -200,6 +212,7 @@ class _Reader:
             if length.whole is not None and length.whole < 1:
                 raise fail("SURG004", f"a size must be at least 1, `{show(index)}` is {length}", index.span)
             shape.append(length)
+        check_extent(tuple(shape), start.span)
         base = start.operand
         name = base.function if isinstance(base, nodes.Call) else base.name if isinstance(base, nodes.Name) else None
         placeholder = Expression("tensor", (), tuple(shape), name=node.name)
@@ -208,7 +221,14 @@ class _Reader:
             least, most = STARTS[name]
             if not least <= len(arguments) <= most:
                 raise fail("SURG004", f"`{name}` takes {'no number' if most == 0 else 'one number'}", base.span)
+            for argument in arguments:
+                if argument.name not in (None, START_NUMBER.get(name)):
+                    known = did_you_mean(argument.name or "", [START_NUMBER[name]])
+                    raise fail("SURG002", f"`{name}` has no argument `{argument.name}`", argument.span, help=known)
             numbers = tuple(builder.number(argument.value) for argument in arguments)
+            spread = numbers[0].constant if numbers and name != "constant" else None
+            if spread is not None and spread < 0:
+                raise fail("SURG004", f"`{show(base)}`: the spread must be at least 0", base.span)
             if name in ("eye", "orthogonal") and len(shape) < 2:
                 raise fail("SURG005", f"`{name}` starts a matrix, not {spelt(tuple(shape))}", start.span)
             return Start(name, numbers, None, show(base)), placeholder
@@ -333,9 +353,6 @@ def elaborate(
     for parameter in method.parameters:
         if parameter.name in RESERVED or parameter.name in SPECIAL:
             reader.diagnostics.error("SURG003", f"`{parameter.name}` is a reserved name", parameter.span)
-        if parameter.kind not in KINDS:
-            message = f"a parameter is int, real, text or bool, not `{parameter.kind}`"
-            reader.diagnostics.error("SURG004", message, parameter.span, help=did_you_mean(parameter.kind, KINDS))
     reader.read()
     if reader.diagnostics.errors or reader.result is None:
         return None, reader.diagnostics

@@ -15,6 +15,8 @@ from typing import ClassVar
 Constant = int | Fraction | float
 LARGEST = 1 << 62
 MOST_TERMS = 64
+LONGEST_ATOM = 1000  # characters; without a limit, names defined by names double it line by line
+CLOCK = frozenset({"step", "steps"})
 
 
 class ArithmeticProblem(ValueError):
@@ -76,6 +78,8 @@ class Quantity:
 
     @staticmethod
     def _opaque(text: str, *parts: Quantity) -> Quantity:
+        if len(text) > LONGEST_ATOM:
+            raise ArithmeticProblem("the expression has too many parts")
         symbols = frozenset[str]().union(*(part.symbols for part in parts))
         return Quantity(((((Atom(text, symbols, True), 1),), 1),))
 
@@ -155,13 +159,22 @@ class Quantity:
                 return self.of(self.constant / divisor)  # one rounding, as Python divides
             return Quantity(tuple((monomial, _tidy(factor * inverse)) for monomial, factor in self.terms))
         if len(other.terms) == 1:
+            self._check_divisor(other)
             monomial, factor = other.terms[0]
             return self * Quantity(((tuple((atom, -exponent) for atom, exponent in monomial), 1),)) / self.of(factor)
+        self._check_divisor(other)
         return self._operation("/", other)
+
+    def _check_divisor(self, other: Quantity) -> None:
+        """What depends on the clock is computed at every step, so it must have a value at every step."""
+        one_term = len(other.terms) == 1 and other.symbols == {"steps"} and not other.opaque
+        if other.symbols & CLOCK and not one_term:
+            raise ArithmeticProblem("a divisor cannot depend on the step, it would be zero at some step")
 
     def _whole_division(self, other: Quantity, sign: str) -> Quantity:
         left, right = self.constant, other.constant
         if left is None or right is None:
+            self._check_divisor(other)
             return self._operation(sign, other)
         if right == 0:
             raise ArithmeticProblem("division by zero")
@@ -176,6 +189,8 @@ class Quantity:
     def __pow__(self, other: Quantity) -> Quantity:
         base, exponent = self.constant, other.constant
         if base is None or exponent is None:
+            if (self.symbols | other.symbols) & CLOCK:
+                raise ArithmeticProblem("a power of the step is too large a number")
             return self._operation("**", other)
         if base == 0 and float(exponent) < 0:
             raise ArithmeticProblem("division by zero")
@@ -192,6 +207,9 @@ class Quantity:
         """A function of numbers by its name in the language; symbolic where an argument is."""
         values = [argument.constant for argument in arguments]
         if any(value is None for value in values):
+            symbols = frozenset[str]().union(*(argument.symbols for argument in arguments))
+            if symbols & CLOCK and name not in ("abs", "min", "max", "round"):  # what Python itself has, in the run
+                raise ArithmeticProblem(f"{name} of the step is not built yet; abs, min, max and round are")
             return cls._opaque(f"{name}({', '.join(map(str, arguments))})", *arguments)
         try:
             return cls.of(cls.FUNCTIONS[name](*values))

@@ -53,6 +53,9 @@ def why_not(formula: MethodFormula) -> str | None:
         return "its condition can become false again"
     if reads_weight(formula.expression):
         return "delta reads W"
+    taken = {*snapshot_names(formula).values(), SWITCH} & {tensor.name for tensor in formula.tensors}
+    if taken:
+        return f"a tensor is called `{min(taken)}`, which is the name of a state of the telescope"
     written = {change.target for other in formula.events for change in other.changes if other is not event}
     if written & tensors_read(formula.expression):
         return "another event assigns to a tensor of delta"
