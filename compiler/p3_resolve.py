@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,15 +43,34 @@ def run(program: Program, model: nn.Module) -> Plan:
     diagnostics = Diagnostics()
     claimed: dict[int, Selection] = {}
     resolver = _Resolver(program, skeleton, diagnostics)
-    for index, rule in enumerate(program.rules):
-        selection = select_sites(rule, skeleton, diagnostics)
+    selections = [select_sites(rule, skeleton, diagnostics) for rule in program.rules]
+    for selection in selections:
         _reject_overlap(selection, claimed, diagnostics)
-        resolver.rule(index, rule, selection.weights)
+    groups = _joined(program.rules)
+    for index, (rule, selection) in enumerate(zip(program.rules, selections, strict=True)):
+        joined = [weight for other in groups[index] for weight in selections[other].weights]
+        resolver.rule(index, rule, selection.weights, joined)
     trained = _trained(program, skeleton, claimed, diagnostics)
     if not program.rules and not trained and not diagnostics.errors:
         diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
     diagnostics.raise_errors()
     return resolver.plan(trained)
+
+
+def _joined(rules: Sequence[Rule]) -> list[list[int]]:
+    """For every rule the rules that share a tensor with it `as NAME`, itself included, in the spec's order."""
+    names = [
+        {node.shared_as for node in rule.method.statements if isinstance(node, nodes.Tensor) and node.shared_as}
+        for rule in rules
+    ]
+    groups = []
+    for index in range(len(rules)):
+        group, known = {index}, set(names[index])
+        while more := {other for other in range(len(rules)) if other not in group and names[other] & known}:
+            group |= more
+            known = known.union(*(names[other] for other in more))
+        groups.append(sorted(group))
+    return groups
 
 
 def _reject_overlap(selection: Selection, claimed: dict[int, Selection], diagnostics: Diagnostics) -> None:
@@ -95,27 +115,28 @@ class _Resolver:
     sites: list[Site] = field(default_factory=list)
     formulas: dict[str, Formula] = field(default_factory=dict)
     events: list[EventPlan] = field(default_factory=list)
-    shared: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # key: its shape, its first site
+    shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
     _built: dict[str, tuple[MethodFormula, Facts] | None] = field(default_factory=dict)
 
-    def rule(self, index: int, rule: Rule, weights: list[Weight]) -> None:
-        """Add the sites of one rule."""
+    def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
+        """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
         blocks = sorted(
-            {block for weight in weights if (block := self.skeleton.block(weight.path))},
+            {block for weight in joined if (block := self.skeleton.block(weight.path))},
             key=lambda block: (self.skeleton.module_lists.index(block[0]), block[1]),
         )
-        kinds = list(dict.fromkeys(self.skeleton.kind(weight.path) for weight in weights))
+        kinds = list(dict.fromkeys(self.skeleton.kind(weight.path) for weight in joined))
         shared_max = {
-            "max_in": max((weight.inputs for weight in weights), default=0),
-            "max_out": max((weight.outputs for weight in weights), default=0),
+            "max_in": max((weight.inputs for weight in joined), default=0),
+            "max_out": max((weight.outputs for weight in joined), default=0),
         }
-        for number, weight in enumerate(weights):
+        numbers = {weight.identity: number for number, weight in enumerate(joined)}
+        for weight in weights:
             block = self.skeleton.block(weight.path)
             layer = blocks.index(block) if block else None
             kind = self.skeleton.kind(weight.path)
             coordinates = {
                 **({} if layer is None else {"layer": layer}), "layers": len(blocks), "slot": kinds.index(kind),
-                "slots": len(kinds), "site": number, "sites": len(weights), **shared_max,
+                "slots": len(kinds), "site": numbers[weight.identity], "sites": len(joined), **shared_max,
                 **self.skeleton.heads(weight.path),
             }  # fmt: skip
             self.site(index, rule, weight, kind, layer, coordinates)
@@ -249,11 +270,15 @@ class _Resolver:
             group = tensor.shared_as or f"rule{index}"
             part = {"model": "", "layer": f".layer{layer}", "kind": f".{kind}"}[tensor.shared_by]
             key = f"shared.{group}{part}.{tensor.name}"
-            known_shape, first = self.shared.setdefault(key, (shape, weight.path))
+            known, first = self.shared.setdefault(key, (tensor, weight.path))
+            known_shape = tuple(whole_of(size) for size in known.shape)
             if known_shape != shape:
                 where = f"{list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
                 message = f"`{tensor.name}` is shared, but would be {where}"
                 self.diagnostics.error("SURG005", message, tensor.span)
+            elif (known.role, known.start.text) != (tensor.role, tensor.start.text):
+                message = f"`{tensor.name}` is shared, but the rules define it differently"
+                self.diagnostics.error("SURG009", message, tensor.span, notes=[Note("the first one", known.span)])
         return TensorPlan(
             name=tensor.name, key=key, role=tensor.role, shape=shape, dtype=self._dtype(weight),
             start=tensor.start.text, numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,

@@ -105,7 +105,9 @@ class Skeleton:
         if config is None or not hasattr(config, "num_attention_heads"):
             return {}
         heads: int = config.num_attention_heads
-        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim: int = (
+            getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+        )
         name = path.rsplit(".", 1)[-1]
         if name.startswith(("k", "v")):
             heads = getattr(config, "num_key_value_heads", None) or heads
