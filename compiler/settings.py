@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
+from surgery.compiler.algebra.quantity import LARGEST
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
 from surgery.compiler.plan import DataPlan, ModelPlan, OptimizerPlan, Place, SchedulePlan, StepPlan
 from surgery.compiler.printer import show
@@ -54,13 +55,18 @@ def at_least(least: float, *, above: bool = False, below: float | None = None) -
     return read
 
 
-def whole(least: int) -> Reader:
-    """A whole number of at least `least`."""
+LARGEST_COUNT = (1 << 31) - 1
+
+
+def whole(least: int, most: int = LARGEST_COUNT) -> Reader:
+    """A whole number from `least` to `most`."""
 
     def read(node: nodes.Expr) -> int:
         value = Builder({}).number(node).whole
         if value is None or value < least:
             raise fail("SURG004", f"this must be a whole number of at least {least}, not `{show(node)}`", node.span)
+        if value > most:
+            raise fail("SURG004", f"this must be at most {most:,}, not `{show(node)}`", node.span)
         return value
 
     return read
@@ -209,7 +215,7 @@ STEP: dict[str, Reader] = {
     "clip": at_least(0, above=True),
     "precision": word("model", "bfloat16", "float16"),
     "adapter_dtype": word(*DTYPES),
-    "seed": whole(0),
+    "seed": whole(0, LARGEST),
     "compile": word("auto", "on", "off"),
     "loss": word("auto", "causal_lm", "cross_entropy", "mse", "output"),
     "evaluate": _every(),
