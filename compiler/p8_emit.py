@@ -14,6 +14,7 @@ from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
 from surgery.compiler.emit.template import (
+    CUT_PADDING,
     HEADER,
     MAIN,
     Group,
@@ -48,7 +49,14 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     ]
     if happenings.definitions:
         parts[-1] += "\n\n".join(happenings.definitions)
-    parts += [_title("The step") + step_source(plan.step, graph.inputs, loss, happenings), MAIN]
+    # Elsewhere a later position may count: labels per token, images, a mask that was dropped.
+    cuts = (
+        plan.step.micro_batch is not None
+        and plan.model.task == "sequence_classification"
+        and "attention_mask" in graph.inputs
+    )
+    step = step_source(plan.step, graph.inputs, loss, happenings, cuts)
+    parts += [_title("The step") + (f"{CUT_PADDING}\n\n" if cuts else "") + step, MAIN]
     text = "\n\n".join(parts)
     return text if "math." in text else text.replace("import math\n", "", 1)
 

@@ -135,7 +135,7 @@ class Body:
             last = [part for part in module_path(node).split(".") if not part.isdecimal()][-1:]
             return snake(last[0]) if last else by_operation(node, None)
         path = [part for part in self._inner(node).split(".") if not part.isdecimal()]
-        if isinstance(node.meta.get("span"), Span) and path[-1:] != [""]:
+        if isinstance(node.meta.get("span"), Span) and path and path[-1]:
             return f"{snake(path[-1])}_{by_factor(node) or by_operation(node, None)}"
         first = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
         while first is not None and first not in self.known and first.op != "get_attr":  # an expression that was nested

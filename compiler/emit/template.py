@@ -111,8 +111,23 @@ def math_int(value: float) -> int:
     return round(value)
 
 
-def step_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, events: EventSource) -> str:
-    """`train_step`, with a numbered comment for each mark of the step's clock that this program uses."""
+CUT_PADDING = """def without_padding(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    \"\"\"A micro-batch up to its last real token; on a GPU, where one would wait for that number, as it is.\"\"\"
+    mask = part["attention_mask"]
+    if mask.is_cuda:
+        return part
+    length = int((mask.ne(0).any(0) * torch.arange(1, mask.shape[1] + 1)).max())
+    return {name: tensor[:, :length] if tensor.shape[:2] == mask.shape else tensor for name, tensor in part.items()}
+"""
+
+
+def step_source(
+    plan: StepPlan, inputs: Sequence[str], loss: LossText, events: EventSource, cuts_padding: bool = False
+) -> str:
+    """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
+
+    `cuts_padding`: micro-batches end at their own last real token.
+    """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
     lines = [
@@ -146,6 +161,7 @@ def step_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, events: E
         "    loss = torch.zeros((), device=labels.device)",
         f"    for start in range(0, rows, {size}):",
         f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
+        *(["        part = without_padding(part)"] if cuts_padding else []),
     ]
     if plan.precision == "model":
         lines.append(f"        output = forward(weights, {arguments}, training=True){loss.reads}")

@@ -399,3 +399,29 @@ def test_unknown_sites(causal: TrainingStep) -> None:
     assert causal.effective_bias("model.layers.0.self_attn.q_proj") is None
     weight = causal.effective_weight("model.layers.0.self_attn.q_proj")
     assert weight.shape == (16, 16) and weight.dtype == torch.float32
+
+
+def test_micro_batches_end_at_their_last_real_token() -> None:
+    spec = """
+        adapt bert.encoder.layer.** : Linear {{ with lora(rank = 2) }}
+        model "unused" {{ task = sequence_classification(labels = 3) }}
+        step {{ optimizer = sgd(lr = 0.1)  batch = 4  {micro}  steps = 3 }}
+    """
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+        max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).double()
+    ids = torch.randint(1, 40, (4, 9))
+    mask = torch.arange(9) < torch.tensor([[3], [4], [7], [9]])
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1, 2, 1])}
+    found = []
+    for micro in ("", "micro_batch = 2"):
+        step = surgery.compile(surgery.parse(spec.format(micro=micro)), model=model)
+        assert ("without_padding" in step.source) == bool(micro)
+        found.append(torch.stack([step(batch).loss for _ in range(3)]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
