@@ -1,0 +1,120 @@
+"""Events as programs of the step: their condition, what they keep, and what they do to a site's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import surgery
+from surgery.compiler.events import EventProgram, programs
+from surgery.compiler.plan import Plan
+
+LOW_RANK = "A = train normal(1.0)[rank, in]\nB = train normal(1.0)[out, rank]\ndelta = 2 * B @ A\n"
+
+
+class Two(nn.Module):
+    """Two linears of different sizes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4, dtype=dtype)
+        self.second = nn.Linear(4, 3, dtype=dtype)
+
+
+def planned(
+    event: str, rule: str = "", pattern: str = "first", extra: str = "", dtype: torch.dtype = torch.float64
+) -> Plan:
+    text = f"method m(rank: int = 2, start: int = 3) {{\n{LOW_RANK}{extra}\n{event}\n}}\n"
+    return surgery.plan(surgery.parse(f"{text}adapt {pattern} {{ with m()  {rule} }}", name="m.surg"), Two(dtype))
+
+
+def run(program: EventProgram, **tensors: torch.Tensor) -> None:
+    names = [str(node.target) for node in program.graph.nodes if node.op == "placeholder"]
+    fx.GraphModule(nn.Module(), program.graph)(*(tensors[name] for name in names))
+
+
+def at(program: EventProgram, **clock: int) -> bool:
+    return bool(eval(program.condition, {"__builtins__": {}}, dict(clock)))
+
+
+DELTA_LORA = "after step when step > start { W += 0.5 * (delta - prev(delta)) }"
+
+
+def test_the_literal_reading_moves_w_by_the_change() -> None:
+    (program,) = programs(planned(DELTA_LORA, "update = literal"))
+    assert program.phase == "after step" and set(program.keep) == {"A", "B"}
+    assert program.comment.startswith("m.surg:6: after step when step > start")
+    assert [at(program, step=step, steps=9) for step in (3, 4, 5)] == [False, True, True]
+    assert program.sites == ({"W": "first.weight", "A": "first.A", "B": "first.B"},)
+    torch.manual_seed(0)
+    old, new = ({"A": torch.randn(2, 5).double(), "B": torch.randn(4, 2).double()} for _ in range(2))
+    weight = torch.randn(4, 5).double()
+    moved = weight.clone()
+    run(program, W=moved, **new, A_before=old["A"], B_before=old["B"])
+    expected = weight + 0.5 * (2 * new["B"] @ new["A"] - 2 * old["B"] @ old["A"])
+    torch.testing.assert_close(moved, expected)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_method"]
+    assert "addmm_" in targets, "a change of bounded rank is one product into W"
+
+
+def test_the_telescope_keeps_the_start_of_the_sum() -> None:
+    plan = planned(DELTA_LORA, "update = telescope")
+    (program,) = programs(plan)
+    assert program.phase == "start" and "W" not in program.sites[0]
+    assert [at(program, step=step, steps=9) for step in (0, 3, 4, 5)] == [False, False, True, False]
+    tensors = {name: torch.ones(2) * n for n, name in enumerate(("A", "B"))}
+    state = {name: torch.zeros(2) for name in ("A_start", "B_start")}
+    switch = torch.zeros(())
+    run(program, **tensors, **state, telescope=switch)
+    assert float(switch) == 0.5 and torch.equal(state["B_start"], tensors["B"])
+    roles = {tensor.name: tensor.role for tensor in plan.sites[0].tensors}
+    assert roles == {"A": "train", "B": "train", "A_start": "state", "B_start": "state", "telescope": "state"}
+
+
+@pytest.mark.parametrize(
+    ("when", "steps"),
+    [
+        ("", [0]),
+        ("when true", [0]),
+        ("when step >= 4", [4]),
+        ("when 3 < step", [4]),
+        ("when step > 2 or step > 5", [3]),
+        ("when step > 2 and step > 5", [6]),
+    ],
+)
+def test_the_snapshot_is_taken_once(when: str, steps: list[int]) -> None:
+    (program,) = programs(planned(f"after step {when} {{ W += delta - prev(delta) }}", "update = telescope"))
+    assert [step for step in range(12) if at(program, step=step, steps=12)] == steps
+
+
+def test_several_statements_run_in_the_order_of_the_file() -> None:
+    event = "after step when step % 2 == 0 { s = s + 1\n A *= 0.5 }\nafter step { W *= 0.9 }"
+    found = programs(planned(event, extra="s = state zeros[rank]"))
+    assert [program.condition for program in found] == ["(step % 2) == 0", "(step % 2) == 0", "True"]
+    s, a, w = torch.zeros(2), torch.ones(2, 5), torch.ones(4, 5)
+    run(found[0], s=s)
+    run(found[1], A=a)
+    run(found[2], W=w)
+    assert s.tolist() == [1, 1] and float(a[0, 0]) == 0.5 and float(w[0, 0]) == pytest.approx(0.9)
+
+
+def test_one_program_for_sites_of_one_form() -> None:
+    found = programs(planned(DELTA_LORA, "update = literal", "*"))
+    paths = [names["W"] for program in found for names in program.sites]
+    assert paths == ["first.weight", "second.weight"]
+
+
+def test_a_stored_transposed_weight_moves_the_right_way(architectures: Any) -> None:
+    text = f"method m(rank: int = 2, start: int = 3) {{\n{LOW_RANK}{DELTA_LORA}\n}}\nadapt **.c_attn {{ with m }}"
+    (program,) = programs(surgery.plan(surgery.parse(text), architectures["gpt2"].model()))
+    weight, zeros = torch.zeros(6, 5), torch.zeros(2, 6)
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+    run(program, W=weight, A=a, B=b, A_before=zeros, B_before=torch.zeros(5, 2))
+    torch.testing.assert_close(weight, (b @ a).T)
+
+
+def test_programs_without_events() -> None:
+    assert programs(planned("")) == ()
