@@ -89,7 +89,9 @@ def word(*words: str) -> Reader:
 
 def text(node: nodes.Expr) -> str:
     """A text in double quotes."""
-    return Builder({}).text(node)
+    if not isinstance(node, nodes.String):
+        raise fail("SURG004", f"a text in double quotes is needed here, not `{show(node)}`", node.span)
+    return node.value
 
 
 def truth(node: nodes.Expr) -> bool:

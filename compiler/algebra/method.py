@@ -75,6 +75,7 @@ def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, V
                 values[parameter.name] = parameter.name
                 continue
             diagnostics.error("SURG004", f"`{method.name}` needs `{parameter.name}`", call.span)
+            values[parameter.name] = number(Quantity.symbol(parameter.name))  # defaults may read it
             continue
         try:
             values[parameter.name] = _of_kind(parameter, node, Builder(dict(values)))
@@ -145,8 +146,9 @@ class _Reader:
 
     def poison(self, name: str) -> None:
         """A name whose definition failed: statements that use it are skipped without an error of their own."""
-        self.names.pop(name, None)
-        self.poisoned.add(name)
+        if name not in RESERVED:  # those stay what they are
+            self.names.pop(name, None)
+            self.poisoned.add(name)
 
     poisoned: set[str] = field(default_factory=set)
 

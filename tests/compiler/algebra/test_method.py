@@ -1,0 +1,219 @@
+"""Methods at symbolic sizes: their facts, their parameters, and every mistake in them with its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+import surgery
+from surgery.compiler import nodes, p1_parse
+from surgery.compiler.library import library
+from surgery.compiler.p2_check import check_method
+from surgery.compiler.span import Source
+
+LOW_RANK = "A = train kaiming_uniform[rank, in]\nB = train zeros[out, rank]\n"
+
+# identity at start, rank bound, exports as LoRA, moves W, needs a dense W
+FACTS: dict[str, tuple[bool, str | None, bool, bool, bool]] = {
+    "asymmetry": (True, "rank", True, False, False),
+    "delta_lora": (True, "rank", True, True, False),
+    "dora": (True, None, False, False, True),
+    "lora": (True, "rank", True, False, False),
+    "lora_fa": (True, "rank", True, False, False),
+    "rslora": (True, "rank", True, False, False),
+}
+
+
+def test_facts_of_the_library() -> None:
+    found = {
+        info.name: (
+            info.identity_at_start, info.rank_bound, info.exports_as_lora, info.moves_base, info.needs_dense_weight
+        )
+        for info in surgery.methods()
+    }  # fmt: skip
+    assert found == FACTS
+    assert all(info.merges and not info.keeps_zeros and not info.needs_calibration for info in surgery.methods())
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_method_of_the_library_says_where_it_is_from(name: str) -> None:
+    (info,) = (info for info in surgery.methods() if info.name == name)
+    assert "arXiv:" in info.source and not info.source.startswith("#")
+    assert info.equation.startswith(("delta = ", "weight = "))
+    assert any(parameter.startswith("rank: int = ") for parameter in info.parameters)
+    assert surgery.parse(info.text + f"adapt ** {{ with {name} }}").rules[0].method == library()[name]
+
+
+def facts(body: str) -> dict[str, Any]:
+    """What is proved of a method at a site of 8 x 6."""
+    text = f"method m(rank: int = 2) {{\n{body}\n}}\nadapt 0 {{ with m }}"
+    (site,) = surgery.plan(surgery.parse(text), nn.Sequential(nn.Linear(6, 8))).sites
+    return dict(site.facts.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "value"),
+    [
+        (f"{LOW_RANK}delta = B @ A", "identity_at_start", True),
+        (f"{LOW_RANK}delta = (B + 1) @ A", "identity_at_start", False),
+        (f"{LOW_RANK}weight = W + B @ A", "identity_at_start", True),
+        (f"{LOW_RANK}weight = W * 2 + B @ A", "identity_at_start", False),
+        ("s = train ones[out]\nweight = diag(s) @ W", "identity_at_start", True),
+        ("s = train zeros[out]\nweight = diag(s) @ W", "identity_at_start", False),
+        ("A = train normal(1.0)[out, in]\ndelta = A - A", "identity_at_start", True),
+        (f"{LOW_RANK}delta = B @ A + B @ A", "rank_bound", 4),
+        (f"{LOW_RANK}delta = (B @ A) * (B @ A)", "rank_bound", 4),
+        (f"{LOW_RANK}delta = 3 * B @ A", "rank_bound", 2),
+        (f"{LOW_RANK}delta = B @ A @ W.T @ W", "rank_bound", 2),
+        (f"{LOW_RANK}delta = exp(B @ A)", "rank_bound", None),
+        ("A = train zeros[out, in]\ndelta = A", "rank_bound", None),
+        (f"{LOW_RANK}delta = B @ A + B @ A", "exports_as_lora", True),
+        (f"{LOW_RANK}delta = stop(B @ A)", "exports_as_lora", True),
+        (f"{LOW_RANK}weight = W + B @ A", "exports_as_lora", False),
+        (f"{LOW_RANK}delta = mask(W) * (B @ A)", "keeps_zeros", True),
+        (f"{LOW_RANK}delta = mask(W) * (B @ A) + B @ A", "keeps_zeros", False),
+        ("s = train zeros[out]\ndelta = diag(s) @ W", "keeps_zeros", True),
+        ("s = train zeros[out]\ndelta = diag(s) @ W", "needs_dense_weight", False),
+        ("s = train zeros[out]\ndelta = s[:, None] * W", "needs_dense_weight", True),
+        (f"{LOW_RANK}delta = mask(W) * (B @ A)", "needs_dense_weight", True),
+        (f"{LOW_RANK}delta = B @ A\nafter step {{ A *= 0.9 }}", "moves_base", False),
+        (f"{LOW_RANK}delta = B @ A\nafter step {{ W += delta }}", "moves_base", True),
+    ],
+)
+def test_facts_by_induction(body: str, name: str, value: object) -> None:
+    assert facts(body)[name] == value
+
+
+def problems(body: str, parameters: str = "rank: int = 2") -> list[tuple[str, str]]:
+    """Codes and the text that each underlines, from a method alone."""
+    tree = p1_parse.run(Source("m.surg", f"method m({parameters}) {{\n{body}\n}}"))
+    (method,) = tree.items
+    assert isinstance(method, nodes.Method)
+    return [(found.code, found.span.text if found.span else "") for found in check_method(method).found]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (f"{LOW_RANK}delta = A @ B", [("SURG005", "@")]),
+        (f"{LOW_RANK}delta = B @ A + A", [("SURG005", "+")]),
+        (f"{LOW_RANK}delta = B @ B", [("SURG005", "@")]),
+        (f"{LOW_RANK}delta = B @ C", [("SURG002", "C")]),
+        (f"{LOW_RANK}delta = foo(B) @ A", [("SURG002", "foo(B)")]),
+        (f"{LOW_RANK}delta = B @ A\nweight = W", [("SURG006", "weight = W")]),
+        (LOW_RANK, [("SURG006", "")]),
+        ("W = train zeros[out]\ndelta = W\nafter step { W *= 2 }", [("SURG003", "W = train zeros[out]")]),
+        ("in = train zeros[out]\ndelta = W", [("SURG003", "in = train zeros[out]")]),
+        ("diag = train zeros[out]\ndelta = W", [("SURG003", "diag = train zeros[out]")]),
+        ("A_before = train zeros[out]\ndelta = W", [("SURG003", "A_before = train zeros[out]")]),
+        (f"{LOW_RANK}A = train zeros[in]\ndelta = B @ A", [("SURG009", "A = train zeros[in]")]),
+        ("A = train zeros\ndelta = W", [("SURG004", "zeros")]),
+        ("A = train zero[in]\ndelta = W", [("SURG002", "zero")]),
+        ("A = train zeros(1)[in]\ndelta = W", [("SURG004", "zeros(1)")]),
+        ("A = train normal(mean = 1)[in]\ndelta = W", [("SURG002", "mean = 1")]),
+        ("A = train normal(-1)[in]\ndelta = W", [("SURG004", "normal(-1)")]),
+        ("A = train eye[in]\ndelta = W", [("SURG005", "eye[in]")]),
+        ("A = train W[in, out]\ndelta = W", [("SURG005", "W[in, out]")]),
+        ("A = train circ(1)[in]\ndelta = W", [("SURG008", "circ(1)")]),
+        ("A = train zeros[in] shared by rows\ndelta = W", [("SURG002", "A = train zeros[in] shared by rows")]),
+        ("A = train zeros[in] { rate = 1 }\ndelta = W", [("SURG002", "rate = 1")]),
+        ("A = train zeros[in] { lr = 1, lr = 2 }\ndelta = W", [("SURG009", "lr = 2")]),
+        ("A = train zeros[in] { lr = 0 }\ndelta = W", [("SURG004", "0")]),
+        ("output = y\ndelta = W", [("SURG008", "output = y"), ("SURG006", "delta = W")]),
+        ("input = x\ndelta = W", [("SURG008", "x")]),
+        ("input = dropout(x, 2)\ndelta = W", [("SURG004", "2")]),
+        ("delta = W\nafter step { W = W @ W }", [("SURG005", "@")]),
+        ("delta = W\nafter step { V += W }", [("SURG007", "V += W")]),
+        ("A = frozen zeros[in]\ndelta = W\nafter step { A *= 2 }", [("SURG007", "A *= 2")]),
+        ("A = train zeros[in] shared by model\ndelta = W\nafter step { A *= 2 }", [("SURG008", "A *= 2")]),
+        ("delta = W\nafter step { W *= step }", [("SURG008", "step")]),
+        ("delta = W\nafter step { W += prev(prev(delta)) }", [("SURG008", "prev(prev(delta))")]),
+        ("delta = prev(W)", [("SURG004", "prev(W)")]),
+        ("delta = x", [("SURG004", "x")]),
+        ("delta = training * W", [("SURG008", "training")]),
+        ("delta = step * W", [("SURG004", "step")]),
+        ("requires in\ndelta = W", [("SURG004", "in")]),
+        ("delta = W\nbefore forward { W *= 2 }", [("SURG008", "before forward { W *= 2 }")]),
+        # a name whose definition failed is one mistake, not one per use
+        ("n = foo\nm = n + 1\nA = train zeros[m, in]\ndelta = A.T @ A", [("SURG002", "foo")]),
+    ],
+)
+def test_mistakes_are_found_where_they_are(body: str, expected: list[tuple[str, str]]) -> None:
+    found = problems(body)
+    assert [code for code, _ in found] == [code for code, _ in expected]
+    for (_, text), (_, wanted) in zip(found, expected, strict=True):
+        assert text == wanted or not wanted
+
+
+def test_all_mistakes_are_collected() -> None:
+    body = "A = train zero[in]\nB = train zeros[foo]\nC = train zeros[in] { rate = 1 }\ndelta = W.T"
+    assert [code for code, _ in problems(body)] == ["SURG002", "SURG002", "SURG002", "SURG005"]
+
+
+def test_a_square_requirement_makes_both_sides_one() -> None:
+    body = "A = train zeros[in, in]\ndelta = A"
+    assert [code for code, _ in problems(body)] == ["SURG005"]
+    assert problems(f"requires in == out\n{body}") == []
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+PARAMETERS = 'rank: int, scale: real = 2 * rank, name: text = "a", flag: bool = false'
+
+
+def arguments(call: str, parameters: str = PARAMETERS) -> dict[str, object]:
+    text = f"method m({parameters}) {{\ndelta = W\n}}\nadapt ** {{ with m({call}) }}"
+    return dict(surgery.parse(text).rules[0].arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("rank = 4", {"rank": 4, "scale": 8, "name": "a", "flag": False}),
+        ("4", {"rank": 4, "scale": 8, "name": "a", "flag": False}),
+        ("4, 0.5", {"rank": 4, "scale": 0.5, "name": "a", "flag": False}),
+        ('4, flag = true, name = "b"', {"rank": 4, "scale": 8, "name": "b", "flag": True}),
+        ("2.0 * 3, scale = 1 / 4", {"rank": 6, "scale": 0.25, "name": "a", "flag": False}),
+        ("4, rank / 2", {"rank": 4, "scale": 2, "name": "a", "flag": False}),
+    ],
+)
+def test_arguments(call: str, expected: dict[str, object]) -> None:
+    assert arguments(call) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("", "SURG004"),
+        ("rank = 0.5", "SURG004"),
+        ('rank = "4"', "SURG004"),
+        ("4, name = 3", "SURG004"),
+        ("4, flag = 1", "SURG004"),
+        ("4, scale = true", "SURG004"),
+        ("4, ranks = 2", "SURG002"),
+        ("4, rank = 2", "SURG009"),
+        ('1, 2, "a", true, 5', "SURG004"),
+        ("rank = in", "SURG002"),
+        ("rank = 0", "SURG026"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(call: str, code: str) -> None:
+    with pytest.raises(surgery.SurgError) as raised:
+        arguments(call)
+    assert [diagnostic.code for diagnostic in raised.value.diagnostics] == [code]
+    assert all(diagnostic.span is not None for diagnostic in raised.value.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ("rank: int = 1, rank: int = 2", "SURG009"),
+        ("rank: whole = 1", "SURG004"),
+        ("in: int = 1", "SURG003"),
+        ("delta: int = 1", "SURG003"),
+    ],
+)
+def test_parameters_that_cannot_be(parameters: str, code: str) -> None:
+    assert code in [found for found, _ in problems("weight = W", parameters)]
