@@ -122,7 +122,7 @@ def facts(site: Site) -> str:
 def plan_text(plan: Plan) -> str:
     """The plan without the texts it carries: the sites as lines, the rest as JSON."""
     rest = plan.model_dump(mode="json", exclude={"sites", "spec", "library"}) | {"library": sorted(plan.library)}
-    lines = [record(rest), ""]
+    lines, first = [record(rest), ""], {site.formula: site for site in reversed(plan.sites)}
     for site in plan.sites:
         own = " ".join(f"{tensor.role} {tensor.key}{list(tensor.shape)} {tensor.dtype}" for tensor in site.tensors)
         lines += [
@@ -136,7 +136,7 @@ def plan_text(plan: Plan) -> str:
         lines += [
             f"        {found.strategy}: {found.flops} flops, {found.bytes} bytes{'' if found.legal else ', not legal'}"
             + (f" ({found.reason})" if found.reason else "")
-            for found in site.candidates
+            for found in (site.candidates if first[site.formula] is site else ())  # costs are those of the formula
         ]
     return "\n".join(lines) + "\n"
 
