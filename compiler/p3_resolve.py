@@ -294,6 +294,9 @@ class _Resolver:
         program, skeleton = self.program, self.skeleton
         trainable = sum(site.trainable for site in self.sites) + sum(entry.numbers for entry in trained)
         model = program.model or ModelPlan(source="given", name=type(skeleton.model).__name__)
+        if model.task is None and skeleton.task is not None:
+            task, labels = skeleton.task
+            model = model.model_copy(update={"task": task, "labels": labels})
         own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
         borrowed = [rule.method for rule in program.rules if rule.method.name not in own]
         step, data = program.step, program.data

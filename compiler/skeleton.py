@@ -11,6 +11,17 @@ from typing import Any, Literal
 from torch import nn
 
 
+# How a transformers class says its task.
+TASK_OF = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForMaskedLM": "masked_lm",
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+    "ForImageClassification": "image_classification",
+}
+
+
 @dataclass(frozen=True)
 class Weight:
     """One adaptable weight: W is `[outputs, inputs]`, whatever the storage."""
@@ -93,6 +104,16 @@ class Skeleton:
             path, f"{path}.weight", kind, outputs, inputs, kind == "Conv1D", getattr(module, "bias", None) is not None,
             id(parameter), str(parameter.dtype).removeprefix("torch."),
         )  # fmt: skip
+
+    @property
+    def task(self) -> tuple[str, int | None] | None:
+        """The task of a transformers model by its class, with its number of labels; None for any other module."""
+        if self.config is None:
+            return None
+        name = next((task for ending, task in TASK_OF.items() if type(self.model).__name__.endswith(ending)), None)
+        if name is None:
+            return None
+        return name, int(self.config.num_labels) if name.endswith("_classification") else None
 
     @property
     def config(self) -> Any:

@@ -65,7 +65,7 @@ def merged(step: Mergeable) -> nn.Module:
 def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) -> None:
     module = model.get_submodule(site.path)
     weight = module.get_parameter("weight")
-    effective = step.effective_weight(site.path, dtype=None)
+    effective = step.effective_weight(site.path)
     rounded = (effective.T if site.transposed else effective).to(weight.dtype)
     if not torch.isfinite(rounded).all():
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"

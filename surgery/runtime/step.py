@@ -178,15 +178,14 @@ class TrainingStep:
         """The text of graph.py: the adapted model's forward alone."""
         return p8_emit.graph_source(self.plan, self.graph)
 
-    def effective_weight(self, path: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """What the site multiplies with now, [out, in], in `dtype`; None leaves it as computed: float32 or wider.
+    def effective_weight(self, path: str) -> Tensor:
+        """What the site multiplies with now, [out, in], in float32, or in W's dtype where that is wider.
 
         Raises SurgError: SURG020 if `path` is no site, SURG055 if its output is not affine in the input.
         """
         from surgery.compiler.algebra.instance import effective_weight
 
-        weight = effective_weight(self.plan, self._site(path), self.weights)
-        return weight if dtype is None else weight.to(dtype)
+        return effective_weight(self.plan, self._site(path), self.weights)
 
     def effective_bias(self, path: str) -> Tensor | None:
         """What the site adds, [out], or None; raises SURG020 if `path` is no site."""

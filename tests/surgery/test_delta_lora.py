@@ -188,7 +188,7 @@ def compare(step: Any, reference: Reference, causal: bool) -> None:
 def effective(step: Any, path: str) -> Tensor:
     """The step's weight in float64: the public one is float32, so it is read off the site's merged module."""
     weight: Tensor = step.merge().get_parameter(f"{path}.weight").detach()
-    torch.testing.assert_close(step.effective_weight(path), weight.float(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(step.effective_weight(path), weight, atol=1e-10, rtol=1e-10)
     return weight
 
 

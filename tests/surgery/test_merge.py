@@ -93,7 +93,7 @@ def test_conv1d_is_stored_transposed_with_its_bias() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     path = "transformer.h.0.attn.c_attn"
     step = Adapted(model, path, bias=0.5)
-    step.effective_weight = lambda path, dtype=None: torch.arange(48.0 * 16).reshape(48, 16)  # type: ignore[method-assign]
+    step.effective_weight = lambda path: torch.arange(48.0 * 16).reshape(48, 16)  # type: ignore[method-assign]
     result = merged(step).get_submodule(path)
     assert torch.equal(result.get_parameter("weight").T, torch.arange(48.0 * 16).reshape(48, 16))
     assert torch.allclose(result.get_parameter("bias"), model.get_submodule(path).get_parameter("bias") + 0.5)
