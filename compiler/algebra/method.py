@@ -148,7 +148,7 @@ class _Reader:
         """A name whose definition failed: statements that use it are skipped without an error of their own."""
         if name not in RESERVED:  # those stay what they are
             self.names.pop(name, None)
-            self.poisoned.add(name)
+        self.poisoned.add(name)
 
     poisoned: set[str] = field(default_factory=set)
 

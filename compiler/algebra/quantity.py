@@ -63,6 +63,9 @@ class Quantity:
         "min": min,
         "max": max,
         "tanh": math.tanh,
+        "relu": lambda value: max(0, value),
+        "sigmoid": lambda value: 0.5 + 0.5 * math.tanh(value / 2),
+        "gelu": lambda value: 0.5 * value * (1 + math.erf(value / math.sqrt(2))),
     }
 
     @staticmethod

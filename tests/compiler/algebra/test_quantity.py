@@ -5,11 +5,15 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import surgery
 from surgery.compiler.algebra.condition import Condition
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
+from surgery.compiler.algebra.structures import STRUCTURES
 
 INSIDE, OUT, RANK = (Quantity.symbol(name) for name in ("in", "out", "rank"))
 STEP, STEPS = Quantity.symbol("step"), Quantity.symbol("steps")
@@ -97,6 +101,23 @@ def test_functions_of_the_step_are_those_that_python_has(name: str) -> None:
     with pytest.raises(ArithmeticProblem, match="of the step"):
         Quantity.function(name, STEP)
     assert str(Quantity.function("max", STEP, TWO)) == "max(step, 2)"
+
+
+@pytest.mark.parametrize("name", sorted(Quantity.FUNCTIONS.keys() & STRUCTURES.keys()))
+def test_functions_of_numbers_are_those_of_tensors(name: str) -> None:
+    for value in (0.25, 2.0, 300.0):
+        known = Quantity.function(name, Quantity.of(value)).constant
+        expected = STRUCTURES[name].evaluate(torch.tensor(value, dtype=torch.float64))
+        assert known is not None and float(known) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURES))
+def test_a_function_of_a_number_is_computed_or_refused(name: str) -> None:
+    text = f"method m() {{\nA = train zeros[out, in]\ndelta = {name}(2) * A\n}}\nadapt 0 {{ with m }}"
+    try:
+        surgery.plan(surgery.parse(text), nn.Sequential(nn.Linear(4, 3)))
+    except surgery.SurgError as error:
+        assert {found.code for found in error.diagnostics} <= {"SURG004", "SURG005"}
 
 
 numbers = st.integers(-1000, 1000) | st.fractions(-100, 100, max_denominator=50)
