@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-
 # How a transformers class says its task.
 TASK_OF = {
     "ForCausalLM": "causal_lm",

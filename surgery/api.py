@@ -187,9 +187,10 @@ def methods() -> list[MethodInfo]:
             f"{entry.name}: {entry.kind}" + ("" if entry.default is None else f" = {show(entry.default)}")
             for entry in node.parameters
         )
+        equation = "; ".join([formula.equation, *(event.text for event in formula.events)])
         found.append(
             MethodInfo(
-                name, parameters, formula.equation, " ".join(line.lstrip("# ") for line in node.comments if line),
+                name, parameters, equation, " ".join(line.lstrip("# ") for line in node.comments if line),
                 show(nodes.Tree((node,))), facts.identity_at_start, None if facts.rank is None else str(facts.rank),
                 facts.merges, facts.exports_as_lora, facts.keeps_zeros, facts.moves_base, facts.needs_dense_weight,
                 facts.needs_calibration,

@@ -58,14 +58,15 @@ def as_json(method: Any) -> dict[str, Any]:
 
 
 def _print_all(methods: list[Any]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("method", "equation", "identity at start", "rank", "merges", "LoRA", "zeros", "moves W"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
+    for header in ("method", "equation, source", "identity at start", "rank", "merges", "LoRA", "zeros", "moves W"):
         table.add_column(header, overflow="fold")
     for method in methods:
         marks = ("yes" if getattr(method, fact) else "no" for fact in FACTS[2:6])
         start = "yes" if method.identity_at_start else "no"
-        cells = (_signature(method), method.equation, start, str(method.rank_bound or "full"), *marks)
-        table.add_row(*map(Text, cells))
+        equation = Text.assemble(method.equation.replace("; ", "\n"), ("\n" + method.source, "dim"))
+        cells = (_signature(method).replace("(", "(\n  ", 1), start, str(method.rank_bound or "full"), *marks)
+        table.add_row(Text(cells[0]), equation, *map(Text, cells[1:]))
     console = output()
     console.print(table)
     console.print(Text("surgery methods NAME shows one, with its source"))

@@ -35,7 +35,7 @@ class Mergeable(Protocol):
     @property
     def weights(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
-    def effective_weight(self, path: str, dtype: torch.dtype | None = ...) -> Tensor: ...  # noqa: D102
+    def effective_weight(self, path: str) -> Tensor: ...  # noqa: D102
 
     def effective_bias(self, path: str) -> Tensor | None: ...  # noqa: D102
 

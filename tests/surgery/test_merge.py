@@ -58,7 +58,7 @@ class Adapted:
             totals=Totals(sites=1, trainable=0, frozen=0, model=1, share=0.0),
         )  # fmt: skip
 
-    def effective_weight(self, path: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def effective_weight(self, path: str) -> Tensor:
         stored = self.model.get_submodule(path).get_parameter("weight").detach().float()
         return (stored.T if self.transposed else stored) + self.added
 

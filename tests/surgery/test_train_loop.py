@@ -98,6 +98,7 @@ def test_a_run_writes_metrics_and_evaluations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_an_interrupted_run_continues_bitwise(tmp_path: Path, stop: int) -> None:
+    before = signal.getsignal(signal.SIGINT)
     whole = FakeStep(tmp_path)
     train(whole, data(), tmp_path / "whole", progress=False)
 
@@ -109,7 +110,7 @@ def test_an_interrupted_run_continues_bitwise(tmp_path: Path, stop: int) -> None
     first.hook = interrupt
     outcome = train(first, data(), tmp_path / "run", progress=False)
     assert outcome.interrupted and outcome.done == stop + 1 == load_state(tmp_path / "run").step
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     torch.manual_seed(99)
     second = FakeStep(tmp_path)
