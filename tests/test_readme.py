@@ -46,3 +46,19 @@ def test_the_commands_run(line: str) -> None:
 def test_the_method_of_the_guide_is_a_method() -> None:
     for text in blocks("surg", "CONTRIBUTING.md"):
         surgery.parse(text)
+
+
+def test_the_blocks_of_the_language_page_are_checked_and_planned() -> None:
+    spec, method = blocks("surg", "docs/language.md")
+    assert [site.update for site in surgery.plan(surgery.parse(spec)).sites] == ["literal"] * 10
+    surgery.parse(method)
+
+
+def test_the_language_page_names_every_start_and_function() -> None:
+    from surgery.compiler.algebra.method import COORDINATES, STARTS
+    from surgery.compiler.algebra.structures import STRUCTURES
+    from surgery.compiler.settings import DATA, MODEL, STEP, TASKS, later
+
+    page = set(re.findall(r"\w+", (ROOT / "docs" / "language.md").read_text()))
+    settings = {name for readers in (MODEL, STEP, DATA) for name, reader in readers.items() if reader is not later}
+    assert {*COORDINATES, *STARTS, *STRUCTURES, *TASKS, *settings} <= page
