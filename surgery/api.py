@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.compiler import nodes
-from surgery.compiler.diagnostics import SurgError, fail
+from surgery.compiler.diagnostics import SurgError, fail, render
 from surgery.compiler.program import Program
 from surgery.compiler.span import Source
 
@@ -113,6 +114,8 @@ def compile(
     examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
     examples = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in examples.items()}
     graph = p5_capture.run(model, examples, task)
+    for found in graph.warnings:
+        warnings.warn(render(found), stacklevel=2)
     graph = pipeline.adapt(made, graph, initialise(made, tensors(graph.module)))
     return TrainingStep(made, graph, model, folder=program.folder, device=device)
 
