@@ -41,8 +41,9 @@ class Program:
     """A program whose names, kinds, shapes and settings are checked; it knows no model yet.
 
     Built from text by `surgery.parse`, or from items: `Program(surgery.adapt("**.query", surgery.method("lora")))`.
-    Items may be nested in lists and given by keyword (`rules = [...]`). Printing it gives `.surg` text that parses to
-    the same program. Raises `SurgError` with all that is wrong.
+    Items may be nested in lists, given by keyword (`rules = [...]`), and be `.surg` text themselves. Printing it gives
+    `.surg` text that parses to the same program. Raises `SurgError` with all that is wrong, and TypeError for anything
+    that is no item.
     """
 
     source: Source
@@ -78,8 +79,14 @@ class Program:
 
 
 def _flat(items: Iterable[Any]) -> Iterable[nodes.Item]:
+    from surgery.compiler import p1_parse
+
     for item in items:
-        if isinstance(item, nodes.Node):
-            yield item  # type: ignore[misc]
-        elif item is not None:
+        if isinstance(item, nodes.Item):
+            yield item
+        elif isinstance(item, str):
+            yield from p1_parse.run(Source("<text>", item)).items
+        elif isinstance(item, list | tuple) or type(item) is type({}.values()):
             yield from _flat(item)
+        elif item is not None:
+            raise TypeError(f"{item!r} is no item of a program: use surgery.adapt, train, step, ... or .surg text")

@@ -131,7 +131,8 @@ def no_run(folder: Path) -> None:
 
 
 def always_tied(folder: Path) -> None:
-    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32, decoder_start_token_id=0)
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    config.decoder_start_token_id = 0
     ids = torch.ones(2, 5, dtype=torch.long)
     text = 'model "unused" { task = seq2seq_lm }\nadapt lm_head { with lora(rank = 2)  untie }\n'
     model = T5ForConditionalGeneration(config)
