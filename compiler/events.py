@@ -50,8 +50,17 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
             found += _snapshot(original, sites)
         for event in formula.events:
             for number, change in enumerate(event.changes):
-                found.append(_program(formula, event, change, number, sites))
+                found += [_program(formula, event, change, number, alike) for alike in _stored_alike(sites)]
     return _merged(found)
+
+
+def _stored_alike(sites: list[Site]) -> list[list[Site]]:
+    """Sites of one formula by how their W and their tensors are stored, which the operations on them depend on."""
+    found: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        key = (site.transposed, site.dtype, *(tensor.dtype for tensor in site.tensors))
+        found.setdefault(key, []).append(site)
+    return list(found.values())
 
 
 def _merged(programs_: list[EventProgram]) -> tuple[EventProgram, ...]:

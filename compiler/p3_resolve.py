@@ -53,8 +53,22 @@ def run(program: Program, model: nn.Module) -> Plan:
     trained = _trained(program, skeleton, claimed, diagnostics)
     if not program.rules and not trained and not diagnostics.errors:
         diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
+    _check_length(program, skeleton, diagnostics)
     diagnostics.raise_errors()
     return resolver.plan(trained)
+
+
+def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
+    """Rows must fit the model's table of positions: a longer one would fail in the middle of a run."""
+    positions = skeleton.positions
+    if program.data is None or positions is None or program.data.max_length <= positions:
+        return
+    block = next((item for item in program.tree.items if isinstance(item, nodes.Data)), None)
+    settings = block.settings if block is not None else ()
+    line = next((setting for setting in settings if setting.name == "max_length"), block)
+    message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
+    diagnostics.error("SURG031", message, line.span if line is not None else None,
+                      help=f"write `max_length = {positions}` or less in the data block")  # fmt: skip
 
 
 def _joined(rules: Sequence[Rule]) -> list[list[int]]:
@@ -88,7 +102,11 @@ def _reject_overlap(selection: Selection, claimed: dict[int, Selection], diagnos
 def _trained(
     program: Program, skeleton: Skeleton, claimed: dict[int, Selection], diagnostics: Diagnostics
 ) -> tuple[WholeParameter, ...]:
-    frozen = {name for item in program.frozen for name in select_parameters(item.pattern, skeleton, diagnostics)}
+    frozen = {  # by identity: a tied parameter is frozen under all its names
+        id(skeleton.parameters[name])
+        for item in program.frozen
+        for name in select_parameters(item.pattern, skeleton, diagnostics)
+    }
     found: dict[int, WholeParameter] = {}
     for rule in program.trained:
         for name in select_parameters(rule.node.pattern, skeleton, diagnostics):
@@ -97,7 +115,7 @@ def _trained(
                 other = Note("the rule that adapts it", claimed[id(parameter)].rule.node.pattern.span)
                 message = f"`{name}` is adapted and trained whole"
                 diagnostics.error("SURG023", message, rule.node.pattern.span, notes=[other])
-            elif name not in frozen and id(parameter) not in found:
+            elif id(parameter) not in frozen and id(parameter) not in found:
                 found[id(parameter)] = WholeParameter(
                     name=name, shape=tuple(parameter.shape), numbers=parameter.numel(),
                     lr=rule.lr, weight_decay=rule.weight_decay, place=place(rule.node.span),

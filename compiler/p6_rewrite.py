@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -94,12 +95,15 @@ def twin_of(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[fx.Node]]:
-    """Per site the nodes that read its weight: by name, and by identity unless it is tied to another module's."""
+    """Per site the nodes that read its weight: by every name that it has, by its own alone in an `untie` rule."""
     named = tensors_of(module)
-    by_name = {site.parameter: site.path for site in plan.sites}
     owners: dict[int, list[str]] = {}
     for name, tensor in named.items():
         owners.setdefault(id(tensor), []).append(name)
+    by_name: dict[str, str] = {}
+    for site in plan.sites:
+        same = [] if site.untied or site.parameter not in named else owners[id(named[site.parameter])]
+        by_name |= dict.fromkeys([site.parameter, *same], site.path)
     uses: dict[str, list[fx.Node]] = {site.path: [] for site in plan.sites}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -115,7 +119,9 @@ def _operands(module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[fx.Nod
     """x, W and the bias of a linear operation on the site's weight, or None for any other operation."""
 
     def is_weight(argument: object) -> bool:
-        return isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target == site.parameter
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            return False
+        return attrgetter(str(argument.target))(module) is attrgetter(site.parameter)(module)
 
     if node.op == "call_module":
         owner = module.get_submodule(str(node.target))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import LATER, Builder, Value, check_extent, number, spelt
 from surgery.compiler.algebra.condition import ALWAYS, Condition
@@ -168,6 +170,9 @@ class _Reader:
 
     def tensor(self, node: nodes.Tensor) -> None:
         self.claim(node.name, node.span)
+        if hasattr(nn.Module(), node.name):
+            message = f"a tensor cannot be called `{node.name}`, which every module of torch has already"
+            raise fail("SURG003", message, node.span, help="choose another name")
         if self.skips(node.start):
             return self.poison(node.name)
         options = {}

@@ -32,9 +32,10 @@ def event_source(programs: Sequence[EventProgram]) -> EventSource:
     tables: dict[tuple[str, ...], str] = {}
     merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}
     for program in programs:
-        body, (own, keys) = _function_body(program.graph), _sites(program)
-        same = (program.phase, program.condition, program.comment, program.keep, body, tuple(keys.items()))
-        merged.setdefault(same, (program, body, keys, []))[3].extend(own)
+        body = _function_body(program.graph)
+        for own, keys in _sites(program):
+            same = (program.phase, program.condition, program.comment, program.keep, body, tuple(keys.items()))
+            merged.setdefault(same, (program, body, keys, []))[3].extend(own)
     for program, body, keys, sites in merged.values():
         if body not in functions:
             functions[body] = names.claim(snake(program.function))
@@ -83,28 +84,26 @@ def _key(pattern: str) -> str:
     return f'f"{pattern}"' if "{site}" in pattern else f'"{pattern}"'
 
 
-def _sites(program: EventProgram) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What names the sites, and per placeholder the weight's name with `{site}` in it."""
-    keys: dict[str, str] = {}
-    names = [_stem(site) for site in program.sites]
-    for placeholder in program.sites[0]:
-        own = {site[placeholder].removeprefix(f"{name}.") for site, name in zip(program.sites, names, strict=True)}
-        shared = {site[placeholder] for site in program.sites}
-        if len(own) == 1 and all(
-            site[placeholder].startswith(f"{name}.") for site, name in zip(program.sites, names, strict=True)
-        ):
-            keys[placeholder] = "{site}." + own.pop()
-        elif len(shared) == 1:
-            keys[placeholder] = shared.pop()
-        else:
-            raise AssertionError(f"the sites of `{program.comment}` do not name `{placeholder}` alike")
-    return tuple(names), keys
+def _sites(program: EventProgram) -> list[tuple[list[str], dict[str, str]]]:
+    """What names the sites, and per placeholder the weight's name with `{site}` in it.
+
+    Sites that read other shared tensors than the first ones do are apart: those are written by their full names.
+    """
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for site in program.sites:
+        stem = _stem(site)
+        below = f"{stem}."
+        keys = tuple((placeholder, name.replace(below, "{site}.", 1) if name.startswith(below) else name)
+                     for placeholder, name in site.items())  # fmt: skip
+        found.setdefault(keys, []).append(stem)
+    return [(names, dict(keys)) for keys, names in found.items()]
 
 
 def _stem(site: dict[str, str]) -> str:
-    """The module path that most of a site's names lie below."""
+    """The module path that most of a site's names lie below; shared tensors lie elsewhere."""
     paths = [name.rpartition(".")[0] for name in site.values()]
-    return max(dict.fromkeys(paths), key=paths.count)
+    own = [path for path in paths if not path.startswith("shared.")] or paths
+    return max(dict.fromkeys(own), key=own.count)
 
 
 def _function_body(graph: fx.Graph) -> str:

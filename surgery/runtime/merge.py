@@ -52,6 +52,9 @@ def merged(step: Mergeable) -> nn.Module:
             _refuse(found, step, site, f"`{site.method}` does not merge into a weight")
     found.raise_errors()
     model = copy.deepcopy(step.model)
+    for site in step.plan.sites:
+        if site.untied:  # before anything is copied: what this weight became is not what its partner is
+            _untie(found, step, model, site)
     names = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in names.items():  # whole trained parameters, weights that events moved, running statistics
         if name in step.weights:
@@ -71,8 +74,6 @@ def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Sit
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"
         _refuse(found, step, site, f"its effective weight {reason}")
         return
-    if site.untied:
-        weight = _untie(found, step, model, module, site)
     weight.copy_(rounded)
     bias, own = step.effective_bias(site.path), getattr(module, "bias", None)
     if own is not None and bias is not None:
@@ -81,17 +82,16 @@ def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Sit
         _refuse(found, step, site, f"it needs a bias, and this {site.module_class} has none")
 
 
-def _untie(found: Diagnostics, step: Mergeable, model: nn.Module, module: nn.Module, site: Site) -> nn.Parameter:
+def _untie(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) -> None:
     """Give the site of an `untie` rule a weight of its own: only this use of the tied one was adapted."""
+    module = model.get_submodule(site.path)
     weight: Tensor = module.get_parameter("weight")
-    own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    module.weight = own
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "tie_word_embeddings"):
         config.tie_word_embeddings = False
         if getattr(type(config).from_dict(config.to_dict()), "tie_word_embeddings", False):
             _refuse(found, step, site, f"{type(model).__name__} always ties this weight to another")
-    return own
 
 
 def _refuse(found: Diagnostics, step: Mergeable, site: Site, reason: str) -> None:

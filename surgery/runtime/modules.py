@@ -23,37 +23,43 @@ SHARED = "surgery_shared"  # the module on the root that holds tensors of severa
 class Adapted(nn.Module):
     """One adapted module: its own weight and bias, the method's tensors beside them, and the lowered computation.
 
-    The computation is a graph without state, so that copying, saving and compiling see plain parameters only.
+    The computation is a graph without state, so that copying, saving and compiling see plain parameters only. `shared`
+    says where tensors of several sites are. A method's tensor may have any name, so the module's own are private.
     """
 
-    def __init__(self, original: nn.Module, lowered: fx.GraphModule, names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        lowered: fx.GraphModule,
+        names: tuple[str, ...],
+        shared: dict[str, tuple[nn.Module, str]],
+    ) -> None:
         super().__init__()
         self.weight = original.weight
-        self.sizes = f"weight={tuple(original.get_parameter('weight').shape)}"
+        self.__sizes = f"weight={tuple(original.get_parameter('weight').shape)}"
         self.bias = getattr(original, "bias", None)
         for name in ("in_features", "out_features", "nf", "nx"):
-            if hasattr(original, name):
+            if hasattr(original, name) and name not in names:
                 setattr(self, name, getattr(original, name))
         self.train(original.training)
-        self.names = names
-        self.shared: dict[str, tuple[nn.Module, str]] = {}
-        object.__setattr__(self, "lowered", lowered)  # no submodule: it has nothing to save or to train
+        self.__names, self.__shared = names, shared
+        object.__setattr__(self, "_Adapted__lowered", lowered)  # no submodule: it has nothing to save or to train
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted output `[..., out]` for x `[..., in]`."""
-        values = [self._value(name) for name in self.names]
-        result: Tensor = self.lowered(x, self.training, *values)  # type: ignore[operator]
+        values = [self.__value(name) for name in self.__names]
+        result: Tensor = self.__lowered(x, self.training, *values)  # type: ignore[operator]
         return result
 
-    def _value(self, name: str) -> Any:
-        if name in self.shared:
-            holder, attribute = self.shared[name]
+    def __value(self, name: str) -> Any:
+        if name in self.__shared:
+            holder, attribute = self.__shared[name]
             return getattr(holder, attribute)
         return getattr(self, name)
 
     def extra_repr(self) -> str:
         """Sizes and tensor names, for `print(model)`."""
-        return f"{self.sizes}, {', '.join(name for name in self.names if name not in ('weight', 'bias'))}"
+        return f"{self.__sizes}, {', '.join(name for name in self.__names if name not in ('weight', 'bias'))}"
 
 
 def apply_program(program: Program, model: nn.Module) -> nn.Module:
@@ -80,6 +86,10 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
     device = next(iter(named.values())).device
     attached = _attach(plan, model, {key: saved[key].to(device) for key in wanted})
     with torch.no_grad():
+        for site in plan.sites:
+            if site.untied and site.parameter in saved:  # it moved, and its former partner did not
+                own = nn.Parameter(named[site.parameter].detach().clone(), requires_grad=False)
+                attached.get_submodule(site.path).weight = named[site.parameter] = own
         for name in saved.keys() - wanted:
             named[name].copy_(saved[name])
     return attached
@@ -124,13 +134,14 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
 def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
     owner: nn.Module
     lowered, names = _lowered(plan, site, module, values)
-    adapted = Adapted(module, lowered, names)
+    shared: dict[str, tuple[nn.Module, str]] = {}
+    adapted = Adapted(module, lowered, names, shared)
     for tensor in site.tensors:
         value = values[tensor.key]
         owner, name = adapted, tensor.name
         if tensor.key.startswith("shared."):
             owner, name = holder, tensor.key.replace(".", "_")
-            adapted.shared[tensor.name] = (holder, name)
+            shared[tensor.name] = (holder, name)
         if not hasattr(owner, name):
             if tensor.role == "train":
                 owner.register_parameter(name, nn.Parameter(value))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.compiler.events import EventProgram, programs
@@ -118,3 +119,12 @@ def test_a_stored_transposed_weight_moves_the_right_way(architectures: Any) -> N
 
 def test_programs_without_events() -> None:
     assert programs(planned("")) == ()
+
+
+def test_weights_that_are_stored_differently_are_moved_apart() -> None:
+    """A Linear and a Conv1D of one size share a formula, and nothing else."""
+    model = nn.Sequential(nn.Linear(6, 6), Conv1D(6, 6))
+    text = "adapt ** { with delta_lora(rank = 2, start = 0)  update = literal }\nstep { loss = mse }"
+    found = programs(surgery.plan(surgery.parse(text), model))
+    assert [[site["W"] for site in program.sites] for program in found] == [["0.weight"], ["1.weight"]]
+    assert ["transpose" in str(program.graph) for program in found] == [False, True]

@@ -241,6 +241,11 @@ def test_freeze_takes_away_from_train(architectures: Any) -> None:
     assert refused("train model.norm\nfreeze model.nothing", model) == ["SURG020"]
 
 
+def test_a_tied_parameter_is_frozen_under_all_its_names(architectures: Any) -> None:
+    plan = planned("train **\nfreeze model.embed_tokens", architectures["qwen2"].model())
+    assert plan.trained and not {"lm_head.weight", "model.embed_tokens.weight"} & {entry.name for entry in plan.trained}
+
+
 def test_a_tied_parameter_is_trained_once(architectures: Any) -> None:
     plan = planned("train lm_head\ntrain model.embed_tokens", architectures["qwen2"].model())
     assert len(plan.trained) == 1

@@ -231,3 +231,47 @@ def test_literal_is_refused_where_updates_would_be_lost(dtype: torch.dtype) -> N
     with pytest.raises(surgery.SurgError) as raised:
         compiled(model.to(dtype), pattern, causal, "adamw", "literal")
     assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"SURG032"}
+
+
+SHARED = """
+method shared_delta(rank: int = 2) {{
+    A = train kaiming_uniform[rank, in] shared by {how}
+    B = train normal(0.1)[out, rank]    shared by {how}
+    delta = B @ A
+    after step when step > 0 {{ W += 0.5 * (delta - prev(delta)) }}
+}}
+adapt blocks.*.* {{ with shared_delta()  update = {update} }}
+step {{ optimizer = sgd(lr = 0.5)  batch = 5  steps = 4  loss = mse }}
+"""
+
+
+@pytest.mark.parametrize("how", ["model", "layer", "kind"])
+def test_both_readings_agree_where_the_factors_are_shared(how: str) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}) for _ in range(2)]
+    model = Blocks(nn.ModuleList(blocks)).double()
+    batch = {"x": torch.randn(5, 6).double(), "labels": torch.randn(5, 6).double()}
+    steps = []
+    for update in ("literal", "telescope"):
+        text = SHARED.format(how=how, update=update)
+        step = surgery.compile(surgery.parse(text), model=model, example_inputs={"x": batch["x"]})
+        for _ in range(4):
+            step(batch)
+        steps.append(step)
+    for path in steps[0].parameters_by_site:
+        literal, telescope = (step.effective_weight(path) for step in steps)
+        assert not torch.equal(literal, model.get_parameter(f"{path}.weight"))
+        torch.testing.assert_close(literal, telescope, rtol=0, atol=TOLERANCE)
+
+
+class Blocks(nn.Module):
+    """Two linears per block."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block["b"](torch.tanh(block["a"](x)))  # type: ignore[index]
+        return x

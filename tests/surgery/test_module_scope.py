@@ -181,3 +181,30 @@ def test_a_trained_run_attaches_to_a_model(update: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             model(input_ids=ids).logits, step.forward(input_ids=ids).logits, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["names", "sizes", "in_features", "shared", "T"])
+def test_a_tensor_may_have_any_name(name: str) -> None:
+    text = f"method m() {{ {name} = train normal(0.1)[out, in];  delta = {name} }}\nadapt first {{ with m() }}"
+    model = nn.ModuleDict({"first": nn.Linear(5, 4)})
+    x, linear = torch.randn(3, 5), copy.deepcopy(model["first"])
+    surgery.apply(surgery.parse(text), model)
+    own = model["first"].get_parameter(name)
+    torch.testing.assert_close(model["first"](x), linear(x) + x @ own.T)
+    torch.testing.assert_close(copy.deepcopy(model)["first"](x), linear(x) + x @ own.T)
+
+
+def test_a_run_that_moved_an_untied_head_leaves_the_embedding(tmp_path: Path, architectures: Any) -> None:
+    qwen = architectures["qwen2"]
+    model, inputs = qwen.model(), qwen.inputs()
+    text = "adapt lm_head { with delta_lora(rank = 2, start = 0)  untie  update = literal }\n"
+    text += "step { optimizer = sgd(lr = 0.5)  batch = 4  steps = 4  loss = causal_lm }"
+    step = surgery.compile(surgery.parse(text), model=model, example_inputs=inputs)
+    for _ in range(4):
+        step({**inputs, "labels": qwen.labels()})
+    step.save(tmp_path / "run")
+    expected = step.forward(**inputs).logits
+    attached = surgery.apply(tmp_path / "run", copy.deepcopy(model))
+    for other in (attached, step.merge()):
+        assert torch.equal(other.get_parameter("model.embed_tokens.weight"), model.model.embed_tokens.weight)
+        torch.testing.assert_close(other(**inputs).logits, expected, rtol=1e-4, atol=1e-4)

@@ -425,3 +425,27 @@ def test_micro_batches_end_at_their_last_real_token() -> None:
         assert ("without_padding" in step.source) == bool(micro)
         found.append(torch.stack([step(batch).loss for _ in range(3)]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+class Repeated(nn.Module):
+    """One layer under two names, each of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second, self.last = self.first, nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.second(torch.tanh(self.first(x))))
+        return y
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_layer_with_two_names_is_adapted_at_every_use(name: str) -> None:
+    torch.manual_seed(0)
+    text = spec("optimizer = sgd(lr = 0.5)  steps = 4", "").replace("adapt first", f"adapt {name}")
+    step = surgery.compile(surgery.parse(text), model=Repeated(), example_inputs={"x": torch.randn(4, 5)})
+    for number in range(4):
+        step(batch(number))
+    x = batch()["x"]
+    torch.testing.assert_close(step.merge()(x), step.forward(x=x))

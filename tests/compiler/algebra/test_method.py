@@ -108,6 +108,7 @@ def problems(body: str, parameters: str = "rank: int = 2") -> list[tuple[str, st
         ("in = train zeros[out]\ndelta = W", [("SURG003", "in = train zeros[out]")]),
         ("diag = train zeros[out]\ndelta = W", [("SURG003", "diag = train zeros[out]")]),
         ("A_before = train zeros[out]\ndelta = W", [("SURG003", "A_before = train zeros[out]")]),
+        ("half = train zeros[out]\ndelta = W", [("SURG003", "half = train zeros[out]")]),
         (f"{LOW_RANK}A = train zeros[in]\ndelta = B @ A", [("SURG009", "A = train zeros[in]")]),
         ("A = train zeros\ndelta = W", [("SURG004", "zeros")]),
         ("A = train zero[in]\ndelta = W", [("SURG002", "zero")]),
