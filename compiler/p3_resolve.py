@@ -63,12 +63,12 @@ def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics
     positions = skeleton.positions
     if program.data is None or positions is None or program.data.max_length <= positions:
         return
-    block = next((item for item in program.tree.items if isinstance(item, nodes.Data)), None)
-    settings = block.settings if block is not None else ()
-    line = next((setting for setting in settings if setting.name == "max_length"), block)
-    message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
-    diagnostics.error("SURG031", message, line.span if line is not None else None,
-                      help=f"write `max_length = {positions}` or less in the data block")  # fmt: skip
+    settings = [setting for item in program.tree.items if isinstance(item, nodes.Data) for setting in item.settings]
+    written = next((setting for setting in settings if setting.name == "max_length"), None)
+    if written is not None:  # else the default is cut to the table
+        message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
+        help_text = f"write `max_length = {positions}` or less"
+        diagnostics.error("SURG031", message, written.span, help=help_text)
 
 
 def _joined(rules: Sequence[Rule]) -> list[list[int]]:
@@ -318,6 +318,8 @@ class _Resolver:
         own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
         borrowed = [rule.method for rule in program.rules if rule.method.name not in own]
         step, data = program.step, program.data
+        if data is not None and skeleton.positions is not None:
+            data = data.model_copy(update={"max_length": min(data.max_length, skeleton.positions)})
         rows = step.micro_batch or step.batch
         return Plan(
             spec=program.source.text, file=program.source.name,

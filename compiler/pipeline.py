@@ -22,6 +22,7 @@ from types import ModuleType
 from torch import Tensor, fx, nn
 
 from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit
+from surgery.compiler.diagnostics import fail
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
@@ -42,8 +43,18 @@ def adapt(plan: Plan, graph: Graph, values: Mapping[str, Tensor]) -> Graph:
 
 
 def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """The adapted graph of one's own capture, with tensors at their start; the graph given is not changed."""
+    """The adapted graph of one's own capture, with tensors at their start; the graph given is not changed.
+
+    Raises SURG041 for a weight of the plan that the graph does not use, TypeError for what is no graph.
+    """
     from surgery.runtime.initialise import initialise
 
-    values = initialise(plan, tensors(graph_module))
+    if not isinstance(graph_module, fx.GraphModule):
+        hint = "torch.export.export(model, inputs).module() gives one"
+        raise TypeError(f"an fx.GraphModule is needed here, not a {type(graph_module).__name__}; {hint}")
+    present = tensors(graph_module)
+    for site in plan.sites:
+        if site.parameter not in present:
+            raise fail("SURG041", f"the graph has no `{site.parameter}`", help="it is the graph of another model")
+    values = initialise(plan, present)
     return p7_lower.lower_module(p6_rewrite.rewrite_module(graph_module, plan, values))

@@ -81,8 +81,9 @@ def _nearest_alternative(text: str, parts: tuple[Part, ...], paths: list[str]) -
 def _report_nothing(
     pattern: nodes.Pattern, parts: tuple[Part, ...], paths: list[str], diagnostics: Diagnostics
 ) -> None:
+    components = {component for path in paths for component in path.split(".")}
     for option in unmatched(parts, paths) if "{" in pattern.text else ():
-        if text := nearest(option, {component for path in paths for component in path.split(".")}):
+        if option not in components and (text := nearest(option, components)):
             message = f"nothing in the model matches `{pattern.text}`"
             diagnostics.error("SURG020", message, pattern.span, help=f"did you mean `{text}` for `{option}`?")
             return
@@ -150,6 +151,9 @@ def _adaptable(rule: Rule, found: list[str], skeleton: Skeleton, diagnostics: Di
     for kind, paths in unsupported.items():
         message = f"{kind} cannot be adapted: {listed(paths)}"
         help_text = "restrict the rule with `: Linear`, or subtract them with `except`"
+        if kind == "Adapted":
+            message = f"{listed(paths)}: adapted already"
+            help_text = "apply all rules in one program, to a fresh model"
         diagnostics.error("SURG025", message, rule.node.pattern.span, help=help_text)
     return list(weights.values())
 

@@ -19,6 +19,8 @@ TASK_OF = {
     "ForTokenClassification": "token_classification",
     "ForImageClassification": "image_classification",
 }
+# The last part of the path of a table with a row per position.
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ class Skeleton:
         for name, parameter in self.parameters.items():
             names.setdefault(id(parameter), []).append(name)
         return names
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How long a row may be: the size of the smallest table of learned positions; None without one (rotary)."""
+        tables = [
+            module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)  # as RoBERTa counts
+            for path, module in self.modules.items()
+            if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITION_TABLES
+        ]
+        said = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return min([*tables, said] if isinstance(said, int) else tables) if tables else None
 
     @cached_property
     def module_lists(self) -> list[str]:

@@ -212,6 +212,7 @@ _WRITTEN = {
     "≠": "write `!=`",
     "ᵀ": "a transpose is written `A.T`",
     "$": "names stand alone: `rank`",
+    ";": "statements and settings stand on lines of their own, or behind one another with a space",
     "/*": "a comment starts with `#` and runs to the end of its line",
 }
 

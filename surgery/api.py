@@ -51,6 +51,17 @@ def _read(path: Path) -> Source:
         raise fail("SURG011", f"`{path}` cannot be read: {error.strerror}") from error
 
 
+def _check_given(program: object, model: object) -> None:
+    """Raises TypeError for what is no program or no module; a text is a program only after `parse`."""
+    from torch import nn
+
+    if not isinstance(program, Program):
+        hint = "; make one with surgery.parse(...)" if isinstance(program, str | Path) else ""
+        raise TypeError(f"a surgery.Program is needed here, not a {type(program).__name__}{hint}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is a torch.nn.Module, not a {type(model).__name__}")
+
+
 def plan(program: Program, model: nn.Module | None = None, *, allow_code: bool = False) -> Plan:
     """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
 
@@ -59,6 +70,7 @@ def plan(program: Program, model: nn.Module | None = None, *, allow_code: bool =
     from surgery.compiler import pipeline
     from surgery.runtime.models import load_skeleton
 
+    _check_given(program, model)
     if model is None:
         with _at_model_line(program):
             model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
@@ -102,6 +114,7 @@ def compile(
     from surgery.runtime.models import load_model
     from surgery.runtime.step import TrainingStep
 
+    _check_given(program, model)
     if calibration is not None:
         raise fail("SURG008", "calibration data is not built yet: no method of the library reads it")
     if model is None:

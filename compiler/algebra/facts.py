@@ -270,6 +270,8 @@ def needs_dense_weight(node: Expression) -> bool:
     """Whether some part reads W other than through `x @ W.T`, so that a quantized base would not do."""
 
     def linear(node: Expression) -> bool:
+        if not reads_weight(node):
+            return True
         match node.operation:
             case "weight":
                 return True
@@ -286,7 +288,7 @@ def needs_dense_weight(node: Expression) -> bool:
                 return any(
                     linear(part) and not reads_weight(other) for part, other in (node.arguments, node.arguments[::-1])
                 )
-        return not reads_weight(node)
+        return False
 
     return not linear(node)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -39,10 +40,21 @@ FormatOption = Annotated[
 CodeOption = Annotated[
     bool, typer.Option("--allow-code", help='allow `model python "pkg.module:factory"`, which runs that code')
 ]
+
+
+def _usable(device: str | None) -> str | None:
+    from surgery.runtime.devices import why_not
+
+    if device is not None and (reason := why_not(device)):
+        raise typer.BadParameter(reason)
+    return device
+
+
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, ...; left out: a GPU if there is one", show_default=False),
-]
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...; left out: a GPU if there is one", show_default=False,
+                 callback=_usable),
+]  # fmt: skip
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="a .surg file", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
 
@@ -136,6 +148,18 @@ def reporting(format: Format) -> Iterator[None]:
         stop([Diagnostic("SURG011", f"{where}{error.strerror or error}")], format)
 
 
+def check_output(folder: Path) -> None:
+    """Refuse what no run may be written to: a file, and a folder that is no run but holds files of a run's names."""
+    from surgery.runtime.run_folder import STATE_FILES, is_run
+
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"`{folder}` is a file; name a folder", param_hint="-o")
+    taken = [name for name in STATE_FILES if (folder / name).exists()]
+    if taken and not is_run(folder):
+        message = f"`{folder}` is no run, and its {', '.join(taken)} would be replaced; choose another folder"
+        raise typer.BadParameter(message, param_hint="-o")
+
+
 def read_source(path: Path) -> Source:
     """A `.surg` file; raises SURG011 where it cannot be read as UTF-8 text."""
     try:
@@ -149,6 +173,8 @@ def read_source(path: Path) -> Source:
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: a crash leaves the old one."""
     path = Path(os.path.realpath(path))  # a link stays a link
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8", newline="")
     if path.exists():

@@ -14,6 +14,7 @@ from surgery.cli.common import (
     FormatOption,
     SpecArgument,
     answer,
+    check_output,
     quiet,
     reporting,
     show,
@@ -40,6 +41,7 @@ def run(
         import surgery
         from surgery.runtime.run_folder import is_run, load_state
 
+        check_output(folder)
         if is_run(folder) and load_state(folder).step > 0:
             raise typer.BadParameter(f"`{folder}` holds a run; choose another folder", param_hint="-o")
         quiet()

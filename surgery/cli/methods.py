@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +16,13 @@ from surgery.compiler.diagnostics import did_you_mean
 
 EXAMPLE = "Example: surgery methods delta_lora"
 NEEDS_ARGUMENTS = False
+NARROW = 140  # columns; below, a list says the same as the table
+MARKS = {
+    "merges": "merges",
+    "exports_as_lora": "exports as LoRA",
+    "keeps_zeros": "keeps zeros",
+    "moves_base": "moves W",
+}
 FACTS = (
     "identity_at_start",
     "rank_bound",
@@ -58,6 +67,27 @@ def as_json(method: Any) -> dict[str, Any]:
 
 
 def _print_all(methods: list[Any]) -> None:
+    console = output()
+    if console.width < NARROW:
+        _print_list(console, methods)
+    else:
+        console.print(_table(methods))
+    console.print(Text("surgery methods NAME shows one, with its source"))
+
+
+def _print_list(console: Console, methods: list[Any]) -> None:
+    for method in methods:
+        start = "identity at start" if method.identity_at_start else "changes the model at the start"
+        marks = [mark for fact, mark in MARKS.items() if getattr(method, fact)]
+        console.print(Text(_signature(method), style="bold"))
+        rank = f"rank at most {method.rank_bound}" if method.rank_bound else "full rank"
+        lines = (*method.equation.split("; "), ", ".join([start, rank, *marks]))
+        for text, style in [*((line, "") for line in lines), (method.source, "dim")]:
+            console.print(Padding(Text(text, style=style), (0, 0, 0, 2)))
+        console.print()
+
+
+def _table(methods: list[Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
     for header in ("method", "equation, source", "identity at start", "rank", "merges", "LoRA", "zeros", "moves W"):
         table.add_column(header, overflow="fold")
@@ -67,9 +97,7 @@ def _print_all(methods: list[Any]) -> None:
         equation = Text.assemble(method.equation.replace("; ", "\n"), ("\n" + method.source, "dim"))
         cells = (_signature(method).replace("(", "(\n  ", 1), start, str(method.rank_bound or "full"), *marks)
         table.add_row(Text(cells[0]), equation, *map(Text, cells[1:]))
-    console = output()
-    console.print(table)
-    console.print(Text("surgery methods NAME shows one, with its source"))
+    return table
 
 
 def _print_one(method: Any) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from surgery.compiler.plan import Facts, Plan, Site, StepPlan
 
 NARROW = 140
+UNBOUNDED = 10_000
 NUMBERS = ("sites", "rank", "trained", "frozen")
 
 
@@ -24,7 +26,11 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     console.print(Text(f"{model.name}: {model.architecture}, {model.parameters:,} numbers{task}"))
     groups = [[site] for site in plan.sites] if verbose else fold(plan.sites)
     if groups:
-        console.print(_sites(groups, console.width))
+        table = _sites(groups, console.width)
+        if console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum <= console.width:
+            console.print(table)
+        else:  # a path broken into pieces could not be read
+            _print_list(console, groups)
     if plan.trained:
         console.print(_trained(plan))
     _list(console, "equations", _equations(plan))
@@ -79,6 +85,33 @@ def facts_text(facts: Facts) -> str:
     return ", ".join(words + [word for word, holds in optional.items() if holds])
 
 
+def _print_list(console: Console, groups: list[list[Site]]) -> None:
+    console.print()
+    for group in groups:
+        cells = _cells(group)
+        frozen = f", {cells['frozen']} frozen" if any(member.frozen for member in group) else ""
+        sites = f"{cells['sites']} site{'s' * (len(group) > 1)} {cells['shape']}"
+        console.print(Text(cells["path"], overflow="fold"))
+        numbers = f"{cells['method']}, rank {cells['rank']}, {cells['trained']} trained{frozen}, {cells['strategy']}"
+        console.print(Padding(Text(f"{sites}: {numbers}"), (0, 0, 0, 2)))
+    console.print()
+
+
+def _cells(group: list[Site]) -> dict[str, str]:
+    site = group[0]
+    return {
+        "path": folded_path([member.path for member in group]),
+        "sites": str(len(group)),
+        "kind": site.kind,
+        "shape": f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
+        "method": site.method.partition("(")[0],
+        "rank": "full" if site.rank is None else str(site.rank),
+        "trained": f"{sum(member.trainable for member in group):,}",
+        "frozen": f"{sum(member.frozen for member in group):,}",
+        "strategy": site.strategy if site.update == "none" else f"{site.strategy}, {site.update}",
+    }
+
+
 def _sites(groups: list[list[Site]], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     # A narrow terminal does without the kind, which is the end of the path.
@@ -87,18 +120,7 @@ def _sites(groups: list[list[Site]], width: int) -> Table:
     for header in shown:
         table.add_column(header, justify="right" if header in NUMBERS else "left", overflow="fold")
     for group in groups:
-        site = group[0]
-        cells = {
-            "path": folded_path([member.path for member in group]),
-            "sites": str(len(group)),
-            "kind": site.kind,
-            "shape": f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
-            "method": site.method.partition("(")[0],
-            "rank": "full" if site.rank is None else str(site.rank),
-            "trained": f"{sum(member.trainable for member in group):,}",
-            "frozen": f"{sum(member.frozen for member in group):,}",
-            "strategy": site.strategy if site.update == "none" else f"{site.strategy}, {site.update}",
-        }
+        cells = _cells(group)
         table.add_row(*(Text(cells[header]) for header in shown))
     return table
 

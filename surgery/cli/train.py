@@ -14,6 +14,7 @@ from surgery.cli.common import (
     Format,
     FormatOption,
     answer,
+    check_output,
     data_of,
     load_run,
     note,
@@ -55,6 +56,7 @@ def run(
         from surgery.runtime.train import train
 
         folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
+        check_output(folder)
         step, data = _start(spec, folder, resume, device, allow_code)
         step.steps = steps_of(step.plan, len(data.train))
         terminal = sys.stderr.isatty()

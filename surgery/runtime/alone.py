@@ -10,6 +10,7 @@ from pathlib import Path
 import surgery
 from surgery.compiler.diagnostics import SurgError, render
 from surgery.runtime.data import load_data, steps_of
+from surgery.runtime.devices import why_not
 from surgery.runtime.models import load_tokenizer
 from surgery.runtime.run_folder import load_state
 from surgery.runtime.step import TrainingStep
@@ -26,6 +27,8 @@ def main(path: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="RUN", help="write a run folder; left out: nothing is written")
     parser.add_argument("--device", help="cpu, cuda, ...; left out: a GPU if there is one")
     options = parser.parse_args(arguments)
+    if options.device is not None and (reason := why_not(options.device)):
+        parser.error(f"argument --device: {reason}")
     try:
         _run(Path(path).resolve().parent, options.data, options.output, options.device)
     except SurgError as error:

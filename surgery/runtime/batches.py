@@ -17,6 +17,9 @@ def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None
     SURG043 for another mask, SURG044 for entries that are missing, unknown, no tensors or of another number of rows.
     """
     wanted = [*inputs, *([labels] if labels and labels not in inputs else [])]
+    if not isinstance(batch, Mapping):
+        message = f"a batch is a dict of tensors by name, not a {type(batch).__name__}"
+        raise fail("SURG044", message, help=f"this step takes {_listed(wanted)}")
     given = dict(batch)
     mask = None
     if causal and "attention_mask" not in inputs:

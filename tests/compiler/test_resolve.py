@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import surgery
+from surgery import compiler
 from surgery.compiler.plan import Plan
 
 LOW_RANK = "A = train kaiming_uniform[rank, in]\nB = train zeros[out, rank]\ndelta = B @ A"
@@ -90,6 +91,47 @@ def test_rules_select(rule: str, count: int, architectures: Any) -> None:
 )
 def test_rules_are_refused(rule: str, codes: list[str], architectures: Any) -> None:
     assert refused(rule, architectures["llama"].model()) == codes
+
+
+def test_the_part_that_is_wrong_is_offered(architectures: Any) -> None:
+    with pytest.raises(surgery.SurgError) as raised:
+        planned("adapt model.layers.*.self_atn.{q_proj,v_proj} { with m }", architectures["llama"].model())
+    assert raised.value.diagnostics[0].help == "did you mean `self_attn`?"
+
+
+@pytest.mark.parametrize(("name", "positions"), [("bert", 40), ("gpt2", 40), ("roberta", 38), ("llama", None)])
+def test_rows_fit_the_table_of_positions(name: str, positions: int | None, architectures: Any) -> None:
+    model = architectures[name].model(max_position_embeddings=40)
+    whole = "transformer.h.0" if name == "gpt2" else "**.layers.0" if name == "llama" else "encoder.layer.0"
+
+    def length(settings: str) -> int:
+        data = surgery.plan(
+            surgery.parse(f'train {whole}\ndata "a.jsonl" {{ text = "{{a}}"  {settings} }}'), model
+        ).data
+        assert data is not None
+        return data.max_length
+
+    assert length("") == (positions or 512)
+    assert length(f"max_length = {positions or 4096}") == (positions or 4096)
+    if positions is not None:
+        with pytest.raises(surgery.SurgError) as raised:
+            length(f"max_length = {positions + 1}")
+        found = raised.value.diagnostics[0]
+        assert found.code == "SURG031" and found.span is not None and found.span.text.startswith("max_length")
+
+
+def test_what_is_no_program_or_no_module_is_said_so() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=r"surgery\.parse"):
+        surgery.plan("adapt ** { with lora }", model)  # type: ignore[arg-type]
+    program = surgery.parse("adapt a { with lora(rank = 2) }")
+    with pytest.raises(TypeError, match="not a int"):
+        surgery.compile(program, model=3)  # type: ignore[arg-type]
+    plan = surgery.plan(program, nn.ModuleDict({"a": model}))
+    with pytest.raises(TypeError, match=r"torch\.export"):
+        compiler.rewrite(model, plan)  # type: ignore[arg-type]
+    with pytest.raises(surgery.SurgError, match="SURG041"):
+        compiler.rewrite(torch.fx.symbolic_trace(nn.Sequential(model)), plan)
 
 
 def test_nothing_is_touched(architectures: Any) -> None:

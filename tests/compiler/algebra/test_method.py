@@ -78,6 +78,7 @@ def facts(body: str) -> dict[str, Any]:
         ("s = train zeros[out]\ndelta = diag(s) @ W", "needs_dense_weight", False),
         ("s = train zeros[out]\ndelta = s[:, None] * W", "needs_dense_weight", True),
         (f"{LOW_RANK}delta = mask(W) * (B @ A)", "needs_dense_weight", True),
+        (f"{LOW_RANK}s = train ones[out, 1]\ndelta = s * (B @ A)", "needs_dense_weight", False),
         (f"{LOW_RANK}delta = B @ A\nafter step {{ A *= 0.9 }}", "moves_base", False),
         (f"{LOW_RANK}delta = B @ A\nafter step {{ W += delta }}", "moves_base", True),
     ],

@@ -40,6 +40,20 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert cli(capsys, *arguments)[0] == 2
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    code, _, err = cli(capsys, "train", "a.surg", "--device", device)
+    assert code == 2 and "--device" in err and "cpu" in err
+
+
+def test_a_folder_that_is_no_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "step.py").write_text("mine")
+    for verb in ("train", "compile"):
+        assert cli(capsys, verb, "a.surg", "-o", str(tmp_path))[0] == 2
+        assert cli(capsys, verb, "a.surg", "-o", str(tmp_path / "step.py"))[0] == 2
+    assert (tmp_path / "step.py").read_text() == "mine"
+
+
 def test_help_and_fmt_import_no_torch(tmp_path: Path) -> None:
     (tmp_path / "a.surg").write_text(UGLY)
     for arguments in (["--help"], ["fmt", str(tmp_path / "a.surg")], ["explain", "1"]):

@@ -65,6 +65,14 @@ def test_the_table_has_everything() -> None:
     assert "layer.3" not in text
 
 
+def test_a_narrow_terminal_keeps_paths_whole() -> None:
+    stream = io.StringIO()
+    print_plan(Console(file=stream, width=80), plan(*(site(f"encoder.layer.{number}.query") for number in range(6))))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert "encoder.layer.[0..5].query" in lines and max(map(len, lines)) <= 80
+    assert "  6 sites 384 x 384: lora, rank 8, 36,864 trained, branch" in lines
+
+
 def test_verbose_shows_every_site_and_every_way() -> None:
     text = table(plan(*(site(f"encoder.layer.{number}.query") for number in range(6))), verbose=True)
     assert "encoder.layer.3.query" in text and "branch (chosen)" in text and "[x @ A.T]" in text
