@@ -27,6 +27,7 @@ from surgery.compiler.events import EventProgram, programs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.runtime import losses
+from surgery.runtime.ownership import running_statistics
 
 
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
@@ -55,7 +56,7 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
         and plan.model.task == "sequence_classification"
         and "attention_mask" in graph.inputs
     )
-    step = step_source(plan.step, graph.inputs, loss, happenings, cuts)
+    step = step_source(plan.step, graph.inputs, loss, happenings, cuts, running_statistics(graph))
     parts += [_title("The step") + (f"{CUT_PADDING}\n\n" if cuts else "") + step, MAIN]
     text = "\n\n".join(parts)
     return text if "math." in text else text.replace("import math\n", "", 1)

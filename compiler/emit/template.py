@@ -121,16 +121,33 @@ CUT_PADDING = """def without_padding(part: dict[str, Tensor]) -> dict[str, Tenso
 """
 
 
+PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
+    \"\"\"Tensors as they were, in place.\"\"\"
+    for name, value in values.items():
+        weights[name].copy_(value)
+
+
+""".splitlines()
+
+
 def step_source(
-    plan: StepPlan, inputs: Sequence[str], loss: LossText, events: EventSource, cuts_padding: bool = False
+    plan: StepPlan,
+    inputs: Sequence[str],
+    loss: LossText,
+    events: EventSource,
+    cuts_padding: bool = False,
+    statistics: Sequence[str] = (),
 ) -> str:
     """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
 
-    `cuts_padding`: micro-batches end at their own last real token.
+    `cuts_padding`: micro-batches end at their own last real token. `statistics` are what the forward itself writes.
     """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
+    table = names_list(statistics) if statistics else []
+    put_back = ["        put_back(weights, running)"] if statistics else []
     lines = [
+        *([f"STATISTICS = {table[0]}", *table[1:], "", "", *PUT_BACK] if statistics else []),
         "def train_step(",
         "    weights: Weights,",
         "    optimizer: torch.optim.Optimizer,",
@@ -154,6 +171,9 @@ def step_source(
         lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
     lines += _phase(events, "start", "1. before anything is changed")
     lines += _phase(events, "before forward", "2. before the forward")
+    if statistics:
+        lines += ["", "    # a step that is not taken leaves the running statistics alone too"]
+        lines.append("    running = {name: weights[name].clone() for name in STATISTICS}")
     size = str(plan.micro_batch) if plan.micro_batch else "rows"
     lines += [
         "",
@@ -177,6 +197,7 @@ def step_source(
         "        loss = loss + share.detach()",
         "    if not loss.is_cuda and not torch.isfinite(loss):",
         "        optimizer.zero_grad()",
+        *put_back,
         "        return loss, False",
     ]
     if scaled:
@@ -188,6 +209,7 @@ def step_source(
             "    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):",
             "        scaler.update()",
             "        optimizer.zero_grad()",
+            *put_back,
             "        return loss, False",
         ]
     lines += _phase(events, "after backward", "5. after the backward")

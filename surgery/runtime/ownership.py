@@ -21,11 +21,13 @@ def written_names(plan: Plan, graph: Graph, trained: Iterable[str], events: Iter
     for event in events:
         for placeholder in _assigned(event.graph):
             names |= dict.fromkeys(site[placeholder] for site in event.sites)
-    for node in graph.module.graph.nodes:
-        for target in _written(node):
-            if target.op == "get_attr":
-                names[str(target.target)] = None
-    return list(names)
+    return list(names | dict.fromkeys(running_statistics(graph)))
+
+
+def running_statistics(graph: Graph) -> list[str]:
+    """Names of the tensors that the forward itself writes in training."""
+    written = [target for node in graph.module.graph.nodes for target in _written(node) if target.op == "get_attr"]
+    return list(dict.fromkeys(str(target.target) for target in written))
 
 
 def own(
