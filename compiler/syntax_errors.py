@@ -212,13 +212,18 @@ _WRITTEN = {
     "≠": "write `!=`",
     "ᵀ": "a transpose is written `A.T`",
     "$": "names stand alone: `rank`",
-    ";": "statements and settings stand on lines of their own, or behind one another with a space",
+    ";": "drop the `;`: it stands only between the parts of a block",
     "/*": "a comment starts with `#` and runs to the end of its line",
 }
 
 
 def _written_otherwise(place: Place) -> str | None:
     return _WRITTEN.get(place.found)
+
+
+def _entry_by_entry(place: Place) -> str | None:
+    dotted = place.found in ("*", "/") and place.source.text[: place.offset].endswith(".")
+    return "`*` and `/` work entry by entry, `@` is the matrix product" if dotted else None
 
 
 def _comment(place: Place) -> str | None:
@@ -386,6 +391,7 @@ def _parameter(place: Place) -> str | None:
 
 SLIPS: tuple[Callable[[Place], str | None], ...] = (
     _written_otherwise,
+    _entry_by_entry,
     _comment,
     _single_quotes,
     _unclosed_string,

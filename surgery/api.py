@@ -140,6 +140,9 @@ def apply(program_or_run: Program | str | Path, model: nn.Module) -> nn.Module:
     """
     from surgery.runtime.modules import apply_program, apply_run
 
+    text = isinstance(program_or_run, str) and ("{" in program_or_run or "\n" in program_or_run)
+    if isinstance(program_or_run, Program) or text:
+        _check_given(program_or_run, model)
     if isinstance(program_or_run, Program):
         return apply_program(program_or_run, model)
     return apply_run(Path(program_or_run), model)

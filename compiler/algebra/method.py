@@ -209,6 +209,12 @@ class _Reader:
         if not isinstance(start, nodes.Subscript):
             if isinstance(start, nodes.Name) and start.name in STARTS:
                 raise fail("SURG004", "a start needs a shape", start.span, help=f"write `{start.name}[out, in]`")
+            if isinstance(start, nodes.Call) and start.function in STARTS:
+                _, most = STARTS[start.function]
+                sizes = ", ".join(show(argument.value) for argument in start.arguments)
+                shaped = f"{show(start)}[out, in]" if most else f"{start.function}[{sizes or 'out, in'}]"
+                message = "a start needs a shape, in brackets"
+                raise fail("SURG004", message, start.span, help=f"write `{shaped}`")
             value = builder.expression(start)
             return Start("expression", (), value, show(start)), value
         shape = []

@@ -114,8 +114,8 @@ def load_state(directory: str | Path) -> RunState:
     try:
         plan = Plan.model_validate_json(_read(directory, PLAN, names))
         training = json.loads(_read(directory, TRAINING, names))
-        weights = load_tensors(_read(directory, ADAPTERS, names))
-        tensors = load_tensors(_read(directory, OPTIMIZER, names))
+        weights = _tensors(directory, ADAPTERS, names)
+        tensors = _tensors(directory, OPTIMIZER, names)
         if training["version"] != VERSION:
             raise _broken(directory, f"it has version {training['version']}, this surgery reads version {VERSION}")
         state = unpack(training["state"], tensors)
@@ -128,8 +128,6 @@ def load_state(directory: str | Path) -> RunState:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise _broken(directory, f"{PLAN} is no plan: {where}: {first['msg']}") from error
-    except SafetensorError as error:
-        raise _broken(directory, f"a safetensors file is broken: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _broken(directory, f"a file is broken: {type(error).__name__}: {error}") from error
     for site in plan.sites:
@@ -137,6 +135,13 @@ def load_state(directory: str | Path) -> RunState:
             if tensor.key not in weights or tuple(weights[tensor.key].shape) != tensor.shape:
                 raise _broken(directory, f"{ADAPTERS} has no `{tensor.key}` of shape {list(tensor.shape)}")
     return RunState(plan, spec, source, folder, state, training["extra"])
+
+
+def _tensors(directory: Path, name: str, pending: tuple[str, ...]) -> dict[str, Tensor]:
+    try:
+        return load_tensors(_read(directory, name, pending))
+    except SafetensorError as error:
+        raise _broken(directory, f"{name} is broken: {error}") from error
 
 
 def is_run(directory: str | Path) -> bool:
