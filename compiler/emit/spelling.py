@@ -60,6 +60,7 @@ _OPERATORS: dict[Any, tuple[str, int]] = {
     operator.floordiv: ("//", PRODUCT),
     operator.truediv: ("/", PRODUCT),
     operator.mod: ("%", PRODUCT),
+    operator.pow: ("**", POWER),
     operator.and_: ("&", BIT_AND),
     operator.or_: ("|", BIT_OR),
     operator.eq: ("==", COMPARISON),
@@ -166,8 +167,8 @@ class _Writer:
         return Text(f"{name}({', '.join(parts)})")
 
     def infix(self, sign: str, precedence: int, left: Any, right: Any) -> Text:
-        # Comparisons chain in Python, so both their sides are closed.
-        stronger = precedence + (precedence == COMPARISON)
+        # Comparisons chain in Python, and powers bind from the right, so both their sides are closed.
+        stronger = precedence + (precedence in (COMPARISON, POWER))
         return Text(f"{self.value(left, stronger)} {sign} {self.value(right, precedence + 1)}", precedence)
 
     def method(self, name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> Text:

@@ -448,3 +448,13 @@ def test_a_layer_with_two_names_is_adapted_at_every_use(name: str) -> None:
         step(batch(number))
     x = batch()["x"]
     torch.testing.assert_close(step.merge()(x), step.forward(x=x))
+
+
+@pytest.mark.parametrize("delta", ["(B @ A) ** 2", "-((B @ A) ** 2)", "(-(B @ A)) ** 2", "((B @ A) ** 2) ** 3"])
+def test_powers_are_written_as_they_bind(delta: str) -> None:
+    start = "normal(1.0)"
+    text = f"method m() {{ A = train {start}[2, in];  B = train {start}[out, 2];  delta = {delta} }}\n"
+    text += spec("steps = 4", "").replace("lora(rank = 2, alpha = 4)", "m()")
+    step = surgery.compile(surgery.parse(text), model=network(), example_inputs={"x": torch.randn(4, 5)})
+    x = batch()["x"]
+    torch.testing.assert_close(step.forward(x=x), step.merge().eval()(x))
