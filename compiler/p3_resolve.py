@@ -54,6 +54,7 @@ def run(program: Program, model: nn.Module) -> Plan:
     if not program.rules and not trained and not diagnostics.errors:
         diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
     _check_length(program, skeleton, diagnostics)
+    _check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
     return resolver.plan(trained)
 
@@ -69,6 +70,27 @@ def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics
         message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
         help_text = f"write `max_length = {positions}` or less"
         diagnostics.error("SURG031", message, written.span, help=help_text)
+
+
+def _check_half(
+    program: Program,
+    skeleton: Skeleton,
+    sites: list[Site],
+    trained: tuple[WholeParameter, ...],
+    diagnostics: Diagnostics,
+) -> None:
+    """AdamW divides by sqrt(v) + eps, and both are 0 in float16: what it trains there is NaN after two steps."""
+    if program.step.optimizer.name != "adamw":
+        return
+    whole = [entry.name for entry in trained if skeleton.parameters[entry.name].dtype is torch.float16]
+    own = [
+        tensor.key for site in sites for tensor in site.tensors if tensor.role == "train" and tensor.dtype == "float16"
+    ]
+    for name, advice in ((whole[:1], "dtype = float32 with precision = float16"), (own[:1], "adapter_dtype = float32")):
+        if name:
+            span = next((item.span for item in program.tree.items if isinstance(item, nodes.Step)), program.tree.span)
+            message = f"`{name[0]}` is float16, where AdamW's eps is 0 and its steps are not numbers"
+            diagnostics.error("SURG032", message, span, help=f"write `{advice}`, or train with sgd")
 
 
 def _joined(rules: Sequence[Rule]) -> list[list[int]]:

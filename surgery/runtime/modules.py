@@ -64,6 +64,7 @@ class Adapted(nn.Module):
 
 def apply_program(program: Program, model: nn.Module) -> nn.Module:
     """Adapt a model in place; see `surgery.apply`."""
+    _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
     _refuse_events(plan)
     return _attach(plan, model, initialise(plan, tensors(model)))
@@ -71,6 +72,7 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
 
 def apply_run(directory: Path, model: nn.Module) -> nn.Module:
     """Attach a trained run to a model in place; a base weight that the run moved is moved here too."""
+    _refuse_adapted(model)
     state = load_state(directory)
     from surgery.api import parse
 
@@ -93,6 +95,12 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
         for name in saved.keys() - wanted:
             named[name].copy_(saved[name])
     return attached
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    """A second program would freeze what the first one trains."""
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise fail("SURG060", "the model is adapted already", help="put all rules into one program")
 
 
 def _refuse_events(plan: Plan) -> None:

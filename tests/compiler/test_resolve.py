@@ -394,3 +394,23 @@ def test_adapter_dtype() -> None:
 
     assert dtype(torch.bfloat16, "") == "float32" and dtype(torch.float64, "") == "float64"
     assert dtype(torch.float32, "adapter_dtype = bfloat16") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("rule", "step", "wrong"),
+    [
+        ("train head", "optimizer = adamw(lr = 1e-3)", True),
+        ("train head", "optimizer = sgd(lr = 1e-3)", False),
+        ("adapt head { with lora(rank = 1) }", "optimizer = adamw(lr = 1e-3)", False),
+        ("adapt head { with lora(rank = 1) }", "optimizer = adamw(lr = 1e-3) adapter_dtype = float16", True),
+    ],
+)
+def test_adamw_in_float16_is_refused(rule: str, step: str, wrong: bool) -> None:
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 4)}).half()
+    program = surgery.parse(f"{rule}\nstep {{ {step} }}")
+    if not wrong:
+        assert surgery.plan(program, model).totals.trainable
+        return
+    with pytest.raises(surgery.SurgError) as raised:
+        surgery.plan(program, model)
+    assert [found.code for found in raised.value.diagnostics] == ["SURG032"]

@@ -208,3 +208,11 @@ def test_a_run_that_moved_an_untied_head_leaves_the_embedding(tmp_path: Path, ar
     for other in (attached, step.merge()):
         assert torch.equal(other.get_parameter("model.embed_tokens.weight"), model.model.embed_tokens.weight)
         torch.testing.assert_close(other(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_program_is_refused() -> None:
+    model = llama()
+    program = surgery.parse(SPEC.format(pattern="**.q_proj", method="lora(rank = 4)"))
+    surgery.apply(program, model)
+    with pytest.raises(surgery.SurgError, match="SURG060.*adapted already"):
+        surgery.apply(surgery.parse(SPEC.format(pattern="**.k_proj", method="lora(rank = 4)")), model)
