@@ -20,6 +20,7 @@ from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, copy_module, non_persistent, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches
+from surgery.runtime.devices import why_not
 from surgery.runtime.ownership import own, written_names
 
 _NUMBERS = itertools.count(1)
@@ -223,6 +224,10 @@ class TrainingStep:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put a saved state in place; raises SURG054 if it is of another program."""
+        lacking = [name for name in ("weights", "optimizer", "step") if name not in state]
+        if lacking:
+            message = f"this is no state of a training step: it lacks {', '.join(lacking)}"
+            raise fail("SURG054", message, help="pass what `step.state_dict()` gave")
         saved: Mapping[str, Tensor] = state["weights"]
         for key in self.state_dict()["weights"]:
             if key not in saved or saved[key].shape != self.weights[key].shape:
@@ -246,6 +251,8 @@ class TrainingStep:
 
 def _device(device: str | torch.device | None, given: Mapping[str, Tensor]) -> torch.device:
     if device is not None:
+        if reason := why_not(str(device)):
+            raise fail("SURG004", reason)
         wanted = torch.device(device)
         return torch.empty(0, device=wanted).device  # "cuda" to "cuda:0"
     return next((tensor.device for tensor in given.values()), torch.device("cpu"))

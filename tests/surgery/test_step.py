@@ -458,3 +458,12 @@ def test_powers_are_written_as_they_bind(delta: str) -> None:
     step = surgery.compile(surgery.parse(text), model=network(), example_inputs={"x": torch.randn(4, 5)})
     x = batch()["x"]
     torch.testing.assert_close(step.forward(x=x), step.merge().eval()(x))
+
+
+def test_what_is_no_state_and_no_device_is_refused() -> None:
+    text = "adapt * { with lora(rank = 1) }\nstep { optimizer = sgd(lr = 0.1)  loss = mse }"
+    inputs = {"input": torch.randn(3, 4)}
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    step = surgery.compile(surgery.parse(text), model, inputs)
+    assert code_of(lambda: step.load_state_dict({})) == "SURG054"
+    assert code_of(lambda: surgery.compile(surgery.parse(text), model, inputs, "gpu")) == "SURG004"
