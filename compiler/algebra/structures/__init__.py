@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -22,28 +23,28 @@ class ShapeProblem(ValueError):
     """Arguments whose shapes a structure does not take; the message is for people."""
 
 
-class Structure:
+class Structure(ABC):
     """Base of all structures; `arity` is how many arguments it takes."""
 
     name: str
     arity: int = 1
     has_product = False
 
+    @abstractmethod
     def shape(self, *arguments: Shape) -> Shape:
         """Shape of the value; raises `ShapeProblem`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, *values: Tensor) -> Tensor:
         """The value, dense, in the dtype of its arguments."""
-        raise NotImplementedError
 
     def product(self, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         """`x @ M.T` (`x @ M` if transposed) without forming M; only where `has_product`."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} has no fast product")
 
     def product_cost(self, rows: int, shape: Sequence[int]) -> int:
         """Floating-point operations of `product` on `rows` rows."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} has no fast product")
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         """Whether the value is zero, given which arguments are."""
