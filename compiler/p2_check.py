@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from surgery.compiler.pattern import parse_pattern
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule, TrainRule
 from surgery.compiler.settings import TRAIN, later, read_data, read_model, read_settings, read_step, word
+from surgery.compiler.source import read
 from surgery.compiler.span import Source
 
 SYMBOLIC = ("in", "out", "layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out")
@@ -93,19 +93,7 @@ def _methods(tree: nodes.Tree, folder: Path, diagnostics: Diagnostics) -> tuple[
 
 def _used(item: nodes.Use, folder: Path) -> list[nodes.Method]:
     path = folder / item.path
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no file")
-        with path.open("rb") as file:  # one byte more than p1 reads, so that p1 says it
-            text = file.read(p1_parse.MAXIMUM_CHARACTERS + 1).decode("utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        if "\0" in item.path:
-            reason = "it is no name of a file"
-        raise fail(
-            "SURG011", f"`{item.path}` cannot be read: {reason}", item.span, help=f"looked for {path}"
-        ) from error
-    tree = p1_parse.run(Source(str(path), text))
+    tree = p1_parse.run(read(path, item.span, help=f"looked for {path}"))
     others = [entry for entry in tree.items if not isinstance(entry, nodes.Method)]
     if others:
         raise fail(

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from surgery.compiler.plan import Plan
     from surgery.runtime.step import TrainingStep
 
-LARGEST_SPEC = 1 << 20  # bytes; p1 refuses a larger text, this keeps it from being read at all
-
 
 def parse(path_or_text: str | Path, folder: str | Path | None = None, name: str = "<text>") -> Program:
     """A checked program from a `.surg` file or from text; text is what has a brace, a newline or no `.surg` at its end.
@@ -31,24 +29,13 @@ def parse(path_or_text: str | Path, folder: str | Path | None = None, name: str 
     `name` is what diagnostics call a text. Raises `SurgError` with everything that is wrong.
     """
     from surgery.compiler import p1_parse, p2_check
+    from surgery.compiler.source import read
 
     text = str(path_or_text)
     if isinstance(path_or_text, Path) or (text.endswith(".surg") and "\n" not in text and "{" not in text):
         path = Path(path_or_text)
-        return p2_check.run(p1_parse.run(_read(path)), Path(folder) if folder else path.parent)
+        return p2_check.run(p1_parse.run(read(path)), Path(folder) if folder else path.parent)
     return p2_check.run(p1_parse.run(Source(name, text)), Path(folder) if folder else Path())
-
-
-def _read(path: Path) -> Source:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_SPEC:
-            raise fail("SURG010", f"`{path}` has {size} bytes; a spec has at most {LARGEST_SPEC}")
-        return Source(str(path), path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise fail("SURG011", f"`{path}` is no UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise fail("SURG011", f"`{path}` cannot be read: {error.strerror}") from error
 
 
 def _check_given(program: object, model: object) -> None:
@@ -206,13 +193,14 @@ def methods() -> list[MethodInfo]:
             f"{entry.name}: {entry.kind}" + ("" if entry.default is None else f" = {show(entry.default)}")
             for entry in node.parameters
         )
-        equation = "; ".join([formula.equation, *(event.text for event in formula.events)])
         found.append(
             MethodInfo(
-                name, parameters, equation, " ".join(line.lstrip("# ") for line in node.comments if line),
-                show(nodes.Tree((node,))), facts.identity_at_start, None if facts.rank is None else str(facts.rank),
-                facts.merges, facts.exports_as_lora, facts.keeps_zeros, facts.moves_base, facts.needs_dense_weight,
-                facts.needs_calibration,
+                name=name,
+                parameters=parameters,
+                equation="; ".join([formula.equation, *(event.text for event in formula.events)]),
+                source=" ".join(line.lstrip("# ") for line in node.comments if line),
+                text=show(nodes.Tree((node,))),
+                **{**vars(facts), "rank_bound": None if facts.rank_bound is None else str(facts.rank_bound)},
             )
-        )  # fmt: skip
+        )
     return found

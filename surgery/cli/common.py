@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 
 from surgery.compiler.diagnostics import Diagnostic, SurgError, render
-from surgery.compiler.span import Source
 
 if TYPE_CHECKING:
     from surgery.compiler.plan import Plan
@@ -158,16 +157,6 @@ def check_output(folder: Path) -> None:
     if taken and not is_run(folder):
         message = f"`{folder}` is no run, and its {', '.join(taken)} would be replaced; choose another folder"
         raise typer.BadParameter(message, param_hint="-o")
-
-
-def read_source(path: Path) -> Source:
-    """A `.surg` file; raises SURG011 where it cannot be read as UTF-8 text."""
-    try:
-        return Source(str(path), path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise SurgError([Diagnostic("SURG011", f"`{path}` is not UTF-8 text: {error}")]) from error
-    except OSError as error:
-        raise SurgError([Diagnostic("SURG011", f"`{path}`: {error.strerror or error}")]) from error
 
 
 def write_text(path: Path, text: str) -> None:

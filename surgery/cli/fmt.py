@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import Format, FormatOption, answer, as_json, note, read_source, reporting, write_text
+from surgery.cli.common import Format, FormatOption, answer, as_json, note, reporting, write_text
 from surgery.compiler.diagnostics import Diagnostic, SurgError, fail
 from surgery.compiler.span import Source
 
@@ -26,12 +26,14 @@ def run(
     format: FormatOption = Format.text,
 ) -> None:
     """Format specs in place. Comments stay, and formatting twice changes nothing."""
+    from surgery.compiler.source import read
+
     changed: list[str] = []
     with reporting(format):
         found: list[Diagnostic] = []
         for file in files:
             try:
-                source = _standard_input() if str(file) == "-" else read_source(file)
+                source = _standard_input() if str(file) == "-" else read(file)
                 text = formatted(source)
             except SurgError as error:  # the other files are formatted all the same
                 found += error.diagnostics
