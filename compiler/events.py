@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -44,14 +44,12 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
         if not sites:
             continue
         formula = instance(plan, key)
-        original = formula
         if plan.formulas[key].telescope:
-            original = _original(plan, key)
-            found += _snapshot(original, sites)
+            found.append(_snapshot(_original(plan, key), sites))
         for event in formula.events:
             for number, change in enumerate(event.changes):
                 found += [_program(formula, event, change, number, alike) for alike in _stored_alike(sites)]
-    return _merged(found)
+    return tuple(found)
 
 
 def _stored_alike(sites: list[Site]) -> list[list[Site]]:
@@ -61,16 +59,6 @@ def _stored_alike(sites: list[Site]) -> list[list[Site]]:
         key = (site.transposed, site.dtype, *(tensor.dtype for tensor in site.tensors))
         found.setdefault(key, []).append(site)
     return list(found.values())
-
-
-def _merged(programs_: list[EventProgram]) -> tuple[EventProgram, ...]:
-    """Sites of several sizes that do the same are one program."""
-    merged: dict[tuple[str, ...], EventProgram] = {}
-    for program in programs_:
-        key = (program.comment, program.phase, program.condition, program.function, *program.keep, str(program.graph))
-        known = merged.get(key)
-        merged[key] = program if known is None else replace(known, sites=known.sites + program.sites)
-    return tuple(merged.values())
 
 
 def _original(plan: Plan, key: str) -> MethodFormula:
@@ -111,7 +99,7 @@ def _comment(event: EventFormula) -> str:
     return place + event.text
 
 
-def _snapshot(formula: MethodFormula, sites: list[Site]) -> list[EventProgram]:
+def _snapshot(formula: MethodFormula, sites: list[Site]) -> EventProgram:
     """The telescope's snapshot: at the start of the first step whose condition holds, what delta was is kept."""
     (event,) = (event for event in formula.events if event.moves_base)
     ratio = ratio_of(event, formula)
@@ -121,11 +109,10 @@ def _snapshot(formula: MethodFormula, sites: list[Site]) -> list[EventProgram]:
         recorder[copy].copy_(recorder[name])
     recorder[SWITCH].fill_(float(value_of(ratio)))
     comment = f"{_comment(event)}, read as its closed form: W stays, the start of the sum is kept"
-    program = EventProgram(
+    return EventProgram(
         comment, "start", _first(event.when), (), f"{formula.name}_snapshot", recorder.finish(),
         tuple(_names(recorder, site) for site in sites),
     )  # fmt: skip
-    return [program]
 
 
 def _first(when: Condition) -> str:
@@ -154,20 +141,13 @@ def _program(
 ) -> EventProgram:
     recorder = _Recorder()
     transposed, dtype = sites[0].transposed, wider(getattr(torch, sites[0].dtype))
-    weight = recorder["W"] if change.target == "W" else None
-    target = recorder[change.target]
 
     def base() -> fx.Proxy:
         stored = recorder["W"]
         return stored.transpose(0, 1) if transposed else stored
 
     evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))  # type: ignore[arg-type]
-    if weight is not None:
-        _move(weight.transpose(0, 1) if transposed else weight, change, evaluator)
-    else:
-        value = evaluator(change.value)
-        write = {"=": "copy_", "+=": "add_", "*=": "mul_"}[change.operator]
-        getattr(target, write)(value)
+    _write(base() if change.target == "W" else recorder[change.target], change, evaluator)
     keep = tuple(name for name in recorder.inputs if name.endswith(BEFORE))
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
     return EventProgram(
@@ -176,16 +156,15 @@ def _program(
     )  # fmt: skip
 
 
-def _move(weight: fx.Proxy, change: ChangeFormula, evaluator: Evaluator) -> None:
-    """W in place; a change of bounded rank is one product that adds into W, never a matrix of its own."""
-    if change.operator == "+=" and not is_scalar(change.value):
-        factors = factor(change.value)
-        if factors is not None:
-            left, right = factors
-            weight.addmm_(evaluator(left), evaluator(right))
-            return
+def _write(target: fx.Proxy, change: ChangeFormula, evaluator: Evaluator) -> None:
+    """A tensor in place; a change of W of bounded rank is one product that adds into it, never a matrix of its own."""
+    adds = change.target == "W" and change.operator == "+=" and not is_scalar(change.value)
+    factors = factor(change.value) if adds else None
+    if factors is not None:
+        target.addmm_(*map(evaluator, factors))
+        return
     write = {"=": "copy_", "+=": "add_", "*=": "mul_"}[change.operator]
-    getattr(weight, write)(evaluator(change.value))
+    getattr(target, write)(evaluator(change.value))
 
 
 def _dtypes(site: Site) -> dict[str, torch.dtype]:

@@ -43,7 +43,7 @@ class Graph:
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with its own nodes and module tree that shares every tensor (a deep copy would clone them)."""
+    """A GraphModule with its own nodes that shares every tensor and submodule (a deep copy would clone them)."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(module.graph, copied)
@@ -51,7 +51,13 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(result).meta = copy.copy(output.meta)
     for node, twin in copied.items():
         twin.meta = copy.copy(node.meta)
-    return build_module(graph, tensors(module), non_persistent(module), type(module).__name__)
+    graph.set_codegen(copy.copy(module.graph._codegen))  # how an exported module takes its arguments
+    copied_module = fx.GraphModule(module, graph, type(module).__name__)
+    transient = non_persistent(module)
+    for name, tensor in tensors(module).items():  # GraphModule took over only what the graph reads
+        put(copied_module, name, tensor, persistent=name not in transient)
+    copied_module.training = module.training
+    return copied_module
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ from surgery.compiler.select import Selection, select_parameters, select_sites
 from surgery.compiler.settings import place
 from surgery.compiler.skeleton import Skeleton, Weight
 
+Update = Literal["none", "literal", "telescope"]
+Built = tuple[str, MethodFormula, Facts, Update]  # the formula's key in the plan, its algebra, its facts, its reading
 HALF = ("bfloat16", "float16")
 UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch says
 
@@ -156,7 +158,7 @@ class _Resolver:
     formulas: dict[str, Formula] = field(default_factory=dict)
     events: list[EventPlan] = field(default_factory=list)
     shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
-    _built: dict[str, tuple[MethodFormula, Facts] | None] = field(default_factory=dict)
+    _built: dict[str, Built | None] = field(default_factory=dict)
 
     def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
         """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
@@ -185,7 +187,7 @@ class _Resolver:
         self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int]
     ) -> None:
         """Add one site, unless something about it is wrong."""
-        built = self.formula(rule, weight, coordinates)
+        built = self.formula(index, rule, weight, coordinates)
         if built is None:
             return
         key, formula, proved, update = built
@@ -204,26 +206,22 @@ class _Resolver:
             )
         )  # fmt: skip
 
-    def formula(
-        self, rule: Rule, weight: Weight, coordinates: dict[str, int]
-    ) -> tuple[str, MethodFormula, Facts, Literal["none", "literal", "telescope"]] | None:
+    def formula(self, index: int, rule: Rule, weight: Weight, coordinates: dict[str, int]) -> Built | None:
         """The rule's method at the size of a weight; what does not fit is reported once for all sites of that size."""
+        reads = self._coordinates(rule)
         record = Formula(
             method=rule.method.name, arguments=dict(rule.arguments), outputs=weight.outputs, inputs=weight.inputs,
-            equation="",
+            coordinates={name: coordinates[name] for name in reads if name in coordinates}, equation="",
         )  # fmt: skip
-        reads = self._coordinates(rule)
-        record = record.model_copy(
-            update={"coordinates": {name: coordinates[name] for name in reads if name in coordinates}}
-        )
-        known = f"{self.program.rules.index(rule)} {weight.dtype} {record.model_dump_json()}"
+        known = f"{index} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
-            self._built[known] = self._build(rule, weight, record)
-        found = self._built[known]
-        if found is None:
-            return None
-        formula, proved = found
-        update: Literal["none", "literal", "telescope"] = "none"
+            found = self._build(rule, weight, record)
+            self._built[known] = None if found is None else self._register(rule, weight, record, *found)
+        return self._built[known]
+
+    def _register(self, rule: Rule, weight: Weight, record: Formula, formula: MethodFormula, proved: Facts) -> Built:
+        """Choose the reading of a formula, and enter it and its events into the plan unless it is there."""
+        update: Update = "none"
         if proved.moves_base:
             telescopes = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
             update = "telescope" if telescopes else "literal"
@@ -243,17 +241,15 @@ class _Resolver:
 
     def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
         rank, least = record.arguments.get("rank"), min(weight.outputs, weight.inputs)
-        span = rule.node.clauses[0].span
         where = Note(f"at `{weight.path}` [{weight.outputs}, {weight.inputs}]", rule.node.pattern.span)
-        with_span = next((clause.value.span for clause in rule.node.clauses if isinstance(clause, nodes.With)), span)
         if isinstance(rank, int) and not 1 <= rank <= least:
             message = f"rank {rank} is out of range: 1 to {least} here"
-            self.diagnostics.error("SURG026", message, with_span, notes=[where])
+            self.diagnostics.error("SURG026", message, rule.method_span, notes=[where])
             return None
         try:
             formula = instance.build(rule.method, record)
         except SurgError as error:
-            used = Note("used by this rule", with_span)
+            used = Note("used by this rule", rule.method_span)
             said = {(found.code, found.span) for found in self.diagnostics.found}
             for found in error.diagnostics:
                 if (found.code, found.span) in said:  # said for another size already
@@ -269,16 +265,11 @@ class _Resolver:
                 text = condition_span.text if condition_span else "its requirement"
                 message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
                 required = Note("the requirement", condition_span)
-                self.diagnostics.error("SURG028", message, with_span, notes=[required, where])
+                self.diagnostics.error("SURG028", message, rule.method_span, notes=[required, where])
         proved = facts.prove(formula)
         self._check_update(rule, weight, formula, proved.moves_base)
-        rank_bound = None if proved.rank is None else whole_of(proved.rank)
-        known = Facts(
-            identity_at_start=proved.identity_at_start, rank_bound=rank_bound, merges=proved.merges,
-            exports_as_lora=proved.exports_as_lora, keeps_zeros=proved.keeps_zeros, moves_base=proved.moves_base,
-            needs_dense_weight=proved.needs_dense_weight, needs_calibration=proved.needs_calibration,
-        )  # fmt: skip
-        return None if failed else (formula, known)
+        rank_bound = None if proved.rank_bound is None else whole_of(proved.rank_bound)
+        return None if failed else (formula, Facts(**{**vars(proved), "rank_bound": rank_bound}))
 
     def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula, moves: bool) -> None:
         if not moves:

@@ -8,7 +8,6 @@ from surgery.compiler.algebra.cost import Cost, measure
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.plan import Candidate, Plan, Site
-from surgery.compiler.span import Source, Span
 
 STRATEGIES = ("branch", "fold")
 HALF = ("bfloat16", "float16")
@@ -55,8 +54,7 @@ def _choose(plan: Plan, site: Site, diagnostics: Diagnostics) -> tuple[str, str,
     )
     if site.strategy:
         if site.strategy in illegal:
-            place = site.place
-            span = Span(Source(place.file, plan.spec), place.start, place.end)
+            span = plan.span(site.place)
             diagnostics.error("SURG032", f"`strategy = {site.strategy}` is not legal: {illegal[site.strategy]}", span)
         return site.strategy, "as the spec says", candidates
     automatic = [strategy for strategy in costs if not (strategy == "fold" and dtype in HALF)]

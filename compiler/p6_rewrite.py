@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
@@ -14,11 +13,11 @@ from surgery.compiler.adapted import AdaptedSite
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.diagnostics import Diagnostics
-from surgery.compiler.graph import TRAINING, Graph, put
+from surgery.compiler.graph import TRAINING, Graph, copy_module, put
 from surgery.compiler.graph import tensors as tensors_of
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.skeleton import module_weight
-from surgery.compiler.span import Source, Span
+from surgery.compiler.span import Span
 
 LINEAR = (torch.ops.aten.linear.default, nn.functional.linear)
 ADDMM = (torch.ops.aten.addmm.default, torch.addmm)
@@ -35,13 +34,13 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
 
     Parameters are found by their names in the graph. Raises SURG041 for a weight that no linear operation uses.
     """
-    twin = twin_of(module)
+    twin = copy_module(module)
     named = tensors_of(twin)
     training = next((node for node in twin.graph.nodes if node.op == "placeholder" and node.name == TRAINING), None)
     diagnostics = Diagnostics()
     uses = _uses(twin, plan)
     for site in plan.sites:
-        span = Span(Source(site.place.file, plan.spec), site.place.start, site.place.end)
+        span = plan.span(site.place)
         formula = instance(plan, site.formula)
         weight = named.get(site.parameter)
         if weight is None or not uses[site.path]:
@@ -78,22 +77,6 @@ def _stored(tensor: Tensor, role: str) -> Tensor:
     return nn.Parameter(tensor) if role == "train" and not isinstance(tensor, nn.Parameter) else tensor
 
 
-def twin_of(module: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with its own nodes over the very same tensors and submodules."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(module.graph, copied)
-    graph.output(result)
-    graph.set_codegen(copy.copy(module.graph._codegen))
-    for node, twin in copied.items():
-        twin.meta = copy.copy(node.meta)
-    twin_module = fx.GraphModule(module, graph, type(module).__name__)
-    for name, tensor in tensors_of(module).items():  # GraphModule takes over only what the graph reads
-        put(twin_module, name, tensor, persistent=name in module.state_dict(keep_vars=True))
-    twin_module.training = module.training
-    return twin_module
-
-
 def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[fx.Node]]:
     """Per site the nodes that read its weight: by every name that it has, by its own alone in an `untie` rule."""
     named = tensors_of(module)
@@ -125,13 +108,13 @@ def _operands(module: fx.GraphModule, node: fx.Node, site: Site) -> tuple[fx.Nod
 
     if node.op == "call_module":
         owner = module.get_submodule(str(node.target))
-        if module_weight(owner) is None:
+        # a Conv1D module takes any leading axes, its addmm takes rows: leave that one to exported graphs
+        if module_weight(owner) is None or site.transposed:
             return None
         with module.graph.inserting_before(node):
             own_weight = module.graph.get_attr(site.parameter)
             own_bias = module.graph.get_attr(f"{node.target}.bias") if owner.bias is not None else None
-        # a Conv1D module takes any leading axes, its addmm takes rows: leave that one to exported graphs
-        return None if site.transposed else _linked(node.args[0], own_weight, own_bias)
+        return _linked(node.args[0], own_weight, own_bias)
     if node.target in LINEAR and not site.transposed and len(node.args) >= 2 and is_weight(node.args[1]):
         x, weight, bias = (*node.args, node.kwargs.get("bias"))[:3]
         return _linked(x, weight, bias)

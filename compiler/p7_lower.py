@@ -1,4 +1,4 @@
-"""Plan + Graph -> Graph: algebra to ops, in each site's strategy."""
+"""Graph -> Graph: algebra to ops, in each site's strategy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import fx
 
 from surgery.compiler.adapted import AdaptedSite
 from surgery.compiler.algebra.lower import Base
-from surgery.compiler.graph import Graph, drop_dead_nodes
-from surgery.compiler.p6_rewrite import PREFIX, twin_of
+from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
+from surgery.compiler.p6_rewrite import PREFIX
 
 
 def run(graph: Graph) -> Graph:
@@ -22,7 +22,7 @@ def run(graph: Graph) -> Graph:
 
 def lower_module(module: fx.GraphModule) -> fx.GraphModule:
     """`run` on a GraphModule."""
-    twin = twin_of(module)
+    twin = copy_module(module)
     for node in list(twin.graph.nodes):
         owner = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(owner, AdaptedSite):

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgery.compiler.span import Source, Span
+
 
 class Record(BaseModel):
     """Base of everything in the plan: immutable, unknown fields refused."""
@@ -216,3 +218,7 @@ class Plan(Record):
     events: tuple[EventPlan, ...] = ()
     tokens: int  # planned tokens per micro-batch
     totals: Totals
+
+    def span(self, place: Place) -> Span:
+        """A place as a span of the text that the plan keeps: the spec's, or that of a method's file."""
+        return Span(Source(place.file, self.library.get(place.file, self.spec)), place.start, place.end)

@@ -11,7 +11,7 @@ from surgery.compiler import nodes
 from surgery.compiler.diagnostics import Diagnostic
 from surgery.compiler.plan import DataPlan, ModelPlan, StepPlan
 from surgery.compiler.printer import show
-from surgery.compiler.span import Source
+from surgery.compiler.span import Source, Span
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Rule:
     alias: str | None = None
     strategy: str = "auto"
     update: str = "auto"
+
+    @property
+    def method_span(self) -> Span | None:
+        """Where the rule says its method."""
+        return next((clause.value.span for clause in self.node.clauses if isinstance(clause, nodes.With)), None)
 
 
 @dataclass(frozen=True)

@@ -306,10 +306,10 @@ def tensors_read(node: Expression) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Proved:
-    """The facts of one formula; `rank` is None where delta may have full rank."""
+    """The facts of one formula; `rank_bound` is None where delta may have full rank."""
 
     identity_at_start: bool
-    rank: Quantity | None
+    rank_bound: Quantity | None
     merges: bool
     exports_as_lora: bool
     keeps_zeros: bool
@@ -323,7 +323,7 @@ def prove(formula: MethodFormula) -> Proved:
     rank = bounded_rank(formula)
     return Proved(
         identity_at_start=identity_at_start(formula),
-        rank=rank,
+        rank_bound=rank,
         merges=True,  # `delta` and `weight` forms always do; the `output` form will have to say
         exports_as_lora=formula.form == "delta" and rank is not None and factor(formula.expression) is not None,
         keeps_zeros=keeps_zeros(formula.expression),

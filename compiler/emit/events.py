@@ -57,9 +57,7 @@ def _add_calls(source: EventSource, program: EventProgram, function: str, table:
         if node.op == "placeholder":
             name = str(node.target)
             kept = name.removesuffix("_before")
-            if name in ("step", "steps"):
-                arguments.append(name)
-            elif name not in keys and kept in program.keep:
+            if name not in keys and kept in program.keep:
                 arguments.append(f"kept[{_key(keys[kept])}]")
             else:
                 arguments.append(f"weights[{_key(keys[name])}]")
@@ -109,7 +107,7 @@ def _stem(site: dict[str, str]) -> str:
 def _function_body(graph: fx.Graph) -> str:
     names = Names()
     known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
-    parameters = ", ".join(f"{name}: {'int' if name in ('step', 'steps') else 'Tensor'}" for name in known.values())
+    parameters = ", ".join(f"{name}: Tensor" for name in known.values())
     first = next(iter(known.values()))
     body = Body(known, lambda name: f'weights["{name}"]', names, set())
     body.write([node for node in graph.nodes if node.op not in ("placeholder", "output")])

@@ -13,11 +13,11 @@ from surgery.compiler.diagnostics import Diagnostics, fail
 from surgery.compiler.graph import TRAINING, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
-from surgery.compiler.span import Source, Span
 from surgery.runtime.initialise import initialise
 from surgery.runtime.run_folder import load_state
 
 SHARED = "surgery_shared"  # the module on the root that holds tensors of several sites
+Lowered = tuple[fx.GraphModule, tuple[str, ...]]  # a computation, and the names of the tensors that it takes
 
 
 class Adapted(nn.Module):
@@ -106,9 +106,7 @@ def _refuse_adapted(model: nn.Module) -> None:
 def _refuse_events(plan: Plan) -> None:
     diagnostics = Diagnostics()
     for event in plan.events:
-        place = event.place
-        text = plan.library.get(place.file, plan.spec)
-        span = Span(Source(place.file, text), place.start, place.end)
+        span = plan.span(event.place)
         help_text = "use surgery.compile or `surgery train`, which run it"
         diagnostics.error("SURG060", "nobody runs the step's clock in module scope", span, help=help_text)
     diagnostics.raise_errors()
@@ -122,10 +120,15 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
             if child is not None:
                 owners.setdefault(id(child), []).append((parent, name))
     holder = nn.Module()
-    replacements = [
-        (model.get_submodule(site.path), _adapted(plan, site, model.get_submodule(site.path), values, holder))
-        for site in plan.sites
-    ]
+    known: dict[tuple[object, ...], Lowered] = {}  # sites that compute alike share one graph: it has no state
+    replacements = []
+    for site in plan.sites:
+        module = model.get_submodule(site.path)
+        key: tuple[object, ...] = (type(module), site.formula, site.strategy, site.dtype, site.bias)
+        key += tuple(values[tensor.key].dtype for tensor in site.tensors)
+        if key not in known:
+            known[key] = _lowered(plan, site, module, values)
+        replacements.append((module, _adapted(site, module, known[key], values, holder)))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -139,11 +142,10 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
     return model
 
 
-def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
+def _adapted(site: Site, module: nn.Module, lowered: Lowered, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
     owner: nn.Module
-    lowered, names = _lowered(plan, site, module, values)
     shared: dict[str, tuple[nn.Module, str]] = {}
-    adapted = Adapted(module, lowered, names, shared)
+    adapted = Adapted(module, *lowered, shared)
     for tensor in site.tensors:
         value = values[tensor.key]
         owner, name = adapted, tensor.name
@@ -158,9 +160,7 @@ def _adapted(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     return adapted
 
 
-def _lowered(
-    plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]) -> Lowered:
     """The site's computation as a graph whose inputs are x, training, and then the tensors of the names given."""
     traced = fx.symbolic_trace(module)
     first = next(node for node in traced.graph.nodes if node.op == "placeholder")

@@ -7,15 +7,8 @@ from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
-@structure("stop")
-class Stop(Structure):
-    """The argument itself, held constant in the backward pass."""
-
-    def shape(self, *arguments: Shape) -> Shape:
-        return arguments[0]
-
-    def evaluate(self, *values: Tensor) -> Tensor:
-        return values[0].detach()
+class _AsItsFirst(Structure):
+    """A structure whose value is its first argument's, so that its facts are too."""
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return zeros[0]
@@ -27,8 +20,19 @@ class Stop(Structure):
         return bounds[0]
 
 
+@structure("stop")
+class Stop(_AsItsFirst):
+    """The argument itself, held constant in the backward pass."""
+
+    def shape(self, *arguments: Shape) -> Shape:
+        return arguments[0]
+
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return values[0].detach()
+
+
 @structure("surrogate")
-class Surrogate(Structure):
+class Surrogate(_AsItsFirst):
     """Two expressions of one shape (LoRS, arXiv:2501.08582: the mask is left out of the gradient)."""
 
     arity = 2
@@ -43,12 +47,3 @@ class Surrogate(Structure):
         value, gradient = values
         # gradient - gradient is exactly zero, so the value is exact
         return value.detach() + (gradient - gradient.detach())
-
-    def is_zero(self, zeros: Sequence[bool]) -> bool:
-        return zeros[0]
-
-    def keeps_zeros(self, kept: Sequence[bool]) -> bool:
-        return kept[0]
-
-    def rank_bound(self, bounds: Sequence[Quantity | None]) -> Quantity | None:
-        return bounds[0]
