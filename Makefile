@@ -47,7 +47,7 @@ golden: $(READY)  ## write the golden outputs anew; read the difference before y
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --update-golden $(ARGS)
 
 gpu:  ## the tests that need a CUDA device, with the machine's own Python
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest -q -m gpu tests/gpu $(ARGS)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu tests/gpu $(ARGS)
 
 bench:  ## the Delta-LoRA step beside its frozen floor and peft, on a CUDA device
-	PYTHONPATH="$(CURDIR)" $(PYTHON) tests/benchmarks/step_on_gpu.py $(ARGS)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) tests/benchmarks/step_on_gpu.py $(ARGS)
