@@ -140,7 +140,7 @@ def errors(folder: Path, block: dict[str, Any], **settings: Any) -> tuple[str, s
         ("r.jsonl", b'{"text": "\xff"}\n', "row 1: not UTF-8"),
         ("r.jsonl", b"[" * 200_000, "row 1: not JSON"),
         ("r.jsonl.gz", b"plain text", "cannot be read"),
-        ("r.jsonl.gz", gzip.compress(b'{"text": "a", "label": "b"}\n' * 9)[:-9], "cannot be read"),
+        ("r.jsonl.gz", gzip.compress(b'{"text": "a", "label": "b"}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("r.csv", b"text,label\na\n", "row 1: 1 fields where the header has 2"),
         ("r.csv", b"text,text\na,b\n", "each once"),
         ("r.csv", b'text,label\n"a"x,b\n', "row 1: not CSV"),
