@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from surgery.compiler.adapted import AdaptedSite
-from surgery.compiler.algebra.lower import Base
+from surgery.compiler.algebra.base import Base
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
 from surgery.compiler.p6_rewrite import PREFIX
 

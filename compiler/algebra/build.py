@@ -297,7 +297,7 @@ class Builder:
         structure = STRUCTURES[function]
         self._check_count(node, structure.arity)
         try:
-            shape = structure.shape(*(value.shape for value in values))
+            shape = structure.shape(*values)
         except ShapeProblem as problem:
             given = ", ".join(spelt(value.shape) for value in values)
             raise fail("SURG005", f"{problem}", node.span, notes=[Note(f"given: {given}")]) from problem

@@ -98,7 +98,14 @@ class Evaluator:
                 return self(parts[0], stopped) / self(parts[1], stopped)
             case "power":
                 return self(parts[0], stopped) ** self(parts[1], stopped)
-        return STRUCTURES[node.operation].evaluate(*(self(part, stopped) for part in parts))
+        structure = STRUCTURES[node.operation]
+        like = (self.like(),) if structure.constant else ()
+        return structure.evaluate(*like, *(self(part, stopped) for part in parts))
+
+    def like(self) -> Tensor:
+        """A tensor of the working dtype on the site's device."""
+        first = next(iter(self.tensors), None)
+        return self.cast(self.weight(), "W") if first is None else self.cast(self.tensors[first], first)
 
     def _product(self, node: Expression, stopped: bool) -> Tensor:
         """A chain of products in its cheapest order."""

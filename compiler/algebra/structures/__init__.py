@@ -29,14 +29,18 @@ class Structure(ABC):
     name: str
     arity: int = 1
     has_product = False
+    constant = False  # made of numbers alone, so that it must be told dtype and device
 
     @abstractmethod
-    def shape(self, *arguments: Shape) -> Shape:
-        """Shape of the value; raises `ShapeProblem`."""
+    def shape(self, *arguments: Expression) -> Shape:
+        """Shape of the value; raises `ShapeProblem`. A number among the arguments has it as `value`."""
 
     @abstractmethod
     def evaluate(self, *values: Tensor) -> Tensor:
-        """The value, dense, in the dtype of its arguments."""
+        """The value, dense, in the dtype of its arguments; numbers come as numbers.
+
+        A structure that is `constant` gets a tensor first, whose dtype and device its own are to be.
+        """
 
     def product(self, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         """`x @ M.T` (`x @ M` if transposed) without forming M; only where `has_product`."""

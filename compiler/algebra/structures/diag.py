@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -14,8 +14,8 @@ class Diagonal(Structure):
 
     has_product = True
 
-    def shape(self, *arguments: Shape) -> Shape:
-        (vector,) = arguments
+    def shape(self, *arguments: Expression) -> Shape:
+        vector = arguments[0].shape
         if not vector:
             raise ShapeProblem("diag takes a vector, not a number")
         return (*vector, vector[-1])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import Structure, Tensor, structure
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,8 +26,8 @@ NOT_ZERO_AT_ZERO = ("exp", "sigmoid")
 class Elementwise(Structure):
     """The shape of its argument; zero at zero, except exp and sigmoid."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        return arguments[0]
+    def shape(self, *arguments: Expression) -> Shape:
+        return arguments[0].shape
 
     def evaluate(self, *values: Tensor) -> Tensor:
         return FUNCTIONS[self.name](values[0])

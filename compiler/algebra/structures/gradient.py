@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
@@ -24,8 +24,8 @@ class _AsItsFirst(Structure):
 class Stop(_AsItsFirst):
     """The argument itself, held constant in the backward pass."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        return arguments[0]
+    def shape(self, *arguments: Expression) -> Shape:
+        return arguments[0].shape
 
     def evaluate(self, *values: Tensor) -> Tensor:
         return values[0].detach()
@@ -37,8 +37,8 @@ class Surrogate(_AsItsFirst):
 
     arity = 2
 
-    def shape(self, *arguments: Shape) -> Shape:
-        value, gradient = arguments
+    def shape(self, *arguments: Expression) -> Shape:
+        value, gradient = (argument.shape for argument in arguments)
         if len(value) != len(gradient) or any(a.differs_from(b) for a, b in zip(value, gradient, strict=True)):
             raise ShapeProblem("the two arguments of surrogate need the same shape")
         return value

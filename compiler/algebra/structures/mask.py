@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -12,10 +12,10 @@ from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor,
 class Mask(Structure):
     """`[m, n] -> [m, n]`, in the dtype of its argument; no gradient passes through it."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        if not arguments[0]:
+    def shape(self, *arguments: Expression) -> Shape:
+        if not arguments[0].shape:
             raise ShapeProblem("mask takes a matrix, not a number")
-        return arguments[0]
+        return arguments[0].shape
 
     def evaluate(self, *values: Tensor) -> Tensor:
         return torch.sign(torch.abs(values[0].detach()))

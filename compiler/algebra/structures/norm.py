@@ -2,7 +2,7 @@
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -10,8 +10,8 @@ from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor,
 class Norm(Structure):
     """`[...] -> a number`."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        if not arguments[0]:
+    def shape(self, *arguments: Expression) -> Shape:
+        if not arguments[0].shape:
             raise ShapeProblem(f"{self.name} takes a vector or a matrix, not a number")
         return ()
 

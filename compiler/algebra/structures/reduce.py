@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "var": torch.var}
@@ -14,8 +14,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": t
 class Reduction(Structure):
     """`[...] -> a number`."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        if not arguments[0]:
+    def shape(self, *arguments: Expression) -> Shape:
+        if not arguments[0].shape:
             raise ShapeProblem(f"{self.name} takes a vector or a matrix, not a number")
         return ()
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -10,8 +10,8 @@ from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor,
 class RowNorm(Structure):
     """`[m, n] -> [m]`."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        (matrix,) = arguments
+    def shape(self, *arguments: Expression) -> Shape:
+        matrix = arguments[0].shape
         if len(matrix) < 2:
             raise ShapeProblem("row_norm takes a matrix")
         return matrix[:-1]

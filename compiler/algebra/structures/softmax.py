@@ -2,7 +2,7 @@
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -10,10 +10,10 @@ from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor,
 class Softmax(Structure):
     """The shape of its argument."""
 
-    def shape(self, *arguments: Shape) -> Shape:
-        if not arguments[0]:
+    def shape(self, *arguments: Expression) -> Shape:
+        if not arguments[0].shape:
             raise ShapeProblem("softmax takes a vector or a matrix, not a number")
-        return arguments[0]
+        return arguments[0].shape
 
     def evaluate(self, *values: Tensor) -> Tensor:
         return torch.softmax(values[0], -1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.compiler.algebra.expression import Shape
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -14,8 +14,8 @@ class Stack(Structure):
 
     arity = 2
 
-    def shape(self, *arguments: Shape) -> Shape:
-        left, right = arguments
+    def shape(self, *arguments: Expression) -> Shape:
+        left, right = (argument.shape for argument in arguments)
         joined, kept = (-1, -2) if self.name == "hstack" else (-2, -1)
         if len(left) < 2 or len(right) < 2 or left[kept].differs_from(right[kept]):
             raise ShapeProblem(f"{self.name} takes two matrices with equal {'rows' if kept == -2 else 'columns'}")

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import evaluate, whole_of
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import factor, identity_at_start, keeps_zeros, rank_bound
 from surgery.compiler.algebra.formula import MethodFormula, Start, TensorFormula
-from surgery.compiler.algebra.lower import Adaptation, Base
+from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.quantity import Quantity, size
 from surgery.compiler.algebra.structures import STRUCTURES
 
@@ -28,7 +29,7 @@ def of(value: float) -> Expression:
 
 
 def call(name: str, *arguments: Expression) -> Expression:
-    return Expression(name, arguments, STRUCTURES[name].shape(*(argument.shape for argument in arguments)))
+    return Expression(name, arguments, STRUCTURES[name].shape(*arguments))
 
 
 @dataclass

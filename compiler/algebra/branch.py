@@ -1,0 +1,105 @@
+"""Products of an activation with a matrix expression, from the right; no matrix is formed where that is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from surgery.compiler.algebra.base import Base
+from surgery.compiler.algebra.evaluate import Evaluator, value_of, whole_of
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.factors import Factor, Scale, flatten
+from surgery.compiler.algebra.order import multiplication_order
+from surgery.compiler.algebra.structures import STRUCTURES, Tensor
+
+
+@dataclass
+class Branch:
+    """Products with an activation, from the right, in the cheapest order; matrices are cast to its dtype."""
+
+    base: Base
+    evaluator: Evaluator
+    dtype: torch.dtype  # of the activation
+    rows: int  # planned tokens: they decide the order of multiplication
+
+    def product(self, x: Tensor, node: Expression, transposed: bool = True, stopped: bool = False) -> Tensor:
+        """`x @ M.T`, or `x @ M` if not transposed."""
+        scale = Scale()
+        factors = flatten(node, transposed, stopped, scale)
+        if len(factors) == 1 and _distributes(factors[0].node):
+            return self._scaled(self._sum(x, factors[0]), scale)
+        return self._chain(x, factors, scale)
+
+    def _sum(self, x: Tensor, factor: Factor) -> Tensor:
+        node = factor.node
+        left, right = (self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments)
+        return left + right if node.operation == "add" else left - right
+
+    def _chain(self, x: Tensor, factors: list[Factor], scale: Scale) -> Tensor:
+        sizes = [self.rows, factors[0].sides[0], *(factor.sides[1] for factor in factors)]
+        order = multiplication_order(sizes, lambda a, b, c: self._cost(factors, sizes, a, b, c))
+        splits, last = [len(factors)], len(factors)
+        while last > 0:
+            last = order[0, last]
+            splits.append(last)
+        splits.reverse()  # 0 = x alone, then the end of every matrix that is multiplied onto it
+        narrowest = min(splits[1:], key=lambda end: sizes[end + 1])
+        for first, end in zip(splits, splits[1:], strict=False):
+            x = self._apply(x, factors, order, first + 1, end)
+            if end == narrowest:
+                x = self._scaled(x, scale)
+        return x
+
+    def _cost(self, factors: list[Factor], sizes: list[int], first: int, split: int, last: int) -> int:
+        if first == 0 and split + 1 == last:
+            node = factors[last - 1].node
+            if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
+                return STRUCTURES[node.operation].product_cost(sizes[0], [whole_of(size) for size in node.shape])
+        return 2 * sizes[first] * sizes[split + 1] * sizes[last + 1]
+
+    def _apply(
+        self, x: Tensor, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int
+    ) -> Tensor:
+        if first < last:
+            return self.base.product(x, self._matrix(factors, order, first, last), transposed=False)
+        factor = factors[first - 1]
+        node = factor.node
+        if node.operation == "weight":
+            return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
+        if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
+            values = [self._cast(part, factor.stopped) for part in node.arguments]
+            return STRUCTURES[node.operation].product(x, factor.transposed, *values)
+        if _distributes(node):
+            return self._sum(x, factor)
+        return self.base.product(x, self._cast(node, factor.stopped), transposed=factor.transposed)
+
+    def _matrix(self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int) -> Tensor:
+        if first == last:
+            factor = factors[first - 1]
+            value = self._cast(factor.node, factor.stopped)
+            return value.transpose(-1, -2) if factor.transposed else value
+        split = order[first, last]
+        return torch.matmul(self._matrix(factors, order, first, split), self._matrix(factors, order, split + 1, last))
+
+    def _cast(self, node: Expression, stopped: bool) -> Tensor:
+        """A matrix in the activation's dtype: stored tensors are cast at use, computed ones are rounded once."""
+        if node.value is not None:
+            return value_of(node.value)
+        if node.operation == "tensor":
+            stored = self.evaluator.leaf(node, stopped)
+            return stored if self.evaluator.dtypes.get(node.name) == self.dtype else stored.to(self.dtype)
+        value = self.evaluator(node, stopped)
+        return value if self.evaluator.dtype == self.dtype else value.to(self.dtype)
+
+    def _scaled(self, x: Tensor, scale: Scale) -> Tensor:
+        if scale.number != 1:
+            x = x * scale.number
+        return reduce(lambda product, factor: product * self._cast(*factor), scale.tensors, x)
+
+
+def _distributes(node: Expression) -> bool:
+    """Whether a node is a sum of matrices of its own shape (a broadcast term is no matrix to multiply with)."""
+    return node.operation in ("add", "subtract") and all(part.shape == node.shape for part in node.arguments)
