@@ -1,0 +1,81 @@
+"""A tensor's start as it is written: which starts there are, what each takes, and what is wrong, located."""
+
+from __future__ import annotations
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.build import LATER, Builder, check_extent, spelt
+from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.formula import Start
+from surgery.compiler.algebra.structures import STRUCTURES
+from surgery.compiler.diagnostics import did_you_mean, fail
+from surgery.compiler.printer import show
+
+# Starts and how many numbers each may take.
+STARTS: dict[str, tuple[int, int]] = {
+    "zeros": (0, 0),
+    "ones": (0, 0),
+    "eye": (0, 0),
+    "constant": (1, 1),
+    "normal": (1, 1),
+    "uniform": (1, 1),
+    "kaiming_uniform": (0, 1),
+    "kaiming_normal": (0, 0),
+    "xavier": (0, 0),
+    "orthogonal": (0, 0),
+}
+START_NUMBER = {"constant": "c", "normal": "std", "uniform": "a", "kaiming_uniform": "a"}
+
+
+def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]:
+    """The start of a tensor, and a placeholder of its shape; raises `SurgError` at what is wrong."""
+    start = node.start
+    if not isinstance(start, nodes.Subscript):
+        if isinstance(start, nodes.Name) and start.name in STARTS:
+            raise fail("SURG004", "a start needs a shape", start.span, help=f"write `{start.name}[out, in]`")
+        if isinstance(start, nodes.Call) and start.function in STARTS:
+            _, most = STARTS[start.function]
+            sizes = ", ".join(show(argument.value) for argument in start.arguments)
+            shaped = f"{show(start)}[out, in]" if most else f"{start.function}[{sizes or 'out, in'}]"
+            message = "a start needs a shape, in brackets"
+            raise fail("SURG004", message, start.span, help=f"write `{shaped}`")
+        value = builder.expression(start)
+        return Start("expression", (), value, show(start)), value
+    shape = []
+    for index in start.indices:
+        if isinstance(index, nodes.Slice):
+            raise fail("SURG004", "a shape has sizes, not a slice", index.span or start.span)
+        length = builder.size(index)
+        if length.whole is not None and length.whole < 1:
+            raise fail("SURG004", f"a size must be at least 1, `{show(index)}` is {length}", index.span)
+        shape.append(length)
+    check_extent(tuple(shape), start.span)
+    base = start.operand
+    name = base.function if isinstance(base, nodes.Call) else base.name if isinstance(base, nodes.Name) else None
+    placeholder = Expression("tensor", (), tuple(shape), name=node.name)
+    if name in STARTS:
+        arguments = base.arguments if isinstance(base, nodes.Call) else ()
+        least, most = STARTS[name]
+        if not least <= len(arguments) <= most:
+            raise fail("SURG004", f"`{name}` takes {'no number' if most == 0 else 'one number'}", base.span)
+        for argument in arguments:
+            if argument.name not in (None, START_NUMBER.get(name)):
+                known = did_you_mean(argument.name or "", [START_NUMBER[name]])
+                raise fail("SURG002", f"`{name}` has no argument `{argument.name}`", argument.span, help=known)
+        numbers = tuple(builder.number(argument.value) for argument in arguments)
+        spread = numbers[0].constant if numbers and name != "constant" else None
+        if spread is not None and spread < 0:
+            raise fail("SURG004", f"`{show(base)}`: the spread must be at least 0", base.span)
+        if name in ("eye", "orthogonal") and len(shape) < 2:
+            raise fail("SURG005", f"`{name}` starts a matrix, not {spelt(tuple(shape))}", start.span)
+        return Start(name, numbers, None, show(base)), placeholder
+    if name in LATER:
+        raise fail("SURG008", f"the start `{name}` is not built yet", base.span)
+    if isinstance(base, nodes.Name) and base.name not in builder.names:
+        raise fail("SURG002", f"there is no start `{base.name}`", base.span, help=did_you_mean(base.name, STARTS))
+    if isinstance(base, nodes.Call) and base.function not in STRUCTURES:
+        known = did_you_mean(base.function, [*STARTS, *STRUCTURES])
+        raise fail("SURG002", f"there is no start `{base.function}`", base.span, help=known)
+    value = builder.expression(base)
+    if len(value.shape) != len(shape) or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
+        raise fail("SURG005", f"`{show(base)}` is {spelt(value.shape)}, not {spelt(tuple(shape))}", start.span)
+    return Start("expression", (), value, show(base)), placeholder
