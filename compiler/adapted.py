@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional
 
+from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.lower import Adaptation
@@ -31,7 +32,7 @@ class AdaptedSite(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool, *tensors: Tensor) -> Tensor:
         """The output `[..., out]` for x `[..., in]`."""
         formula = self.adaptation.formula
-        base = weight.T if self.site.transposed else weight
+        base = logical(weight, self.site)
         values: Mapping[str, Tensor] = dict(zip(self.names, tensors, strict=True))
         change = evaluate(formula.expression, base, values)
         if formula.form == "weight":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.evaluate import Evaluator, value_of, wider
 from surgery.compiler.algebra.facts import factor, is_scalar
@@ -56,7 +58,8 @@ def _stored_alike(sites: list[Site]) -> list[list[Site]]:
     """Sites of one formula by how their W and their tensors are stored, which the operations on them depend on."""
     found: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        key = (site.transposed, site.dtype, *(tensor.dtype for tensor in site.tensors))
+        stored = (site.module_class, site.transposed, site.experts, site.kernel, site.dtype)
+        key = (*stored, *(tensor.dtype for tensor in site.tensors))
         found.setdefault(key, []).append(site)
     return list(found.values())
 
@@ -140,11 +143,10 @@ def _program(
     formula: MethodFormula, event: EventFormula, change: ChangeFormula, number: int, sites: list[Site]
 ) -> EventProgram:
     recorder = _Recorder()
-    transposed, dtype = sites[0].transposed, wider(getattr(torch, sites[0].dtype))
+    dtype = wider(getattr(torch, sites[0].dtype))
 
-    def base() -> fx.Proxy:
-        stored = recorder["W"]
-        return stored.transpose(0, 1) if transposed else stored
+    def base() -> Any:
+        return logical(cast(torch.Tensor, recorder["W"]), sites[0])
 
     evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))  # type: ignore[arg-type]
     _write(base() if change.target == "W" else recorder[change.target], change, evaluator)

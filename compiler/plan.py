@@ -62,17 +62,24 @@ class Candidate(Record):
     reason: str
 
 
+# What W is: a module's weight, a stack of experts, a raw parameter, a norm's vector (W is its diagonal matrix), or the
+# weight of a module that has none (only its output is adapted).
+ModuleClass = Literal["Linear", "Conv1D", "Embedding", "Conv2d", "Experts", "Parameter", "Norm", "Module"]
+
+
 class Site(Record):
     """One adapted weight."""
 
     path: str  # the module (or parameter) path: encoder.layer.0.attention.self.query
     parameter: str  # the parameter that holds W: encoder.layer.0.attention.self.query.weight
-    module_class: Literal["Linear", "Conv1D"]
+    module_class: ModuleClass
     kind: str  # the path below its block: attention.self.query
     layer: int | None  # number of its block among the rule's blocks
     shape: tuple[int, int]  # [out, in], the logical matrix
     dtype: str  # of W
-    transposed: bool  # stored as [in, out] (Conv1D)
+    transposed: bool  # stored as [in, out] (Conv1D, Embedding)
+    experts: int | None = None  # a stack of that many matrices: stored and logical ones have them as a leading axis
+    kernel: tuple[int, int] = (1, 1)  # of a Conv2d, whose weight is stored as [out, channels, *kernel]
     bias: bool
     untied: bool = False  # takes a weight of its own out of a tied pair
     rule: int  # index of the adapt rule in the spec

@@ -8,6 +8,30 @@ import torch
 from torch.nn import functional
 
 from surgery.compiler.algebra.structures import Tensor
+from surgery.compiler.plan import Site
+
+
+def logical(stored: Tensor, site: Site) -> Tensor:
+    """A site's stored weight as W `[out, in]`, behind a leading `[experts]` where it is a stack of them."""
+    match site.module_class:
+        case "Conv2d":
+            return stored.flatten(1)
+        case "Norm":
+            return torch.diag_embed(stored)
+    return stored.transpose(-1, -2) if site.transposed else stored
+
+
+def stored_like(weight: Tensor, site: Site) -> Tensor:
+    """A matrix `[..., out, in]` in the layout in which the site's weight is stored: the inverse of `logical`.
+
+    Of a norm's matrix it is the diagonal, which is the matrix only where that is diagonal.
+    """
+    match site.module_class:
+        case "Conv2d":
+            return weight.unflatten(1, (-1, *site.kernel))
+        case "Norm":
+            return torch.diagonal(weight, dim1=-2, dim2=-1)
+    return weight.transpose(-1, -2) if site.transposed else weight
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.build import Value, number
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression
@@ -59,8 +60,7 @@ def instance(plan: Plan, key: str) -> MethodFormula:
 def effective_weight(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What a site multiplies x with now: `[out, in]`, in float32 or W's dtype if that is wider."""
     formula = instance(plan, site.formula)
-    stored = weights[site.parameter].detach()
-    base = stored.T if site.transposed else stored
+    base = logical(weights[site.parameter].detach(), site)
     tensors = {tensor.name: weights[tensor.key].detach() for tensor in site.tensors}
     evaluator = Evaluator(lambda: base, tensors, wider(base.dtype))
     value: torch.Tensor = evaluator(formula.expression)

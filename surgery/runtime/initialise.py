@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.evaluate import evaluate, value_of, whole_of
 from surgery.compiler.algebra.formula import TensorFormula
 from surgery.compiler.algebra.instance import instance
@@ -33,7 +34,7 @@ def _start(plan: Plan, site: Site, tensor: TensorPlan, formula: TensorFormula, s
     dtype = getattr(torch, tensor.dtype)
     start = formula.start
     if start.expression is not None:
-        base = stored.detach().T if site.transposed else stored.detach()
+        base = logical(stored.detach(), site)
         return evaluate(start.expression, base, {}).to(dtype).expand(tensor.shape).clone()
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]

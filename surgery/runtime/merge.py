@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from surgery.compiler.algebra.base import stored_like
 from surgery.compiler.diagnostics import Diagnostics, SurgError, fail
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime.places import place_notes, span_of
@@ -69,7 +70,7 @@ def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Sit
     module = model.get_submodule(site.path)
     weight = module.get_parameter("weight")
     effective = step.effective_weight(site.path)
-    rounded = (effective.T if site.transposed else effective).to(weight.dtype)
+    rounded = stored_like(effective, site).to(weight.dtype)
     if not torch.isfinite(rounded).all():
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"
         _refuse(found, step, site, f"its effective weight {reason}")
