@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from surgery.api import apply as apply
     from surgery.api import compile as compile
     from surgery.api import load as load
-    from surgery.api import methods as methods
     from surgery.api import parse as parse
     from surgery.api import plan as plan
     from surgery.builders import adapt as adapt
@@ -32,10 +31,12 @@ if TYPE_CHECKING:
     from surgery.compiler.diagnostics import SurgError as SurgError
     from surgery.compiler.plan import Plan as Plan
     from surgery.compiler.program import Program as Program
+    from surgery.method_info import methods as methods
     from surgery.runtime.step import TrainingStep as TrainingStep
 
 _HOMES = {
-    "surgery.api": ("parse", "plan", "compile", "apply", "load", "methods"),
+    "surgery.api": ("parse", "plan", "compile", "apply", "load"),
+    "surgery.method_info": ("methods",),
     "surgery.builders": ("model", "adapt", "method", "train", "freeze", "step", "data", "call"),
     "surgery.compiler.diagnostics": ("Diagnostic", "SurgError"),
     "surgery.compiler.plan": ("Plan",),

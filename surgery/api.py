@@ -1,11 +1,11 @@
-"""The public functions: parse, plan, compile, apply, load, methods."""
+"""The public functions: parse, plan, compile, apply, load."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,56 +151,3 @@ def load(
     step = compile(program, model, example_inputs, device, allow_code=allow_code)
     step.load_state_dict(state.state)
     return step
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """A method of the library with what is proved of it; `rank_bound` is a text such as "rank", None if full."""
-
-    name: str
-    parameters: tuple[str, ...]
-    equation: str
-    source: str
-    text: str
-    identity_at_start: bool
-    rank_bound: str | None
-    merges: bool
-    exports_as_lora: bool
-    keeps_zeros: bool
-    moves_base: bool
-    needs_dense_weight: bool
-    needs_calibration: bool
-
-
-def methods() -> list[MethodInfo]:
-    """Every method of the library, in the order of the names."""
-    from surgery.compiler.algebra.facts import prove
-    from surgery.compiler.algebra.method import bind_arguments, elaborate
-    from surgery.compiler.algebra.quantity import Quantity
-    from surgery.compiler.library import library
-    from surgery.compiler.p2_check import SYMBOLIC
-    from surgery.compiler.printer import show
-
-    found = []
-    for name, node in library().items():
-        formula, problems = elaborate(
-            node, bind_arguments(node, None), {size: Quantity.symbol(size) for size in SYMBOLIC}
-        )
-        problems.raise_errors()
-        assert formula is not None
-        facts = prove(formula)
-        parameters = tuple(
-            f"{entry.name}: {entry.kind}" + ("" if entry.default is None else f" = {show(entry.default)}")
-            for entry in node.parameters
-        )
-        found.append(
-            MethodInfo(
-                name=name,
-                parameters=parameters,
-                equation="; ".join([formula.equation, *(event.text for event in formula.events)]),
-                source=" ".join(line.lstrip("# ") for line in node.comments if line),
-                text=show(nodes.Tree((node,))),
-                **{**vars(facts), "rank_bound": None if facts.rank_bound is None else str(facts.rank_bound)},
-            )
-        )
-    return found
