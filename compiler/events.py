@@ -10,11 +10,12 @@ from torch import fx
 
 from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.condition import ALWAYS, Condition
-from surgery.compiler.algebra.evaluate import Evaluator, value_of, wider
+from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.facts import factor, is_scalar
 from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
-from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.quantity import Quantity, value_of
+from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.telescope import SWITCH, ratio_of, snapshot_names
 from surgery.compiler.plan import Plan, Site
 
@@ -69,34 +70,6 @@ def _original(plan: Plan, key: str) -> MethodFormula:
     return instance(plan.model_copy(update={"formulas": {key: literal}}), key)
 
 
-class _Recorder:
-    """A graph that is written by running plain torch on proxies; placeholders appear as they are asked for."""
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
-        self.inputs: dict[str, fx.Proxy] = {}
-
-    def __getitem__(self, name: str) -> fx.Proxy:
-        if name not in self.inputs:
-            first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-            if first is None:
-                node = self.graph.placeholder(name)
-            else:
-                with self.graph.inserting_before(first):
-                    node = self.graph.placeholder(name)
-            self.inputs[name] = fx.Proxy(node, self.tracer)
-        return self.inputs[name]
-
-    def get(self, name: str, default: object = None) -> fx.Proxy:
-        return self[name]
-
-    def finish(self) -> fx.Graph:
-        self.graph.output(None)
-        self.graph.lint()
-        return self.graph
-
-
 def _comment(event: EventFormula) -> str:
     place = f"{event.span.file}:{event.span.line}: " if event.span else ""
     return place + event.text
@@ -107,7 +80,7 @@ def _snapshot(formula: MethodFormula, sites: list[Site]) -> EventProgram:
     (event,) = (event for event in formula.events if event.moves_base)
     ratio = ratio_of(event, formula)
     assert ratio is not None
-    recorder = _Recorder()
+    recorder = Recorder()
     for name, copy in snapshot_names(formula).items():
         recorder[copy].copy_(recorder[name])
     recorder[SWITCH].fill_(float(value_of(ratio)))
@@ -142,7 +115,7 @@ def _at_previous_step(when: Condition) -> Condition:
 def _program(
     formula: MethodFormula, event: EventFormula, change: ChangeFormula, number: int, sites: list[Site]
 ) -> EventProgram:
-    recorder = _Recorder()
+    recorder = Recorder()
     dtype = wider(getattr(torch, sites[0].dtype))
 
     def base() -> Any:
@@ -174,6 +147,6 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
     return known | {f"{name}{BEFORE}": dtype for name, dtype in known.items()}
 
 
-def _names(recorder: _Recorder, site: Site) -> dict[str, str]:
+def _names(recorder: Recorder, site: Site) -> dict[str, str]:
     keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter}
     return {name: keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}

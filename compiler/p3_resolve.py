@@ -12,9 +12,9 @@ from torch import nn
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra import facts, instance, telescope
-from surgery.compiler.algebra.evaluate import whole_of
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
+from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.plan import (
     EventPlan,

@@ -71,7 +71,7 @@ def methods() -> list[MethodInfo]:
 def _info(node: nodes.Method) -> MethodInfo:
     from surgery.compiler.algebra.facts import prove
     from surgery.compiler.algebra.method import bind_arguments, elaborate
-    from surgery.compiler.algebra.quantity import Quantity
+    from surgery.compiler.algebra.quantity import Quantity, whole_of
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show
 
@@ -83,7 +83,7 @@ def _info(node: nodes.Method) -> MethodInfo:
     return MethodInfo(
         name=node.name,
         parameters=tuple(show(parameter) for parameter in node.parameters),
-        equation="; ".join([formula.equation, *(event.text for event in formula.events)]),
+        equation="; ".join(show(statement) for statement in node.statements if _computes(statement)),
         source=" ".join(line.lstrip("# ") for line in node.comments if line),
         text=show(nodes.Tree((node,))),
         tensors=_tensors(node),
@@ -91,10 +91,17 @@ def _info(node: nodes.Method) -> MethodInfo:
     )
 
 
+def _computes(statement: nodes.Statement) -> bool:
+    """Whether a statement belongs to the equation: names and results do, tensors and a mere dropout do not."""
+    if isinstance(statement, nodes.Bind):
+        value = statement.value
+        return statement.name != "input" or not isinstance(value, nodes.Call) or value.function != "dropout"
+    return isinstance(statement, nodes.Event)
+
+
 def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
-    from surgery.compiler.algebra.evaluate import whole_of
     from surgery.compiler.algebra.method import bind_arguments, elaborate
-    from surgery.compiler.algebra.quantity import Quantity
+    from surgery.compiler.algebra.quantity import Quantity, whole_of
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show
 

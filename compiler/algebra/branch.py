@@ -9,10 +9,11 @@ from functools import reduce
 import torch
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.evaluate import Evaluator, value_of, whole_of
+from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.order import multiplication_order
+from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 
 
@@ -57,7 +58,7 @@ class Branch:
         if first == 0 and split + 1 == last:
             node = factors[last - 1].node
             if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
-                return STRUCTURES[node.operation].product_cost(sizes[0], [whole_of(size) for size in node.shape])
+                return STRUCTURES[node.operation].product_cost(node, sizes[0])
         return 2 * sizes[first] * sizes[split + 1] * sizes[last + 1]
 
     def _apply(
@@ -70,21 +71,21 @@ class Branch:
         if node.operation == "weight":
             return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
         if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
-            values = [self._cast(part, factor.stopped) for part in node.arguments]
-            return STRUCTURES[node.operation].product(x, factor.transposed, *values)
+            values = [self.cast(part, factor.stopped) for part in node.arguments]
+            return STRUCTURES[node.operation].product(node, x, factor.transposed, *values)
         if _distributes(node):
             return self._sum(x, factor)
-        return self.base.product(x, self._cast(node, factor.stopped), transposed=factor.transposed)
+        return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed)
 
     def _matrix(self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int) -> Tensor:
         if first == last:
             factor = factors[first - 1]
-            value = self._cast(factor.node, factor.stopped)
+            value = self.cast(factor.node, factor.stopped)
             return value.transpose(-1, -2) if factor.transposed else value
         split = order[first, last]
         return torch.matmul(self._matrix(factors, order, first, split), self._matrix(factors, order, split + 1, last))
 
-    def _cast(self, node: Expression, stopped: bool) -> Tensor:
+    def cast(self, node: Expression, stopped: bool = False) -> Tensor:
         """A matrix in the activation's dtype: stored tensors are cast at use, computed ones are rounded once."""
         if node.value is not None:
             return value_of(node.value)
@@ -97,7 +98,7 @@ class Branch:
     def _scaled(self, x: Tensor, scale: Scale) -> Tensor:
         if scale.number != 1:
             x = x * scale.number
-        return reduce(lambda product, factor: product * self._cast(*factor), scale.tensors, x)
+        return reduce(lambda product, factor: product * self.cast(*factor), scale.tensors, x)
 
 
 def _distributes(node: Expression) -> bool:

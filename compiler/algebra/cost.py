@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.evaluate import whole_of
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.lower import Adaptation
+from surgery.compiler.algebra.quantity import whole_of
 
 FREE = frozenset(
     ("view", "t", "transpose", "permute", "detach", "expand", "unsqueeze", "squeeze", "slice", "select")

@@ -12,22 +12,8 @@ import torch
 
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.order import multiplication_order
-from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
-
-
-def value_of(quantity: Quantity) -> float | int:
-    """A known number as Python has it; whole numbers stay whole."""
-    constant = quantity.constant
-    assert constant is not None, f"{quantity} is not known"
-    return constant if isinstance(constant, int) else float(constant)
-
-
-def whole_of(quantity: Quantity) -> int:
-    """A known size."""
-    whole = quantity.whole
-    assert whole is not None, f"{quantity} is not a known size"
-    return whole
 
 
 def wider(dtype: torch.dtype, other: torch.dtype = torch.float32) -> torch.dtype:
@@ -100,7 +86,7 @@ class Evaluator:
                 return self(parts[0], stopped) ** self(parts[1], stopped)
         structure = STRUCTURES[node.operation]
         like = (self.like(),) if structure.constant else ()
-        return structure.evaluate(*like, *(self(part, stopped) for part in parts))
+        return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
 
     def like(self) -> Tensor:
         """A tensor of the working dtype on the site's device."""

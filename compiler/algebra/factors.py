@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from surgery.compiler.algebra.evaluate import value_of, whole_of
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import is_column, is_row, is_scalar
-from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 
 ONE = Expression("number", value=Quantity.of(1))
 

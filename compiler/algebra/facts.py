@@ -160,7 +160,7 @@ def rank_bound(node: Expression) -> Quantity:
             bounds.append(inner[0])
         case name if name in STRUCTURES:
             known = [bound if len(part.shape) >= 2 else None for part, bound in zip(parts, inner, strict=True)]
-            found = STRUCTURES[name].rank_bound(known)
+            found = STRUCTURES[name].rank_bound(node, known)
             bounds += [found] if found is not None else []
     return _least(bounds)
 

@@ -244,3 +244,17 @@ class Quantity:
 def size(value: int) -> Quantity:
     """A known whole size."""
     return Quantity.of(value)
+
+
+def value_of(quantity: Quantity) -> float | int:
+    """A known number as Python has it; whole numbers stay whole."""
+    constant = quantity.constant
+    assert constant is not None, f"{quantity} is not known"
+    return constant if isinstance(constant, int) else float(constant)
+
+
+def whole_of(quantity: Quantity) -> int:
+    """A known size."""
+    whole = quantity.whole
+    assert whole is not None, f"{quantity} is not a known size"
+    return whole

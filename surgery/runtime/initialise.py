@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.algebra.base import logical
-from surgery.compiler.algebra.evaluate import evaluate, value_of, whole_of
+from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.formula import TensorFormula
 from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.plan import Plan, Site, TensorPlan
 
 

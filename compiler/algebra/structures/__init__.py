@@ -29,6 +29,7 @@ class Structure(ABC):
     name: str
     arity: int = 1
     has_product = False
+    rowwise = False  # whether it treats every row of an activation by itself
     constant = False  # made of numbers alone, so that it must be told dtype and device
 
     @abstractmethod
@@ -36,17 +37,17 @@ class Structure(ABC):
         """Shape of the value; raises `ShapeProblem`. A number among the arguments has it as `value`."""
 
     @abstractmethod
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         """The value, dense, in the dtype of its arguments; numbers come as numbers.
 
         A structure that is `constant` gets a tensor first, whose dtype and device its own are to be.
         """
 
-    def product(self, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
+    def product(self, node: Expression, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         """`x @ M.T` (`x @ M` if transposed) without forming M; only where `has_product`."""
         raise AssertionError(f"{self.name} has no fast product")
 
-    def product_cost(self, rows: int, shape: Sequence[int]) -> int:
+    def product_cost(self, node: Expression, rows: int) -> int:
         """Floating-point operations of `product` on `rows` rows."""
         raise AssertionError(f"{self.name} has no fast product")
 
@@ -58,7 +59,7 @@ class Structure(ABC):
         """Whether the value is zero wherever W is, given which arguments are."""
         return False
 
-    def rank_bound(self, bounds: Sequence[Quantity | None]) -> Quantity | None:
+    def rank_bound(self, node: Expression, bounds: Sequence[Quantity | None]) -> Quantity | None:
         """A bound on the rank below the full one, given those of the arguments (None: full)."""
         return None
 

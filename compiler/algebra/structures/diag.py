@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -20,14 +21,14 @@ class Diagonal(Structure):
             raise ShapeProblem("diag takes a vector, not a number")
         return (*vector, vector[-1])
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return torch.diag_embed(values[0])
 
-    def product(self, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
+    def product(self, node: Expression, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         return x * values[0]
 
-    def product_cost(self, rows: int, shape: Sequence[int]) -> int:
-        return rows * shape[-1]
+    def product_cost(self, node: Expression, rows: int) -> int:
+        return rows * whole_of(node.shape[-1])
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return zeros[0]

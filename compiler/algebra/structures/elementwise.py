@@ -26,10 +26,12 @@ NOT_ZERO_AT_ZERO = ("exp", "sigmoid")
 class Elementwise(Structure):
     """The shape of its argument; zero at zero, except exp and sigmoid."""
 
+    rowwise = True
+
     def shape(self, *arguments: Expression) -> Shape:
         return arguments[0].shape
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return FUNCTIONS[self.name](values[0])
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:

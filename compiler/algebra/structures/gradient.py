@@ -16,7 +16,7 @@ class _AsItsFirst(Structure):
     def keeps_zeros(self, kept: Sequence[bool]) -> bool:
         return kept[0]
 
-    def rank_bound(self, bounds: Sequence[Quantity | None]) -> Quantity | None:
+    def rank_bound(self, node: Expression, bounds: Sequence[Quantity | None]) -> Quantity | None:
         return bounds[0]
 
 
@@ -24,10 +24,12 @@ class _AsItsFirst(Structure):
 class Stop(_AsItsFirst):
     """The argument itself, held constant in the backward pass."""
 
+    rowwise = True
+
     def shape(self, *arguments: Expression) -> Shape:
         return arguments[0].shape
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return values[0].detach()
 
 
@@ -43,7 +45,7 @@ class Surrogate(_AsItsFirst):
             raise ShapeProblem("the two arguments of surrogate need the same shape")
         return value
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         value, gradient = values
         # gradient - gradient is exactly zero, so the value is exact
         return value.detach() + (gradient - gradient.detach())

@@ -17,7 +17,7 @@ class Mask(Structure):
             raise ShapeProblem("mask takes a matrix, not a number")
         return arguments[0].shape
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return torch.sign(torch.abs(values[0].detach()))
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:

@@ -15,5 +15,5 @@ class Norm(Structure):
             raise ShapeProblem(f"{self.name} takes a vector or a matrix, not a number")
         return ()
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return torch.linalg.vector_norm(values[0])

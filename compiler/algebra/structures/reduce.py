@@ -19,7 +19,7 @@ class Reduction(Structure):
             raise ShapeProblem(f"{self.name} takes a vector or a matrix, not a number")
         return ()
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return FUNCTIONS[self.name](values[0])
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:

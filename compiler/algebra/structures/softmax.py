@@ -10,10 +10,12 @@ from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor,
 class Softmax(Structure):
     """The shape of its argument."""
 
+    rowwise = True
+
     def shape(self, *arguments: Expression) -> Shape:
         if not arguments[0].shape:
             raise ShapeProblem("softmax takes a vector or a matrix, not a number")
         return arguments[0].shape
 
-    def evaluate(self, *values: Tensor) -> Tensor:
+    def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return torch.softmax(values[0], -1)

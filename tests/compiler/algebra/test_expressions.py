@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.evaluate import evaluate, whole_of
+from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import factor, identity_at_start, keeps_zeros, rank_bound
-from surgery.compiler.algebra.formula import MethodFormula, Start, TensorFormula
+from surgery.compiler.algebra.formula import MethodFormula, Start, TensorFormula, Term, rows
 from surgery.compiler.algebra.lower import Adaptation
-from surgery.compiler.algebra.quantity import Quantity, size
+from surgery.compiler.algebra.quantity import Quantity, size, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES
 
 SIZES = st.sampled_from([1, 2, 3, 5])
@@ -111,12 +111,16 @@ class Grower:
         raise AssertionError(kind)
 
 
+def on_x(matrix: Expression) -> Term:
+    return Term(matrix, rows("x", matrix.shape[1]))
+
+
 @st.composite
 def formulas(draw: Any, depth: int = 3) -> MethodFormula:
     grower = Grower(draw)
     expression = grower.matrix(OUT, IN, depth)
     form = draw(st.sampled_from(["delta", "weight"]))
-    return MethodFormula("random", tuple(grower.tensors.values()), form, expression, 0.0, (), (), "")
+    return MethodFormula("random", tuple(grower.tensors.values()), form, expression, (on_x(expression),), (), (), "")
 
 
 def values_of(formula: MethodFormula, seed: int, at_start: bool = False) -> dict[str, torch.Tensor]:
@@ -203,7 +207,7 @@ def test_the_facts_are_not_vacuous() -> None:
     weight = Expression("weight", (), product.shape, name="W")
     zeros = TensorFormula("B", "train", b.shape, Start("zeros"))
     normal = TensorFormula("A", "train", a.shape, Start("normal", (Quantity.of(1),)))
-    formula = MethodFormula("lora", (zeros, normal), "delta", product, 0.0, (), (), "")
+    formula = MethodFormula("lora", (zeros, normal), "delta", product, (on_x(product),), (), (), "")
     assert identity_at_start(formula)
     assert rank_bound(product) == size(2) and factor(product) == (b, a)
     assert keeps_zeros(Expression("multiply", (call("mask", weight), product), product.shape))
