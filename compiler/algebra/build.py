@@ -13,6 +13,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import Expression, Range, Shape
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
+from surgery.compiler.algebra.sources import SOURCES, source
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
@@ -23,8 +24,8 @@ Value = Expression | str | bool
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
     circ skewcirc toeplitz symtoeplitz kron khatri_rao blockdiag grid tile wrap select scatter rotary skew cayley ifft2
-    topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile weight_of grad
-    activations onehot_rows left_singular right_singular singular_values hidden_dimension_gain random where
+    topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile
+    hidden_dimension_gain random where
 """
 LATER = frozenset(_LATER.split())
 MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
@@ -276,9 +277,11 @@ class Builder:
                 raise fail("SURG008", "`prev` of `prev` is not built yet", node.span)
             return Expression("previous", (inner,), inner.shape)
         if function == "dropout":
-            raise fail("SURG004", "`dropout` belongs on the input: `input = dropout(x, p)`", node.span)
-        if function in LATER:
+            return self._dropout(node)
+        if function in LATER or (function == "grad" and self.in_event):
             raise fail("SURG008", f"`{function}` is not built yet", node.span)
+        if function in SOURCES:
+            return source(node, self)
         if function not in STRUCTURES and function not in Quantity.FUNCTIONS:
             known = sorted(STRUCTURES.keys() | Quantity.FUNCTIONS.keys())
             help_text = did_you_mean(function, known)
@@ -302,6 +305,16 @@ class Builder:
             given = ", ".join(spelt(value.shape) for value in values)
             raise fail("SURG005", f"{problem}", node.span, notes=[Note(f"given: {given}")]) from problem
         return Expression(function, tuple(values), shape)
+
+    def _dropout(self, node: nodes.Call) -> Expression:
+        if "x" not in self.names:
+            raise fail("SURG004", "`dropout` belongs on activations: `input = dropout(x, p)`", node.span)
+        self._check_count(node, 2)
+        rows, share = self.expression(node.arguments[0].value), self.number(node.arguments[1].value)
+        if share.constant is not None and not 0 <= share.constant < 1:
+            message = f"dropout must be at least 0 and below 1, this is {share.constant}"
+            raise fail("SURG004", message, node.arguments[1].value.span)
+        return rows if share.constant == 0 else Expression("dropout", (rows, number(share)), rows.shape)
 
     def _check_count(self, node: nodes.Call, arity: int) -> None:
         if len(node.arguments) != arity:

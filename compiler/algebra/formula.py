@@ -11,6 +11,26 @@ from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
 
 Role = Literal["train", "frozen", "state"]
+TOKENS = Quantity.symbol("tokens")  # rows of an activation: known only in the run
+
+
+def rows(name: str, size: Quantity) -> Expression:
+    """The rows `x` or `y` of a site as a leaf, `[tokens, size]`."""
+    return Expression(name, shape=(TOKENS, size), name=name)
+
+
+def reads_rows(node: Expression, *names: str) -> bool:
+    """Whether an activation occurs in an expression: any, or one of those named."""
+    if node.operation in ("x", "y") and (not names or node.name in names):
+        return True
+    return any(reads_rows(part, *names) for part in node.arguments)
+
+
+def largest_dropout(node: Expression) -> float:
+    """The largest share that an expression of activations drops; 0 for none, and for one not known yet."""
+    own = node.arguments[1].value if node.operation == "dropout" else None
+    share = 0.0 if own is None or own.constant is None else float(own.constant)
+    return max([share, *(largest_dropout(part) for part in node.arguments)])
 
 
 @dataclass(frozen=True)
@@ -65,14 +85,38 @@ class EventFormula:
 
 
 @dataclass(frozen=True)
+class Term:
+    """`input @ matrix.T`, one summand of what a site computes: `input` are rows `[tokens, in]` of x."""
+
+    matrix: Expression
+    input: Expression
+
+    @property
+    def dropout(self) -> float:
+        """The largest share that the input drops."""
+        return largest_dropout(self.input)
+
+    @property
+    def reads_plain_x(self) -> bool:
+        """Whether the input is x itself."""
+        return self.input.operation == "x" and self.input.name == "x"
+
+
+@dataclass(frozen=True)
 class MethodFormula:
-    """One method at one size: `form` is "delta" or "weight", `expression` its value `[out, in]`."""
+    """One method at one size.
+
+    form      expression                             terms
+    delta     the change of W, `[out, in]`           its summands, each with its own input (one unless composed)
+    weight    the weight, `[out, in]`                one
+    output    rows `[tokens, out]` of x and y        none
+    """
 
     name: str
     tensors: tuple[TensorFormula, ...]
     form: str
     expression: Expression
-    dropout: float
+    terms: tuple[Term, ...]
     requirements: tuple[tuple[Condition, Span | None], ...]
     events: tuple[EventFormula, ...]
     equation: str
@@ -84,3 +128,24 @@ class MethodFormula:
     def trained(self) -> frozenset[str]:
         """Names of the trained tensors."""
         return frozenset(tensor.name for tensor in self.tensors if tensor.role == "train")
+
+    @property
+    def dropout(self) -> float:
+        """The largest share that it drops anywhere."""
+        if self.form == "output":
+            return largest_dropout(self.expression)
+        return max(term.dropout for term in self.terms)
+
+    @property
+    def reads_plain_x(self) -> bool:
+        """Whether every matrix meets x itself, so that the site is one product with one weight."""
+        return self.form != "output" and all(term.reads_plain_x for term in self.terms)
+
+    @property
+    def reads_only_y(self) -> bool:
+        """Whether it needs neither W nor x, so that it may sit on a module without a weight."""
+        return self.form == "output" and not reads_rows(self.expression, "x") and not _reads_weight(self.expression)
+
+
+def _reads_weight(node: Expression) -> bool:
+    return node.operation == "weight" or any(_reads_weight(part) for part in node.arguments)

@@ -1,4 +1,4 @@
-"""Lowering of a site to torch: as a branch beside the frozen product, or folded into one weight.
+"""Lowering of a site to torch: as a branch beside the frozen product, or folded into one weight, kept or built twice.
 
 Every strategy equals the evaluator, forward and backward. The code is plain torch: called on tensors it computes,
 called on `torch.fx.Proxy` it records the nodes of the rewritten graph.
@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.branch import Branch
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.formula import MethodFormula, reads_rows
+from surgery.compiler.algebra.recompute import checkpointed, gradient_factors, rebuilt
+from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.algebra.structures import Tensor
 
 
@@ -35,30 +36,49 @@ class Adaptation:
     ) -> Tensor:
         """The site's output for `x` `[..., in]`; `tensors` are the method's by name."""
         if self.strategy == "fold":
-            return self._fold(x, base, bias, tensors)
+            return base.linear(x, self._weight(base, tensors), bias)
+        if self.strategy == "recompute":
+            return self._recompute(x, base, bias, tensors)
         return self._branch(x, base, bias, tensors, training)
 
     def _evaluator(self, base: Base, tensors: Mapping[str, Tensor]) -> Evaluator:
         dtypes = {**self.adapter_dtypes, "W": base.dtype}
         return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes)
 
-    def _fold(self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _weight(self, base: Base, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The effective weight `[out, in]`, rounded once."""
         evaluator = self._evaluator(base, tensors)
         value = evaluator(self.formula.expression)
         if self.formula.form == "delta":
             value = evaluator(Expression("weight", (), self.formula.expression.shape, name="W")) + value
-        weight = value if evaluator.dtype == base.dtype else value.to(base.dtype)
-        return base.linear(x, weight, bias)
+        return value if evaluator.dtype == base.dtype else value.to(base.dtype)
+
+    def _recompute(self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+        factors = gradient_factors(self.formula) if base.is_matrix else None
+        if factors is None:
+            return checkpointed(self.formula, self._weight, x, base, bias, tensors)
+        branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
+        sides = tuple(map(branch.cast, factors))
+        return rebuilt(self.formula, self._weight, sides, x, base, bias, tensors)
 
     def _branch(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
     ) -> Tensor:
         formula = self.formula
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
-        dropped = functional.dropout(x, formula.dropout, training) if formula.dropout else x
+        leaves = {"x": x}
+        rows = Rows(leaves, branch.cast, lambda part, matrix: branch.product(part, matrix, False), training)
+        if formula.form == "output":
+            if reads_rows(formula.expression, "y"):
+                leaves["y"] = base.base_linear(x, bias)
+            return rows(formula.expression)
         if formula.form == "delta":
-            return base.base_linear(x, bias) + branch.product(dropped, formula.expression)
-        y = branch.product(dropped, formula.expression)
-        if formula.dropout:  # x @ W.T + input @ (M - W).T
-            y = base.base_linear(x) + (y - base.base_linear(dropped))
+            return sum(
+                (branch.product(rows(term.input), term.matrix) for term in formula.terms), base.base_linear(x, bias)
+            )
+        (term,) = formula.terms
+        inside = rows(term.input)
+        y = branch.product(inside, term.matrix)
+        if not term.reads_plain_x:  # x @ W.T + input @ (M - W).T
+            y = base.base_linear(x) + (y - base.base_linear(inside))
         return y if bias is None else y + bias

@@ -11,8 +11,18 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula, TensorFormula
+from surgery.compiler.algebra.formula import (
+    TOKENS,
+    ChangeFormula,
+    EventFormula,
+    MethodFormula,
+    TensorFormula,
+    Term,
+    reads_rows,
+    rows,
+)  # fmt: skip
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.rows import misplaced
 from surgery.compiler.algebra.starts import STARTS, read_start
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
@@ -23,8 +33,8 @@ _RESERVED = """
     W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out step steps training
 """
 RESERVED = frozenset(_RESERVED.split())
-FORMS = ("delta", "weight")
-SPECIAL = (*FORMS, "output", "input", "penalty")
+FORMS = ("delta", "weight", "output")
+SPECIAL = (*FORMS, "input", "penalty")
 COORDINATES = frozenset(["layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out"])
 KINDS = ("int", "real", "text", "bool")
 
@@ -104,7 +114,7 @@ class _Reader:
     result: tuple[str, Expression] | None = None
     result_span: Span | None = None
     equation: str = ""
-    dropout: float | None = None
+    rows: Expression | None = None
     requirements: list[tuple[Condition, Span | None]] = field(default_factory=list)
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -130,8 +140,11 @@ class _Reader:
         if self.result is None and self.result_span is None:
             message = f"method `{self.method.name}` says nothing about the weight"
             self.diagnostics.error(
-                "SURG006", message, self.method.span, help="end with `delta = ...` or `weight = ...`"
+                "SURG006", message, self.method.span, help="end with `delta = ...`, `weight = ...` or `output = ...`"
             )
+        if self.rows is not None and self.result is not None and self.result[0] == "output":
+            message = "`input` is what `delta` and `weight` multiply; `output` says what it reads itself"
+            self.diagnostics.error("SURG006", message, self.result_span, help="write it into the `output` equation")
 
     def poison(self, name: str) -> None:
         """A name whose definition failed: statements that use it are skipped without an error of their own."""
@@ -193,9 +206,7 @@ class _Reader:
     def bind(self, node: nodes.Bind) -> None:
         if node.name == "input":
             return self.input(node)
-        if node.name in ("output", "penalty"):
-            if node.name == "output":
-                self.result_span = node.span
+        if node.name == "penalty":
             raise fail("SURG008", f"`{node.name} = ...` is not built yet", node.span)
         if node.name in FORMS:
             if self.result_span is not None:
@@ -203,12 +214,7 @@ class _Reader:
             self.result_span = node.span
             if self.skips(node.value):
                 return None
-            value = self.builder().expression(node.value)
-            wanted = (self.names["out"], self.names["in"])
-            shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
-            if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
-                message = f"`{node.name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
-                raise fail("SURG005", message, node.value.span)
+            value = self.activation("output", node, "out", ("x", "y")) if node.name == "output" else self.matrix(node)
             self.result = (node.name, value)
             self.equation = f"{node.name} = {show(node.value)}"
             if node.name == "delta":
@@ -221,24 +227,37 @@ class _Reader:
         self.derived[node.name] = node.span
         return None
 
+    def matrix(self, node: nodes.Bind) -> Expression:
+        """The value of `delta` or `weight`, `[out, in]`."""
+        value = self.builder().expression(node.value)
+        wanted = (self.names["out"], self.names["in"])
+        shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
+        if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
+            message = f"`{node.name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
+            raise fail("SURG005", message, node.value.span)
+        return value
+
     def input(self, node: nodes.Bind) -> None:
-        if self.dropout is not None:
+        if self.rows is not None:
             raise fail("SURG009", "`input` is bound twice", node.span)
-        call = node.value
-        if (
-            not isinstance(call, nodes.Call)
-            or call.function != "dropout"
-            or len(call.arguments) != 2
-            or not isinstance(call.arguments[0].value, nodes.Name)
-            or call.arguments[0].value.name != "x"
-        ):
-            raise fail("SURG008", "an input other than `dropout(x, p)` is not built yet", call.span)
-        share = self.builder().number(call.arguments[1].value).constant
-        if share is not None and not 0 <= share < 1:
-            raise fail(
-                "SURG004", f"dropout must be at least 0 and below 1, this is {share}", call.arguments[1].value.span
-            )
-        self.dropout = float(share or 0)
+        self.rows = self.activation("input", node, "in", ("x",))
+
+    def activation(self, name: str, node: nodes.Bind, size: str, leaves: tuple[str, ...]) -> Expression:
+        """The rows that `input` or `output` stands for, `[tokens, size]`."""
+        sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
+        more = {leaf: rows(leaf, length) for leaf, length in sizes.items() if length is not None}
+        value = self.builder(**more).expression(node.value)
+        wanted = self.names[size]
+        assert isinstance(wanted, Expression) and wanted.value is not None
+        shape = (TOKENS, wanted.value)
+        if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
+            message = f"`{name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
+            raise fail("SURG005", message, node.value.span)
+        if not reads_rows(value):
+            raise fail("SURG004", f"`{name}` reads neither of {' and '.join(leaves)}", node.value.span)
+        if found := misplaced(value):
+            raise fail("SURG004", found[1], found[0].span or node.value.span)
+        return value
 
     def require(self, node: nodes.Require) -> None:
         if not self.skips(node.condition):
@@ -303,9 +322,11 @@ def elaborate(
     if reader.diagnostics.errors or reader.result is None:
         return None, reader.diagnostics
     form, expression = reader.result
+    expression = replace(expression)
+    terms = () if form == "output" else (Term(expression, reader.rows or rows("x", inside.value)),)
     rank = names.get("rank")
     return MethodFormula(
-        method.name, tuple(reader.tensors.values()), form, replace(expression), reader.dropout or 0.0,
+        method.name, tuple(reader.tensors.values()), form, expression, terms,
         tuple(reader.requirements), tuple(reader.events), reader.equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
         frozenset(reader.used & COORDINATES), method.span,
