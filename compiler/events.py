@@ -121,7 +121,7 @@ def _program(
     def base() -> Any:
         return logical(cast(torch.Tensor, recorder["W"]), sites[0])
 
-    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))  # type: ignore[arg-type]
+    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))
     _write(base() if change.target == "W" else recorder[change.target], change, evaluator)
     keep = tuple(name for name in recorder.inputs if name.endswith(BEFORE))
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""

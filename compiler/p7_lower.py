@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from surgery.compiler.adapted import AdaptedSite
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
 from surgery.compiler.p6_rewrite import PREFIX
+
+RECOMPUTED = "recomputed"  # where the lowered graph has the computations that its backward runs again
 
 
 def run(graph: Graph) -> Graph:
@@ -26,7 +28,7 @@ def lower_module(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(twin.graph.nodes):
         owner = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(owner, AdaptedSite):
-            _lower(twin.graph, node, owner)
+            _lower(twin, node, owner)
     if PREFIX in twin._modules:
         del twin._modules[PREFIX]
     drop_dead_nodes(twin.graph)
@@ -38,9 +40,15 @@ def lower_module(module: fx.GraphModule) -> fx.GraphModule:
 class _Recorder(fx.proxy.GraphAppendingTracer):
     """Appends what the lowering computes on proxies; every node keeps the span and the module path of its site."""
 
-    def __init__(self, graph: fx.Graph, meta: dict[str, Any]) -> None:
-        super().__init__(graph)
-        self.meta = meta
+    def __init__(self, module: fx.GraphModule, meta: dict[str, Any], path: str) -> None:
+        super().__init__(module.graph)
+        self.module, self.meta, self.path = module, meta, path
+
+    def call(self, owner: nn.Module, *arguments: Any) -> fx.Proxy:
+        """A call of a module without tensors that is to stand in the graph."""
+        target = f"{RECOMPUTED}.{self.path}"
+        self.module.add_submodule(target, owner)
+        return self.create_proxy("call_module", target, arguments, {})
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -48,9 +56,10 @@ class _Recorder(fx.proxy.GraphAppendingTracer):
         return node
 
 
-def _lower(graph: fx.Graph, node: fx.Node, owner: AdaptedSite) -> None:
-    kept = ("nn_module_stack", "span")
-    recorder = _Recorder(graph, {name: node.meta[name] for name in kept if name in node.meta})
+def _lower(module: fx.GraphModule, node: fx.Node, owner: AdaptedSite) -> None:
+    graph, kept = module.graph, ("nn_module_stack", "span")
+    path = str(node.target).removeprefix(f"{PREFIX}.")
+    recorder = _Recorder(module, {name: node.meta[name] for name in kept if name in node.meta}, path)
     x, weight, bias, training, *tensors = (
         fx.Proxy(argument, recorder) if isinstance(argument, fx.Node) else argument for argument in node.args
     )

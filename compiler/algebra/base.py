@@ -42,6 +42,11 @@ class Base:
     transposed: bool  # stored as [in, out], as Conv1D does
     dtype: torch.dtype
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether `linear` is `x @ weight.T + bias` for a 2-D weight and any x `[..., in]`."""
+        return True
+
     def base_weight(self) -> Tensor:
         """W as `[out, in]`."""
         return self.stored.transpose(0, 1) if self.transposed else self.stored

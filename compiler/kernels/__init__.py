@@ -1,1 +1,1 @@
-"""Fused operations, each one file with its plain torch reference beside it; none is needed yet."""
+"""Operations with a backward of their own, each one file with its plain torch reference beside it."""

@@ -1,0 +1,43 @@
+"""A small graph that is written by running plain torch on proxies: an event at one site, the weight of one site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import fx
+
+
+class Recorder(Mapping[str, fx.Proxy]):
+    """Tensors by name, each a placeholder of `graph` that appears when it is first asked for.
+
+    Any name may be asked for; `names` are those that a reader finds by looking.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.graph = fx.Graph()
+        self.inputs: dict[str, fx.Proxy] = {}
+        self._names = tuple(names)
+        self._tracer = fx.proxy.GraphAppendingTracer(self.graph)
+
+    def __getitem__(self, name: str) -> fx.Proxy:
+        if name not in self.inputs:
+            first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+            if first is None:
+                node = self.graph.placeholder(name)
+            else:
+                with self.graph.inserting_before(first):
+                    node = self.graph.placeholder(name)
+            self.inputs[name] = fx.Proxy(node, self._tracer)
+        return self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def finish(self, result: fx.Proxy | None = None) -> fx.Graph:
+        """The graph, which gives `result`."""
+        self.graph.output(None if result is None else result.node)
+        self.graph.lint()
+        return self.graph
