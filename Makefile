@@ -16,7 +16,7 @@ FIND_PYTHON := for candidate in python3.11 python3.12 python3.13 python3.14 pyth
 		echo "$$candidate"; exit 0; fi; done; \
 	echo "surgery needs Python 3.11 or newer with the venv module; none was found on PATH" >&2; exit 1
 
-.PHONY: help setup demo test check golden gpu bench
+.PHONY: help setup demo test check golden docs gpu bench
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ check: $(READY)  ## formatting, lint, types and layout
 
 golden: $(READY)  ## write the golden outputs anew; read the difference before you commit it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --update-golden $(ARGS)
+
+docs: $(READY)  ## write the pages of the method library anew
+	$(BIN)/surgery methods --write docs/methods --specs specs
 
 gpu:  ## the tests that need a CUDA device, with the machine's own Python
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu tests/gpu $(ARGS)

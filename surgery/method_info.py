@@ -71,7 +71,7 @@ def methods() -> list[MethodInfo]:
 def _info(node: nodes.Method) -> MethodInfo:
     from surgery.compiler.algebra.facts import prove
     from surgery.compiler.algebra.method import bind_arguments, elaborate
-    from surgery.compiler.algebra.quantity import Quantity, whole_of
+    from surgery.compiler.algebra.quantity import Quantity
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show
 
@@ -101,7 +101,7 @@ def _computes(statement: nodes.Statement) -> bool:
 
 def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
     from surgery.compiler.algebra.method import bind_arguments, elaborate
-    from surgery.compiler.algebra.quantity import Quantity, whole_of
+    from surgery.compiler.algebra.quantity import Quantity
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show
 
@@ -119,7 +119,7 @@ def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
         TensorInfo(
             statement.name, statement.role, show(statement.start),
             " as ".join(part for part in (statement.shared_by, statement.shared_as) if part),
-            math.prod(whole_of(size) for size in shapes[statement.name]),
+            math.prod(size.whole or 0 for size in shapes[statement.name]),
         )
         for statement in node.statements
         if isinstance(statement, nodes.Tensor)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.common import Format, FormatOption, answer, output, reporting
+from surgery.cli.common import Format, FormatOption, answer, note, output, reporting, write_text
+from surgery.cli.method_pages import pages, sentences
 from surgery.compiler.diagnostics import did_you_mean
+from surgery.method_info import SIZE, MethodInfo
 
 EXAMPLE = "Example: surgery methods delta_lora"
 NEEDS_ARGUMENTS = False
-NARROW = 140  # columns; below, a list says the same as the table
-MARKS = {
-    "merges": "merges",
-    "exports_as_lora": "exports as LoRA",
-    "keeps_zeros": "keeps zeros",
-    "moves_base": "moves W",
+RANK = 20  # columns of a rank bound before it is wrapped
+MARKS = {  # what is said of a method in the table: the fact, the value that is worth a word, and the word
+    "identity_at_start": (False, "moved at start"),
+    "merges": (False, "no merge"),
+    "exports_as_lora": (True, "LoRA"),
+    "keeps_zeros": (True, "keeps zeros"),
+    "moves_base": (True, "moves W"),
+    "needs_calibration": (True, "data"),
 }
 FACTS = (
     "identity_at_start",
@@ -39,12 +42,18 @@ def run(
         str | None, typer.Argument(metavar="NAME", help="one method; left out: all", show_default=False)
     ] = None,
     format: FormatOption = Format.text,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="write a page per method and a table", show_default=False)
+    ] = None,
+    specs: Annotated[Path, typer.Option(metavar="FOLDER", help="the specs that the pages link to")] = Path("specs"),
 ) -> None:
     """List the methods: equation, parameters, source, and the facts that the compiler proves."""
     with reporting(format):
         import surgery
 
         methods = list(surgery.methods())
+        if write is not None:
+            return _write(methods, write, specs)
         if name is not None:
             known = [method.name for method in methods]
             if name not in known:
@@ -59,57 +68,48 @@ def run(
             _print_all(methods)
 
 
-def as_json(method: Any) -> dict[str, Any]:
+def as_json(method: MethodInfo) -> dict[str, Any]:
     """One entry of the public contract's `methods`."""
     facts = {fact: getattr(method, fact) for fact in FACTS}
     return {"name": method.name, "parameters": list(method.parameters), "equation": method.equation, **facts,
             "source": method.source}  # fmt: skip
 
 
-def _print_all(methods: list[Any]) -> None:
+def _write(methods: list[MethodInfo], folder: Path, specs: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = pages(methods, folder, specs)
+    for path in set(folder.glob("*.md")) - {folder / file for file in found}:
+        path.unlink()  # the page of a method that is gone
+    for file, text in found.items():
+        write_text(folder / file, text)
+    note(f"{len(found)} pages in {folder}")
+
+
+def _print_all(methods: list[MethodInfo]) -> None:
     console = output()
-    if console.width < NARROW:
-        _print_list(console, methods)
-    else:
-        console.print(_table(methods))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it is, and what it computes", overflow="fold")
+    table.add_column("rank", overflow="fold", max_width=RANK)
+    table.add_column("trained", justify="right")
+    table.add_column("facts", overflow="fold")
+    for method in methods:
+        marks = [mark for fact, (value, mark) in MARKS.items() if getattr(method, fact) is value]
+        equation = Text(method.equation.replace("; ", "\n"), style="dim")
+        about = Text.assemble(method.what, "\n", equation)
+        trained = f"{method.trained:,}"
+        table.add_row(Text(method.name, style="bold"), about, method.rank_bound or "full", trained, ", ".join(marks))
+    console.print(table)
+    console.print(Text(f"trained: numbers at one Linear of {SIZE} x {SIZE}, with the defaults"))
     console.print(Text("surgery methods NAME shows one, with its source"))
 
 
-def _print_list(console: Console, methods: list[Any]) -> None:
-    for method in methods:
-        start = "identity at start" if method.identity_at_start else "changes the model at the start"
-        marks = [mark for fact, mark in MARKS.items() if getattr(method, fact)]
-        console.print(Text(_signature(method), style="bold"))
-        rank = f"rank at most {method.rank_bound}" if method.rank_bound else "full rank"
-        lines = (*method.equation.split("; "), ", ".join([start, rank, *marks]))
-        for text, style in [*((line, "") for line in lines), (method.source, "dim")]:
-            console.print(Padding(Text(text, style=style), (0, 0, 0, 2)))
-        console.print()
-
-
-def _table(methods: list[Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
-    for header in ("method", "equation, source", "identity at start", "rank", "merges", "LoRA", "zeros", "moves W"):
-        table.add_column(header, overflow="fold")
-    for method in methods:
-        marks = ("yes" if getattr(method, fact) else "no" for fact in FACTS[2:6])
-        start = "yes" if method.identity_at_start else "no"
-        equation = Text.assemble(method.equation.replace("; ", "\n"), ("\n" + method.source, "dim"))
-        cells = (_signature(method).replace("(", "(\n  ", 1), start, str(method.rank_bound or "full"), *marks)
-        table.add_row(Text(cells[0]), equation, *map(Text, cells[1:]))
-    return table
-
-
-def _print_one(method: Any) -> None:
+def _print_one(method: MethodInfo) -> None:
     console = output()
     console.print(Text(method.text.rstrip()))
     console.print()
-    console.print(Text(f"computes      {method.equation}"))
-    for fact in FACTS:
-        value = getattr(method, fact)
-        shown = str(value or "full") if fact == "rank_bound" else "yes" if value else "no"
-        console.print(Text(f"{fact.replace('_', ' '):<18}{shown}"))
-
-
-def _signature(method: Any) -> str:
-    return f"{method.name}({', '.join(method.parameters)})"
+    for part in method.equation.split("; "):
+        console.print(Text(part, style="bold"))
+    for sentence in sentences(method):
+        console.print(Text(f"* {sentence}"))
+    console.print(Text(f"* {method.trained:,} numbers are trained at one Linear of {SIZE} x {SIZE} with the defaults."))
