@@ -21,7 +21,7 @@ from surgery.compiler.source import read
 from surgery.compiler.span import Source
 
 SYMBOLIC = ("in", "out", "layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out")
-RULE_SETTINGS = {"strategy": word("auto", "branch", "fold"), "update": word("literal", "telescope"), "active": later}
+RULE_SETTINGS = {"strategy": word("auto", "branch", "fold", "recompute"), "update": word("literal", "telescope"), "active": later}
 
 
 def run(tree: nodes.Tree, folder: Path | None = None) -> Program:

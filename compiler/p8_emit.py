@@ -13,6 +13,7 @@ from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
+from surgery.compiler.emit.recompute import IMPORTS
 from surgery.compiler.emit.template import (
     CUT_PADDING,
     HEADER,
@@ -40,7 +41,7 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     loss = _loss(plan, graph)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
-        f'"""{_documentation(plan)}"""\n\n{_header(graph)}',
+        f'"""{_documentation(plan)}"""\n\n{_header(graph, forward)}',
         _title("Forward") + forward.source,
         _compile_source(forward),
         _title("Loss") + loss.source,
@@ -66,14 +67,14 @@ def graph_source(plan: Plan, graph: Graph) -> str:
     """The source of graph.py: the adapted model's forward, to read."""
     forward = forward_source(graph, autocast=plan.step.precision != "model")
     title = f"The forward of {plan.model.architecture or 'the model'} as {Path(plan.file).name} adapts it."
-    return "\n\n".join([f'"""{title}"""\n\n{_header(graph)}', forward.source])
+    return "\n\n".join([f'"""{title}"""\n\n{_header(graph, forward)}', forward.source])
 
 
 def _title(text: str) -> str:
     return f"# --- {text} " + "-" * (113 - len(text)) + "\n\n"
 
 
-def _header(graph: Graph) -> str:
+def _header(graph: Graph, forward: Forward) -> str:
     """The imports; operators of other libraries are there once those are imported."""
     used = {
         str(node.target).split(".")[0]
@@ -82,7 +83,9 @@ def _header(graph: Graph) -> str:
     }
     others = sorted(used - {"aten", "prim", "prims"})
     lines = [f"import {name}  # registers torch.ops.{name}" for name in others]
-    return HEADER.replace("import torch\n", "\n".join(["import torch", *lines]) + "\n", 1) if lines else HEADER
+    header = HEADER.replace("import torch\n", "\n".join(["import torch", *lines]) + "\n", 1)
+    needed = "".join(f"{line}\n" for name, line in IMPORTS.items() if f"{name}(" in forward.source)
+    return header.replace("from torch import Tensor\n", f"from torch import Tensor\n{needed}", 1)
 
 
 def _documentation(plan: Plan) -> str:

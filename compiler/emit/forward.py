@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.loops import Call, Function, Loops
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
+from surgery.compiler.emit.recompute import recomputed_functions
 from surgery.compiler.graph import TRAINING, Graph, drop_dead_nodes, tensors
 
 HELPER = '''\
@@ -42,11 +43,13 @@ def forward_source(graph: Graph, autocast: bool = False) -> Forward:
 
     With `autocast` the types in the graph are not those at run time, so that every cast stays.
     """
-    module_graph = tidy(graph.copy().module, autocast)
+    module = graph.copy().module
+    module_graph = tidy(module, autocast)
+    functions = recomputed_functions(module)
     inline: frozenset[str] = frozenset()
     while True:
         items = outline(module_graph, inline)
-        writer = _Writer(module_graph, graph.inputs, items)
+        writer = _Writer(module_graph, graph.inputs, items, functions)
         lonely = writer.stacks_without_twins()
         if not lonely:
             return writer.source()
@@ -112,11 +115,11 @@ def _adds_nothing(node: fx.Node) -> bool:
 class _Writer:
     """Texts of the blocks, then of the function around them."""
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[str], items: list[Item]) -> None:
-        self.graph, self.inputs, self.items = graph, inputs, items
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str], items: list[Item], helpers: Mapping[str, str]) -> None:
+        self.graph, self.inputs, self.items, self.helpers = graph, inputs, items, helpers
         self.blocks = [item for item in items if isinstance(item, Block)]
         self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
-        self.names = Names()
+        self.names = Names(frozenset(helpers))
         self.placeholders = {
             node: TRAINING if node.target == TRAINING else self.names.claim(str(node.target))
             for node in graph.nodes
@@ -148,7 +151,7 @@ class _Writer:
         around = self._write_around()
         helper = [HELPER] if "in blocks(" in around or "blocks(weights" in around else []
         names = tuple(function.name for function in self.functions.values())
-        return Forward("\n\n".join([*helper, *parts, around]), names)
+        return Forward("\n\n".join([*helper, *self.helpers.values(), *parts, around]), names)
 
     # --- names ---
 

@@ -114,6 +114,9 @@ def spell(node: fx.Node, argument: Argument) -> Text:
 
     Raises SurgError (SURG040) for nodes that have no form in Python: calls of submodules and of graph-valued operators.
     """
+    if node.op == "call_module" and "function" in node.meta:  # a function of step.py, given to what calls it
+        name, callee, options = node.meta["function"]
+        return _Writer(argument).call(callee, [Text(name), *node.args], options)
     if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
         raise fail("SURG040", f"the captured graph holds `{node.format_node()}`, which cannot be written as Python")
     writer = _Writer(argument)
@@ -147,6 +150,8 @@ class _Writer:
         if isinstance(value, fx.Node):
             text = self.argument(value)
             return text.source if text.precedence >= precedence else f"({text.source})"
+        if isinstance(value, Text):
+            return value.source
         if isinstance(value, (list, tuple)):
             inner = ", ".join(self.value(entry) for entry in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"

@@ -174,7 +174,8 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
         }
     )  # fmt: skip
     single = plan.model_copy(update={"sites": (alone,)})
-    graph = p7_lower.lower_module(p6_rewrite.rewrite_module(traced, single, local)).graph
+    lowered = p7_lower.lower_module(p6_rewrite.rewrite_module(traced, single, local))
+    graph = lowered.graph
     reads = [node for node in graph.nodes if node.op == "get_attr"]
     names = tuple(dict.fromkeys(str(node.target) for node in reads))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -185,4 +186,7 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     for node in reads:
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)
-    return fx.GraphModule(nn.Module(), graph, "Lowered"), names
+    called = {
+        str(node.target): lowered.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
+    }
+    return fx.GraphModule(called, graph, "Lowered"), names

@@ -152,7 +152,7 @@ def gradients(y: torch.Tensor, x: torch.Tensor, values: dict[str, torch.Tensor])
 PROPERTY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-@pytest.mark.parametrize("strategy", ["branch", "fold"])
+@pytest.mark.parametrize("strategy", ["branch", "fold", "recompute"])
 @pytest.mark.parametrize("transposed", [False, True])
 @PROPERTY
 @given(formula=formulas(), rows=st.sampled_from([2, 7]), biased=st.booleans())
