@@ -62,6 +62,9 @@ class SurgError(Exception):
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n" + "\n\n".join(render(diagnostic) for diagnostic in self.diagnostics))
 
+    def __reduce__(self) -> tuple[type[SurgError], tuple[Sequence[Diagnostic]]]:
+        return SurgError, (self.diagnostics,)  # pickled whole, so that it can leave a worker process
+
 
 @dataclass
 class Diagnostics:
