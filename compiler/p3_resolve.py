@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra import facts, instance, telescope
+from surgery.compiler.algebra import instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
+from surgery.compiler.algebra.proved import prove
 from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.plan import (
@@ -266,7 +267,7 @@ class _Resolver:
                 message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
                 required = Note("the requirement", condition_span)
                 self.diagnostics.error("SURG028", message, rule.method_span, notes=[required, where])
-        proved = facts.prove(formula)
+        proved = prove(formula)
         self._check_update(rule, weight, formula, proved.moves_base)
         rank_bound = None if proved.rank_bound is None else whole_of(proved.rank_bound)
         return None if failed else (formula, Facts(**{**vars(proved), "rank_bound": rank_bound}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from surgery.compiler.algebra.affine import why_not_folded
 from surgery.compiler.algebra.cost import Cost, measure
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics
@@ -34,7 +35,8 @@ def run(plan: Plan) -> Plan:
 
 def _choose(plan: Plan, site: Site, diagnostics: Diagnostics) -> tuple[str, str, tuple[Candidate, ...]]:
     formula, dtype = instance(plan, site.formula), site.dtype
-    illegal = {"fold": "dropout acts on its input alone"} if formula.dropout else {}
+    reason = why_not_folded(formula)
+    illegal = {"fold": reason} if reason else {}
     costs = {
         strategy: _measure(plan, site.formula, strategy, dtype, site.tensors[0].dtype if site.tensors else dtype)
         for strategy in STRATEGIES

@@ -50,6 +50,7 @@ class Facts(Record):
     moves_base: bool
     needs_dense_weight: bool
     needs_calibration: bool = False
+    merge_reason: str = ""  # why it does not merge
 
 
 class Candidate(Record):

@@ -43,6 +43,7 @@ class MethodInfo:
     moves_base: bool
     needs_dense_weight: bool
     needs_calibration: bool
+    merge_reason: str = ""  # why it does not merge
     tensors: tuple[TensorInfo, ...] = ()
 
     @property
@@ -69,7 +70,7 @@ def methods() -> list[MethodInfo]:
 
 
 def _info(node: nodes.Method) -> MethodInfo:
-    from surgery.compiler.algebra.facts import prove
+    from surgery.compiler.algebra.proved import prove
     from surgery.compiler.algebra.method import bind_arguments, elaborate
     from surgery.compiler.algebra.quantity import Quantity
     from surgery.compiler.p2_check import SYMBOLIC

@@ -63,7 +63,7 @@ def _count(adaptation: Adaptation | None, rows: int, outputs: int, inputs: int, 
 
 def measure(formula: MethodFormula, strategy: str, rows: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Cost:
     """The cost of a strategy on `rows` tokens beyond the frozen site (its forward and the gradient to its input)."""
-    outputs, inputs = (whole_of(size) for size in formula.expression.shape)
+    outputs, inputs = (whole_of(size) for size in formula.shape)
     tensors = {
         tensor.name: torch.empty(
             tuple(whole_of(size) for size in tensor.shape),

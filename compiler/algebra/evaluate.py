@@ -56,6 +56,9 @@ class Evaluator:
             case "number":
                 assert node.value is not None
                 return value_of(node.value)
+            case "filled":
+                assert node.value is not None
+                return self.like().new_full(tuple(map(whole_of, node.shape)), value_of(node.value))
             case "weight":
                 return self.cast(self.weight(), "W")
             case "tensor":

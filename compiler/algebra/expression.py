@@ -22,6 +22,9 @@ class Expression:
     weight      -                  the site's W, [out, in]
     tensor      -                  name: a tensor of the method
     number      -                  value: a Quantity, may hold `step` and other things known only in the run
+    filled      -                  value: the number that all its entries are
+    x, y        -                  name: rows of activations, [tokens, in] and [tokens, out]
+    dropout     rows, share
     matmul      left, right
     add, subtract, multiply, divide     left, right (elementwise, broadcast)
     negate      operand

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula
@@ -103,7 +102,7 @@ def _simplify(node: Expression) -> Expression:
             return whole(parts[0]) or node
         case "divide" if parts[0] == parts[1]:
             return _fill(node, ONE)
-        case "negate" | "transpose" | "slice" | "previous" if values[0] == zero:
+        case "negate" | "transpose" | "slice" | "previous" | "dropout" if values[0] == zero:
             return _fill(node, zero)
         case "transpose" if parts[0].operation == "transpose":
             return parts[0].arguments[0]
@@ -117,6 +116,8 @@ def identity_at_start(formula: MethodFormula) -> bool:
     start = at_start(formula)
     if formula.form == "weight":
         return start.operation == "weight"
+    if formula.form == "output":
+        return start.operation == "y" and start.name == "y"
     return _filled(start) == Quantity.of(0)
 
 
@@ -302,34 +303,6 @@ def tensors_read(node: Expression) -> frozenset[str]:
     """Names of the tensors that occur in the expression."""
     found = frozenset([node.name]) if node.operation == "tensor" else frozenset()
     return found.union(*(tensors_read(part) for part in node.arguments))
-
-
-@dataclass(frozen=True)
-class Proved:
-    """The facts of one formula; `rank_bound` is None where delta may have full rank."""
-
-    identity_at_start: bool
-    rank_bound: Quantity | None
-    merges: bool
-    exports_as_lora: bool
-    keeps_zeros: bool
-    moves_base: bool
-    needs_dense_weight: bool
-    needs_calibration: bool = False
-
-
-def prove(formula: MethodFormula) -> Proved:
-    """Everything the compiler states about a method."""
-    rank = bounded_rank(formula)
-    return Proved(
-        identity_at_start=identity_at_start(formula),
-        rank_bound=rank,
-        merges=True,  # `delta` and `weight` forms always do; the `output` form will have to say
-        exports_as_lora=formula.form == "delta" and rank is not None and factor(formula.expression) is not None,
-        keeps_zeros=keeps_zeros(formula.expression),
-        moves_base=any(event.moves_base for event in formula.events),
-        needs_dense_weight=needs_dense_weight(formula.expression),
-    )
 
 
 assert is_structure(Expression("diag"))  # the match statements above rely on the registry being filled at import

@@ -123,11 +123,17 @@ class MethodFormula:
     rank: int | None = None
     coordinates: frozenset[str] = frozenset()  # which of layer, slot, site, heads ... it reads
     span: Span | None = field(default=None, compare=False, repr=False)
+    sides: Shape | None = None  # [out, in], where the expression is not of that shape
 
     @property
     def trained(self) -> frozenset[str]:
         """Names of the trained tensors."""
         return frozenset(tensor.name for tensor in self.tensors if tensor.role == "train")
+
+    @property
+    def shape(self) -> Shape:
+        """`[out, in]`."""
+        return self.sides or self.expression.shape
 
     @property
     def dropout(self) -> float:

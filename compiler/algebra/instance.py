@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.affine import BIAS, Affine, NotAffine, effective
 from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.build import Value, number
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.telescope import telescoped
+from surgery.compiler.diagnostics import fail
 from surgery.compiler.plan import Formula, Plan, Site
 from surgery.compiler.span import Source
 
@@ -58,12 +61,37 @@ def instance(plan: Plan, key: str) -> MethodFormula:
 
 
 def effective_weight(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a site multiplies x with now: `[out, in]`, in float32 or W's dtype if that is wider."""
+    """What a site multiplies x with now: `[out, in]`, in float32 or W's dtype if that is wider.
+
+    Raises SURG055 if what it computes is no such product.
+    """
+    return _effective(plan, site, weights, lambda found, shape: found.weight(shape[0]))
+
+
+def effective_bias(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """What a site adds now, `[out]`, or None; raises SURG055 as `effective_weight` does."""
+    return _effective(plan, site, weights, lambda found, shape: found.offset)
+
+
+def _effective(
+    plan: Plan, site: Site, weights: Mapping[str, torch.Tensor], part: Callable[[Affine, Shape], Expression | None]
+) -> Any:
     formula = instance(plan, site.formula)
+    try:
+        node = part(effective(formula, site.bias), formula.shape)
+    except NotAffine as reason:
+        raise fail("SURG055", f"`{site.path}` has no weight of its own: {reason}", plan.span(site.place)) from reason
+    if node is None:
+        return None
     base = logical(weights[site.parameter].detach(), site)
     tensors = {tensor.name: weights[tensor.key].detach() for tensor in site.tensors}
-    evaluator = Evaluator(lambda: base, tensors, wider(base.dtype))
-    value: torch.Tensor = evaluator(formula.expression)
-    if formula.form == "delta":
-        value = evaluator(Expression("weight", (), formula.expression.shape, name="W")) + value
-    return value
+    if site.bias:
+        tensors[BIAS] = weights[bias_name(site)].detach()
+    if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
+        return tensors[BIAS]
+    return Evaluator(lambda: base, tensors, wider(base.dtype))(node)
+
+
+def bias_name(site: Site) -> str:
+    """The parameter that is the site's bias."""
+    return f"{site.parameter.rpartition('.')[0]}.bias"

@@ -23,7 +23,8 @@ from surgery.compiler.algebra.formula import (
 )  # fmt: skip
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
-from surgery.compiler.algebra.starts import STARTS, read_start
+from surgery.compiler.algebra.sources import SOURCES, check_not_start
+from surgery.compiler.algebra.starts import STARTS, named, read_start
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
@@ -162,7 +163,7 @@ class _Reader:
             raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
         if name.endswith("_before"):
             raise fail("SURG003", f"`{name}` is how the step calls what `prev` reads, and cannot be bound", span)
-        if name in STRUCTURES or name in LATER or name in STARTS:
+        if name in (*STRUCTURES, *LATER, *STARTS, *SOURCES):
             raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
 
     def skips(self, *parts: nodes.Node | None) -> bool:
@@ -201,7 +202,7 @@ class _Reader:
             options.get("lr"), options.get("weight_decay"), node.span,
         )  # fmt: skip
         self.tensors[node.name] = tensor
-        self.names[node.name] = Expression("tensor", (), tensor.shape, name=node.name, span=node.span)
+        self.names[node.name] = named(tensor)
 
     def bind(self, node: nodes.Bind) -> None:
         if node.name == "input":
@@ -215,6 +216,7 @@ class _Reader:
             if self.skips(node.value):
                 return None
             value = self.activation("output", node, "out", ("x", "y")) if node.name == "output" else self.matrix(node)
+            check_not_start(value)
             self.result = (node.name, value)
             self.equation = f"{node.name} = {show(node.value)}"
             if node.name == "delta":
@@ -329,7 +331,7 @@ def elaborate(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
         tuple(reader.requirements), tuple(reader.events), reader.equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
-        frozenset(reader.used & COORDINATES), method.span,
+        frozenset(reader.used & COORDINATES), method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def merged(step: Mergeable) -> nn.Module:
     found = Diagnostics()
     for site in step.plan.sites:
         if not site.facts.merges:
-            _refuse(found, step, site, f"`{site.method}` does not merge into a weight")
+            _refuse(found, step, site, f"`{site.method}` does not merge into a weight{_because(site)}")
     found.raise_errors()
     model = copy.deepcopy(step.model)
     for site in step.plan.sites:
@@ -64,6 +64,10 @@ def merged(step: Mergeable) -> nn.Module:
         _merge_site(found, step, model, site)
     found.raise_errors()
     return model
+
+
+def _because(site: Site) -> str:
+    return f": {site.facts.merge_reason}" if site.facts.merge_reason else ""
 
 
 def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) -> None:

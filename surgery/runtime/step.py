@@ -189,11 +189,10 @@ class TrainingStep:
         return effective_weight(self.plan, self._site(path), self.weights)
 
     def effective_bias(self, path: str) -> Tensor | None:
-        """What the site adds, [out], or None; raises SURG020 if `path` is no site."""
-        site = self._site(path)
-        if not site.bias:
-            return None
-        return self.weights[site.parameter.rpartition(".")[0] + ".bias"].detach()
+        """What the site adds now, [out], or None; raises as `effective_weight` does."""
+        from surgery.compiler.algebra.instance import effective_bias
+
+        return effective_bias(self.plan, self._site(path), self.weights)
 
     def _site(self, path: str) -> Site:
         for site in self.plan.sites:

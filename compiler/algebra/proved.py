@@ -1,0 +1,44 @@
+"""Everything that the compiler states about a method, from its equation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.compiler.algebra.affine import Affine, affine, effective, why_not_merged
+from surgery.compiler.algebra.facts import bounded_rank, factor, identity_at_start, keeps_zeros, needs_dense_weight
+from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.quantity import Quantity
+
+PLAIN = Affine(None, None)  # x itself, as it is in evaluation
+
+
+@dataclass(frozen=True)
+class Proved:
+    """The facts of one formula; `rank_bound` is None where delta may have full rank."""
+
+    identity_at_start: bool
+    rank_bound: Quantity | None
+    merges: bool
+    exports_as_lora: bool
+    keeps_zeros: bool
+    moves_base: bool
+    needs_dense_weight: bool
+    needs_calibration: bool = False
+    merge_reason: str = ""  # why it does not merge
+
+
+def prove(formula: MethodFormula) -> Proved:
+    """Everything the compiler states about a method."""
+    rank, reason = bounded_rank(formula), why_not_merged(formula)
+    meets_x = all(affine(term.input, formula.shape) == PLAIN for term in formula.terms) if not reason else False
+    kept = formula.expression if formula.form != "output" else None if reason else effective(formula).matrix
+    return Proved(
+        identity_at_start=identity_at_start(formula),
+        rank_bound=rank,
+        merges=not reason,
+        exports_as_lora=meets_x and rank is not None and factor(formula.expression) is not None,
+        keeps_zeros=kept is not None and keeps_zeros(kept),
+        moves_base=any(event.moves_base for event in formula.events),
+        needs_dense_weight=needs_dense_weight(formula.expression),
+        merge_reason=reason,
+    )
