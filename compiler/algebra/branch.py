@@ -91,7 +91,8 @@ class Branch:
             return value_of(node.value)
         if node.operation == "tensor":
             stored = self.evaluator.leaf(node, stopped)
-            return stored if self.evaluator.dtypes.get(node.name) == self.dtype else stored.to(self.dtype)
+            as_is = self.evaluator.dtypes.get(node.name) == self.dtype or self.evaluator.is_index(stored, node.name)
+            return stored if as_is else stored.to(self.dtype)
         value = self.evaluator(node, stopped)
         return value if self.evaluator.dtype == self.dtype else value.to(self.dtype)
 

@@ -47,8 +47,17 @@ class Evaluator:
         return tensor.detach() if stopped else tensor
 
     def cast(self, value: Tensor, name: str) -> Tensor:
-        """A stored tensor in the working dtype; no cast is recorded where it already is."""
-        return value if self.dtypes.get(name) == self.dtype else value.to(self.dtype)
+        """A stored tensor in the working dtype; no cast is recorded where it already is, and positions stay whole."""
+        return value if self.dtype_of(value, name) == self.dtype or self.is_index(value, name) else value.to(self.dtype)
+
+    def dtype_of(self, value: Tensor, name: str) -> torch.dtype | None:
+        """The dtype in which a tensor is stored, None where only a graph knows it."""
+        return self.dtypes.get(name, value.dtype if isinstance(value, torch.Tensor) else None)
+
+    def is_index(self, value: Tensor, name: str) -> bool:
+        """Whether a tensor holds positions: whole numbers, which are never cast."""
+        dtype = self.dtype_of(value, name)
+        return dtype is not None and not dtype.is_floating_point
 
     def _value(self, node: Expression, stopped: bool) -> Tensor:
         parts = node.arguments
@@ -93,7 +102,7 @@ class Evaluator:
 
     def like(self) -> Tensor:
         """A tensor of the working dtype on the site's device."""
-        first = next(iter(self.tensors), None)
+        first = next((name for name in self.tensors if not self.is_index(self.tensors[name], name)), None)
         return self.cast(self.weight(), "W") if first is None else self.cast(self.tensors[first], first)
 
     def _product(self, node: Expression, stopped: bool) -> Tensor:

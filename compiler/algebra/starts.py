@@ -5,7 +5,9 @@ from __future__ import annotations
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import LATER, Builder, check_extent, spelt
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.formula import Start
+from surgery.compiler.algebra.formula import Start, TensorFormula
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.sources import SOURCES, check_start
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.printer import show
@@ -22,8 +24,10 @@ STARTS: dict[str, tuple[int, int]] = {
     "kaiming_normal": (0, 0),
     "xavier": (0, 0),
     "orthogonal": (0, 0),
+    "onehot_rows": (0, 0),
+    "choice": (1, 1),
 }
-START_NUMBER = {"constant": "c", "normal": "std", "uniform": "a", "kaiming_uniform": "a"}
+START_NUMBER = {"constant": "c", "normal": "std", "uniform": "a", "kaiming_uniform": "a", "choice": "n"}
 
 
 def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]:
@@ -39,6 +43,7 @@ def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]
             message = "a start needs a shape, in brackets"
             raise fail("SURG004", message, start.span, help=f"write `{shaped}`")
         value = builder.expression(start)
+        check_start(value)
         return Start("expression", (), value, show(start)), value
     shape = []
     for index in start.indices:
@@ -65,17 +70,49 @@ def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]
         spread = numbers[0].constant if numbers and name != "constant" else None
         if spread is not None and spread < 0:
             raise fail("SURG004", f"`{show(base)}`: the spread must be at least 0", base.span)
-        if name in ("eye", "orthogonal") and len(shape) < 2:
+        if name in ("eye", "orthogonal", "onehot_rows") and len(shape) < 2:
             raise fail("SURG005", f"`{name}` starts a matrix, not {spelt(tuple(shape))}", start.span)
+        if name == "choice" and node.role != "frozen":
+            message = "`choice` draws positions, which no step can change"
+            raise fail("SURG004", message, node.span, help=f"write `{node.name} = frozen {show(start)}`")
+        if name in ("choice", "onehot_rows"):
+            wanted, limit = (_product(shape), numbers[0]) if name == "choice" else (shape[-2], shape[-1])
+            _check_distinct(start, wanted, limit)
         return Start(name, numbers, None, show(base)), placeholder
     if name in LATER:
         raise fail("SURG008", f"the start `{name}` is not built yet", base.span)
     if isinstance(base, nodes.Name) and base.name not in builder.names:
         raise fail("SURG002", f"there is no start `{base.name}`", base.span, help=did_you_mean(base.name, STARTS))
-    if isinstance(base, nodes.Call) and base.function not in STRUCTURES:
+    if isinstance(base, nodes.Call) and base.function not in (*STRUCTURES, *SOURCES):
         known = did_you_mean(base.function, [*STARTS, *STRUCTURES])
         raise fail("SURG002", f"there is no start `{base.function}`", base.span, help=known)
     value = builder.expression(base)
+    check_start(value)
     if len(value.shape) != len(shape) or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
         raise fail("SURG005", f"`{show(base)}` is {spelt(value.shape)}, not {spelt(tuple(shape))}", start.span)
     return Start("expression", (), value, show(base)), placeholder
+
+
+def _check_distinct(start: nodes.Subscript, wanted: Quantity, limit: Quantity) -> None:
+    """As many distinct positions as are wanted must exist."""
+    if limit.constant is not None and (limit.whole is None or limit.whole < 1):
+        raise fail("SURG004", f"`{show(start.operand)}`: a whole number of at least 1 is needed", start.operand.span)
+    if limit.whole is not None and wanted.whole is not None and wanted.whole > limit.whole:
+        message = f"`{show(start)}` needs {wanted} distinct positions of {limit}"
+        raise fail("SURG004", message, start.span, help=f"ask for at most {limit}")
+
+
+def _product(shape: list[Quantity]) -> Quantity:
+    """How many entries a shape has."""
+    total = Quantity.of(1)
+    for length in shape:
+        total = total * length
+    return total
+
+
+def named(tensor: TensorFormula) -> Expression:
+    """What the tensor's name stands for in expressions: a frozen `onehot_rows` is known to select rows."""
+    value = Expression("tensor", (), tensor.shape, name=tensor.name, span=tensor.span)
+    if tensor.role == "frozen" and tensor.start.name == "onehot_rows" and "selection" in STRUCTURES:
+        return Expression("selection", (value,), tensor.shape, span=tensor.span)
+    return value

@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from surgery.compiler.algebra import decompose
 from surgery.compiler.algebra.base import logical
-from surgery.compiler.algebra.evaluate import evaluate
+from surgery.compiler.algebra.evaluate import Evaluator, wider
+from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import TensorFormula
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.quantity import value_of, whole_of
+from surgery.compiler.algebra.structures.decomposition import PARTS
+from surgery.compiler.diagnostics import fail
 from surgery.compiler.plan import Plan, Site, TensorPlan
+from surgery.runtime.checkpoint import weight_of
+from surgery.runtime.draws import draw
 
 
-def initialise(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def initialise(
+    plan: Plan, weights: Mapping[str, Tensor], folder: Path | None = None, saved: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The method's tensors by key, in their dtypes, on the device of the site's W; `weights` has W by its name.
 
     Every draw is on the CPU in float32 from a generator seeded by (seed, path, name), so it depends on nothing else.
+    `folder` is the spec's, from which other checkpoints are named. `saved` are the tensors of a run: where they are
+    given nothing is computed. Raises SURG037 for a checkpoint that does not fit, SURG054 for a tensor that lacks there.
     """
     tensors: dict[str, Tensor] = {}
     for site in plan.sites:
         formulas = {tensor.name: tensor for tensor in instance(plan, site.formula).tensors}
+        begun: dict[str, Tensor] = {}
+        evaluator: _Starts | None = None
         for tensor in site.tensors:
             if tensor.key not in tensors:
-                tensors[tensor.key] = _start(plan, site, tensor, formulas[tensor.name], weights[site.parameter])
+                if evaluator is None:
+                    evaluator = _Starts(plan, site, weights[site.parameter].detach(), begun, folder or Path())
+                value = _start(plan, tensor, formulas[tensor.name], evaluator) if saved is None else _of(saved, tensor)
+                tensors[tensor.key] = value.to(weights[site.parameter].device)
+            begun[tensor.name] = tensors[tensor.key]
     return tensors
 
 
-def _start(plan: Plan, site: Site, tensor: TensorPlan, formula: TensorFormula, stored: Tensor) -> Tensor:
+def _of(saved: Mapping[str, Tensor], tensor: TensorPlan) -> Tensor:
+    if tensor.key not in saved or tuple(saved[tensor.key].shape) != tensor.shape:
+        message = f"`{tensor.key}` of shape {list(tensor.shape)} is not among the saved tensors"
+        raise fail("SURG054", message, help="the state is of another spec or another model")
+    return saved[tensor.key].to(getattr(torch, tensor.dtype), copy=True)
+
+
+def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _Starts) -> Tensor:
     dtype = getattr(torch, tensor.dtype)
     start = formula.start
+    if start.expression is not None and start.expression.operation == "tensor":
+        return evaluator.tensors[start.expression.name].to(dtype, copy=True)
     if start.expression is not None:
-        base = logical(stored.detach(), site)
-        return evaluate(start.expression, base, {}).to(dtype).expand(tensor.shape).clone()
+        return evaluator(start.expression).to(dtype).expand(tensor.shape).clone()
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
-    value = STARTS[start.name](tuple(whole_of(size) for size in formula.shape), numbers, generator)
-    return value.to(device=stored.device, dtype=dtype)
+    shape = tuple(whole_of(size) for size in formula.shape)
+    return draw(start.name, shape, numbers, generator).to(dtype)
 
 
 def _seed(seed: int, key: str) -> int:
@@ -48,52 +72,47 @@ def _seed(seed: int, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-Sizes = tuple[int, ...]
+class _Starts(Evaluator):
+    """Values of a site's start expressions over the tensors begun before; one matrix is decomposed once."""
 
+    def __init__(self, plan: Plan, site: Site, stored: Tensor, begun: dict[str, Tensor], folder: Path) -> None:
+        super().__init__(lambda: logical(stored, site), begun, wider(stored.dtype))
+        self.site, self.stored, self.folder = site, stored, folder
+        self.seed = _seed(plan.step.seed, f"{site.path} singular")
+        self.decomposed: dict[tuple[str, Expression, int], tuple[Tensor, ...]] = {}
 
-def _uniform(shape: Sizes, bound: float, generator: torch.Generator) -> Tensor:
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    def _value(self, node: Expression, stopped: bool) -> Tensor:
+        match node.operation:
+            case "weight_of":
+                shape = tuple(self.stored.shape)
+                found = weight_of(node.name, self.site.parameter, shape, self.folder, node.span)
+                return logical(found.to(self.stored.device), self.site).to(self.dtype)
+            case name if name in PARTS:
+                return self._part(node)
+        return super()._value(node, stopped)
 
+    def _part(self, node: Expression) -> Tensor:
+        matrix, count = node.arguments
+        assert count.value is not None
+        rank = int(value_of(count.value))
+        if node.operation.startswith("qr"):
+            found = self._once("qr", matrix, rank)
+        else:
+            shape = tuple(whole_of(size) for size in matrix.shape)
+            found = self._once("singular", matrix, rank if decompose.is_truncated(shape, rank) else 0)
+            found = decompose.taken(found, rank)  # type: ignore[arg-type]
+        return found[PARTS[node.operation]]
 
-def _normal(shape: Sizes, std: float, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) * std
+    def _once(self, kind: str, matrix: Expression, rank: int) -> tuple[Tensor, ...]:
+        key = (kind, matrix, rank)
+        if key not in self.decomposed:
+            value = self(matrix)
+            if not torch.isfinite(value).all():
+                message = f"a start of `{self.site.path}` cannot be computed: its matrix is not finite"
+                raise fail("SURG053", message, matrix.span, help="look at the weights of the checkpoint")
+            if kind == "qr":
+                self.decomposed[key] = decompose.orthogonal_triangular(value, rank)
+            else:
+                self.decomposed[key] = decompose.singular(value, rank or min(value.shape[-2:]), self.seed)
+        return self.decomposed[key]
 
-
-def _kaiming_uniform(shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:
-    """U(+-1 / sqrt(fan_in)); with a number, U(+-sqrt(6 / ((1 + a^2) fan_in))) as in torch. fan_in is the last axis."""
-    bound = math.sqrt(6 / ((1 + numbers[0] ** 2) * shape[-1])) if numbers else 1 / math.sqrt(shape[-1])
-    return _uniform(shape, bound, generator)
-
-
-def _xavier(shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:
-    """U(+-sqrt(6 / (fan_in + fan_out))), the last two axes."""
-    outputs = shape[-2] if len(shape) > 1 else 1
-    return _uniform(shape, math.sqrt(6 / (shape[-1] + outputs)), generator)
-
-
-def _orthogonal(shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:
-    """Orthonormal rows, or columns where there are fewer of them."""
-    rows, columns = shape[-2:]
-    tall = (*shape[:-2], max(rows, columns), min(rows, columns))
-    q, r = torch.linalg.qr(torch.randn(tall, generator=generator))
-    q *= torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)  # uniform over all of them
-    found: Tensor = q if rows >= columns else q.transpose(-1, -2)
-    return found.contiguous()
-
-
-def _eye(shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:
-    return torch.eye(shape[-2], shape[-1]).expand(shape).contiguous()
-
-
-STARTS: dict[str, Callable[[Sizes, list[float], torch.Generator], Tensor]] = {
-    "zeros": lambda shape, numbers, generator: torch.zeros(shape),
-    "ones": lambda shape, numbers, generator: torch.ones(shape),
-    "eye": _eye,
-    "constant": lambda shape, numbers, generator: torch.full(shape, numbers[0]),
-    "normal": lambda shape, numbers, generator: _normal(shape, numbers[0], generator),
-    "uniform": lambda shape, numbers, generator: _uniform(shape, numbers[0], generator),
-    "kaiming_uniform": _kaiming_uniform,
-    "kaiming_normal": lambda shape, numbers, generator: _normal(shape, math.sqrt(2 / shape[-1]), generator),
-    "xavier": _xavier,
-    "orthogonal": _orthogonal,
-}

@@ -218,6 +218,16 @@ def _place(model: ModelPlan, folder: Path) -> str:
     return name
 
 
+def find_file(model: ModelPlan, folder: Path, name: str) -> Path | None:
+    """A file of the model's checkpoint, fetched where it is on the hub; None if there is none. Raises SURG030."""
+    from transformers.utils.hub import cached_file
+
+    with _reading(model):
+        place, access = _place(model, folder), _access(model, folder)
+        found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **access)
+    return None if found is None else Path(found)
+
+
 def _package_folder(name: str) -> Path:
     package, _, inside = name.removeprefix("package:").partition("/")
     # Only the top-level name is looked up: for a dotted one Python would import the parents.
