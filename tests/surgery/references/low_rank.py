@@ -1,0 +1,58 @@
+"""Products of thin matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Parameters = dict[str, Any]
+
+
+def lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]
+
+
+def rslora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] ** 0.5 * t["B"] @ t["A"]
+
+
+def delta_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # W moves after steps, not in the equation
+
+
+def lora_fa(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"].detach()
+
+
+def asymmetry(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    A = t["A"].detach()
+    torch.testing.assert_close(A @ A.T, torch.eye(p["rank"], dtype=A.dtype), rtol=0, atol=1e-6)
+    return W + p["alpha"] / p["rank"] * t["B"] @ A
+
+
+def dora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    V = W + p["alpha"] / p["rank"] * t["B"] @ t["A"]
+    norm = (V**2).sum(dim=1).sqrt().detach()
+    return (t["m"] / norm)[:, None] * V
+
+
+def melora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    blocks = [B @ A for A, B in zip(t["A"], t["B"], strict=True)]
+    assert len(blocks) == p["groups"]
+    return W + p["alpha"] / p["rank"] * torch.block_diag(*blocks)
+
+
+def lora_mini(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    inner = t["Bt"] @ t["At"]
+    return W + p["alpha"] / p["rank"] * t["Bo"].detach() @ inner @ t["Ao"].detach()
+
+
+def lora_xs(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    """U, S, V of W itself: only R is the method's."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = p["rank"]
+    flip = (U[:, :r].T @ t["U"]).diagonal().sign()  # a pair of singular vectors has no sign
+    return W + p["alpha"] / r * (U[:, :r] * flip) @ t["R"] @ (flip[:, None] * S[:r, None] * Vh[:r])
