@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -204,12 +205,12 @@ def prepare_sst2(arguments: argparse.Namespace, folder: Path) -> None:
 def images(path: Path) -> tuple[Tensor, Tensor]:
     """Pixels [n, 3, 32, 32] in 0..255 and labels [n] of a shard."""
     import numpy
-    from PIL import Image
 
+    image: Any = importlib.import_module("PIL.Image")  # Pillow is needed by this measurement alone
     data, place, pixels, labels = lzma.decompress(path.read_bytes()), 0, [], []
     while place < len(data):
         label, size = struct.unpack_from("<BH", data, place)
-        picture = Image.open(io.BytesIO(data[place + 3 : place + 3 + size])).convert("RGB")
+        picture = image.open(io.BytesIO(data[place + 3 : place + 3 + size])).convert("RGB")
         pixels.append(torch.from_numpy(numpy.array(picture)))
         labels.append(label)
         place += 3 + size
@@ -218,7 +219,7 @@ def images(path: Path) -> tuple[Tensor, Tensor]:
 
 def prepare_cifar(arguments: argparse.Namespace, folder: Path) -> None:
     """Pretrain a ViT on classes 0 to 4; rows of classes 5 to 9 to adapt to."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
     shards = [images(Path(arguments.data) / f"train_{k}.bin.xz") for k in (0, 1)]
     pixels, labels = (torch.cat(parts) for parts in zip(*shards, strict=True))
@@ -228,12 +229,13 @@ def prepare_cifar(arguments: argparse.Namespace, folder: Path) -> None:
         return (images.float() / 255 - 0.5) / 0.25
 
     device = arguments.device
-    config = ViTConfig(
+    config = AutoConfig.for_model(
+        "vit",
         hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=32, patch_size=4,
         num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = ViTForImageClassification(config).to(device)
+    model: Any = AutoModelForImageClassification.from_config(config).to(device)
     first = labels < 5
     given, wanted = ready(pixels[first]).to(device), labels[first].to(device)
     size = 250
