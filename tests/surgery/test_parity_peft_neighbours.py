@@ -1,0 +1,161 @@
+"""The neighbour methods against peft 0.21: the same tensors give the same outputs and the same gradients.
+
+In float64, so that 1e-10 is left, except where peft itself computes in float32. A gradient is read off one step of
+plain SGD, as in test_parity_peft.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import surgery
+
+RATE = 1e5
+ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
+Part = Callable[[Tensor], Tensor]  # a parameter itself, or its gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on both sides; `layout` gives peft's parameters (or gradients) of a layer as ours, by name."""
+
+    rules: str
+    config: Callable[[], peft.PeftConfig]
+    layout: Callable[[Any, Part], dict[str, Tensor]]
+    tolerance: float = 1e-10
+
+
+def everywhere(call: str, where: str = "") -> str:
+    """One rule for all linears of the encoder."""
+    return f"adapt bert.encoder.layer.** : Linear {where} {{ with {call} }}"
+
+
+def by_name(**names: str) -> Callable[[Any, Part], dict[str, Tensor]]:
+    """The layout where peft's tensors have our shapes: our name = its name."""
+    return lambda layer, part: {ours: part(getattr(layer, theirs)["default"]) for ours, theirs in names.items()}
+
+
+def loha(layer: Any, part: Part) -> dict[str, Tensor]:
+    names = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
+    return by_name(**names)(layer, part)
+
+
+CASES = {
+    "vera": Case(
+        everywhere("vera(rank = 6)"),
+        lambda: peft.VeraConfig(r=6, target_modules=ALL),
+        by_name(A="vera_A", B="vera_B", d="vera_lambda_d", b="vera_lambda_b"),
+    ),
+    "loha": Case(
+        everywhere("loha(rank = 4, alpha = 6)"), lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=ALL), loha
+    ),
+    "hira": Case(
+        everywhere("hira(rank = 4)"),
+        lambda: peft.HiraConfig(r=4, target_modules=ALL),
+        by_name(A="hira_A", B="hira_B"),
+    ),
+    "ia3": Case(
+        """adapt bert.encoder.layer.*.attention.self.{key, value} { with ia3() }
+           adapt bert.encoder.layer.*.output.dense { with ia3_input() }""",
+        lambda: peft.IA3Config(
+            target_modules=r".*(key|value|\d\.output\.dense)", feedforward_modules=r".*\d\.output\.dense"
+        ),
+        lambda layer, part: {"l": part(layer.ia3_l["default"]).flatten()},
+    ),
+    # called BEFT there; the bias of a key never moves, as softmax does not see it
+    "bitfit": Case(
+        "adapt bert.encoder.layer.*.attention.self.{query, value} { with bitfit() }",
+        lambda: peft.BeftConfig(target_modules=["query", "value"]),
+        lambda layer, part: {"b": part(layer.beft_bias["default"])[0]},
+    ),
+}
+
+
+def build() -> nn.Module:
+    """A small BERT in float64 whose sizes all blocks divide."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model: nn.Module = BertForSequenceClassification(config)
+    return model.double()
+
+
+def batch() -> dict[str, Tensor]:
+    """Four rows of 12 tokens, the last one padded."""
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[3, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+
+
+def sides(case: Case) -> tuple[Any, Any, dict[str, Any]]:
+    """Our step and peft's model with equal tensors, none of them at its start; peft's layers by path."""
+    model = build()
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    wrapped = peft.get_peft_model(copy.deepcopy(model), case.config()).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    settings = f"optimizer = sgd(lr = {RATE})  batch = 4  steps = 1  loss = cross_entropy  compile = off"
+    program = surgery.parse(f"{case.rules} step {{ {settings} }}")
+    step = surgery.compile(program, model=model, example_inputs=inputs)
+    layers = {path: wrapped.base_model.model.get_submodule(path) for path in step.parameters_by_site}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            for name, value in case.layout(layer, lambda tensor: tensor.detach()).items():
+                ours = step.parameters_by_site[path][name]
+                assert ours.shape == value.shape, f"{path}.{name}"
+                ours.copy_(value)
+    return step, wrapped, layers
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
+    """Equal to `tolerance` of the largest entry."""
+    error = float((ours - theirs).abs().max())
+    assert error <= tolerance * float(theirs.abs().max()), f"{what}: off by {error}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_equal_peft(name: str) -> None:
+    case, example = CASES[name], batch()
+    inputs = {key: value for key, value in example.items() if key != "labels"}
+    step, wrapped, layers = sides(case)
+    with torch.no_grad():
+        theirs = wrapped.eval()(**inputs).logits
+        assert not torch.allclose(theirs, build().eval()(**inputs).logits)
+        close(step.forward(**inputs).logits, theirs, case.tolerance, "logits")
+        close(step.merge().eval()(**inputs).logits, theirs, case.tolerance, "logits after merging")
+
+    trained = {(site.path, t.name) for site in step.plan.sites for t in site.tensors if t.role == "train"}
+    before = {key: step.parameters_by_site[key[0]][key[1]].detach().clone() for key in trained}
+    F.cross_entropy(wrapped(**inputs).logits, example["labels"]).backward()  # type: ignore[no-untyped-call]
+    step(example)
+    counted = 0
+    for path, layer in layers.items():
+        for tensor, gradient in case.layout(layer, gradient_of).items():
+            if (path, tensor) not in trained:
+                continue
+            moved = (before[path, tensor] - step.parameters_by_site[path][tensor].detach()) / RATE
+            close(moved, gradient, case.tolerance, f"gradient of {path}.{tensor}")
+            counted += 1
+    assert counted == len(trained)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient, zero where there is none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
