@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -75,11 +76,23 @@ def non_persistent(module: nn.Module) -> set[str]:
     }
 
 
+def called_modules(module: fx.GraphModule) -> dict[str, nn.Module]:
+    """The submodules that its graph calls, by name; in a lowered graph they hold no tensors."""
+    names = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    return {name: module.get_submodule(name) for name in names}
+
+
 def build_module(
-    graph: fx.Graph, named: dict[str, Tensor], transient: set[str], class_name: str = "Captured"
+    graph: fx.Graph,
+    named: dict[str, Tensor],
+    transient: set[str],
+    class_name: str = "Captured",
+    called: Mapping[str, nn.Module] | None = None,
 ) -> fx.GraphModule:
     """A GraphModule over `graph` with exactly the tensors of `named`; buffers in `transient` are not persistent."""
-    root = nn.Module()
+    root = fx.GraphModule({}, fx.Graph())
+    for name, owner in (called or {}).items():
+        root.add_submodule(name, owner)
     for name, tensor in named.items():
         put(root, name, tensor, persistent=name not in transient)
     module = fx.GraphModule(root, graph, class_name)

@@ -5,11 +5,13 @@ There is no second model of cost beside the code: the operations counted are tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,17 +25,39 @@ FREE = frozenset(
     ("view", "t", "transpose", "permute", "detach", "expand", "unsqueeze", "squeeze", "slice", "select")
     + ("_unsafe_view", "alias", "as_strided")
 )
+PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm"))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, and bytes read and written, of one forward and backward."""
+    """Floating-point operations, and bytes read and written, of one forward and backward.
+
+    `kept` are the bytes that the forward keeps for the backward, the site's input among them, parameters not.
+    """
 
     flops: int
     bytes: int
+    kept: int
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.flops - other.flops, self.bytes - other.bytes)
+        return Cost(self.flops - other.flops, self.bytes - other.bytes, self.kept - other.kept)
+
+
+def _fourier(factor: float) -> Any:
+    """The usual count of a fast Fourier transform, `factor` times n log2 n for each row of n."""
+
+    def count(shape: Sequence[int], axes: Sequence[int], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+        sizes = [max(pair) for pair in zip(shape, out_shape, strict=True)]  # half a spectrum is shorter than its row
+        return round(factor * math.prod(sizes) * math.log2(max(2, math.prod(sizes[axis] for axis in axes))))
+
+    return count
+
+
+TRANSFORMS = {
+    torch.ops.aten._fft_r2c: _fourier(2.5),
+    torch.ops.aten._fft_c2r: _fourier(2.5),
+    torch.ops.aten._fft_c2c: _fourier(5),
+}
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,31 +70,104 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         if operation.overloadpacket.__name__ not in FREE:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
 
 
-def _count(adaptation: Adaptation | None, rows: int, outputs: int, inputs: int, dtype: torch.dtype,
-           tensors: Mapping[str, torch.Tensor]) -> Cost:  # fmt: skip
-    x = torch.empty(rows, inputs, dtype=dtype, device="meta", requires_grad=True)
-    base = Base(torch.empty(outputs, inputs, dtype=dtype, device="meta"), False, dtype)
-    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
-        y = base.base_linear(x) if adaptation is None else adaptation(x, base, None, tensors, True)
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """What a forward inside keeps for its backward, each storage once, without those of `known`."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        self._known = {_storage(tensor) for tensor in known}
+        self._found: dict[int, Tensor] = {}  # held, so that no storage is counted under another's address
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in self._known:
+            self._found[_storage(tensor)] = tensor
+        return tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """One tensor per storage."""
+        return tuple(self._found.values())
+
+    @property
+    def bytes(self) -> int:
+        """The sizes of the storages."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._found.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _DenseProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices a product of activations with a matrix `[out, in]` that is neither W nor a tensor of the method."""
+
+    def __init__(self, sides: tuple[int, int], rows: int, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sides, self.rows, self.known = set(sides), rows, {_storage(tensor) for tensor in known}
+        self.found = False
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket.__name__ in PRODUCTS and self.rows in result.shape:
+            matrices = [leaf for leaf in args if isinstance(leaf, Tensor) and self.rows not in leaf.shape]
+            self.found |= any(
+                set(leaf.shape[-2:]) == self.sides and leaf.ndim > 1 and _storage(leaf) not in self.known
+                for leaf in matrices
+            )
+        return result
+
+
+def _tensors(formula: MethodFormula, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        tensor.name: torch.empty(
+            tuple(whole_of(size) for size in tensor.shape),
+            dtype=dtype, device="meta", requires_grad=tensor.role == "train",
+        )
+        for tensor in formula.tensors
+    }  # fmt: skip
+
+
+def _sides(formula: MethodFormula) -> tuple[int, int]:
+    outputs, inputs = (whole_of(size) for size in formula.shape)
+    return outputs, inputs
+
+
+def _count(
+    adaptation: Adaptation | None, rows: int, sides: tuple[int, int], dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> Cost:
+    x = torch.empty(rows, sides[1], dtype=dtype, device="meta", requires_grad=True)
+    base = Base(torch.empty(sides, dtype=dtype, device="meta"), False, dtype)
+    kept = Kept([base.stored, *tensors.values()])
+    with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as flops, _Traffic() as traffic:
+        with kept:
+            y = base.base_linear(x) if adaptation is None else adaptation(x, base, None, tensors, True)
         y.backward(torch.empty_like(y))
-    return Cost(flops.get_total_flops(), traffic.bytes)
+    return Cost(flops.get_total_flops(), traffic.bytes, kept.bytes)
 
 
 def measure(formula: MethodFormula, strategy: str, rows: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Cost:
     """The cost of a strategy on `rows` tokens beyond the frozen site (its forward and the gradient to its input)."""
-    outputs, inputs = (whole_of(size) for size in formula.shape)
-    tensors = {
-        tensor.name: torch.empty(
-            tuple(whole_of(size) for size in tensor.shape),
-            dtype=adapter_dtype, device="meta", requires_grad=tensor.role == "train",
-        )
-        for tensor in formula.tensors
-    }  # fmt: skip
+    tensors, sides = _tensors(formula, adapter_dtype), _sides(formula)
     adaptation = Adaptation(formula, strategy, rows, dtype, dict.fromkeys(tensors, adapter_dtype))
-    adapted = _count(adaptation, rows, outputs, inputs, dtype, tensors)
-    return adapted - _count(None, rows, outputs, inputs, dtype, {})
+    return _count(adaptation, rows, sides, dtype, tensors) - _count(None, rows, sides, dtype, {})
+
+
+def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
+    """Whether the branch of a method multiplies x with a matrix `[out, in]` of its own, which it has to form first.
+
+    `planned` tokens decide the order of its products; what is looked at is a run on a few rows.
+    """
+    tensors, sides = _tensors(formula, torch.float32), _sides(formula)
+    sizes = {whole_of(size) for tensor in formula.tensors for size in tensor.shape} | set(sides)
+    rows = next(number for number in range(2, len(sizes) + 3) if number not in sizes)
+    x = torch.empty(rows, sides[1], device="meta")
+    base = Base(torch.empty(sides, device="meta"), False, torch.float32)
+    adaptation = Adaptation(formula, "branch", planned, torch.float32, dict.fromkeys(tensors, torch.float32))
+    with torch.no_grad(), _DenseProducts(sides, rows, [base.stored, *tensors.values()]) as seen:
+        adaptation(x, base, None, tensors, True)
+    return seen.found

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from surgery.compiler import p6_rewrite, p7_lower, pipeline
 from surgery.compiler.diagnostics import Diagnostics, fail
-from surgery.compiler.graph import TRAINING, tensors
+from surgery.compiler.graph import TRAINING, called_modules, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
 from surgery.runtime.initialise import initialise
@@ -186,7 +186,4 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     for node in reads:
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)
-    called = {
-        str(node.target): lowered.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
-    }
-    return fx.GraphModule(called, graph, "Lowered"), names
+    return fx.GraphModule({**called_modules(lowered)}, graph, "Lowered"), names

@@ -17,7 +17,7 @@ from surgery.compiler import p8_emit
 from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.events import EventProgram
 from surgery.compiler.events import programs as events_of
-from surgery.compiler.graph import Graph, build_module, copy_module, non_persistent, tensors
+from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches
 from surgery.runtime.devices import why_not
@@ -263,7 +263,8 @@ def _module(graph: Graph, weights: dict[str, Tensor], device: torch.device) -> f
     for node in module.graph.nodes:
         node.args = pytree.tree_map_only(torch.device, lambda _: device, node.args)
         node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, node.kwargs)
-    return build_module(module.graph, weights, non_persistent(graph.module), type(graph.module).__name__)
+    transient, name = non_persistent(graph.module), type(graph.module).__name__
+    return build_module(module.graph, weights, transient, name, called_modules(module))
 
 
 def _execute(source: str, plan: Plan) -> dict[str, Any]:
