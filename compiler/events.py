@@ -11,12 +11,13 @@ from torch import fx
 from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.facts import factor, is_scalar
+from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity, value_of
 from surgery.compiler.algebra.recorder import Recorder
-from surgery.compiler.algebra.telescope import SWITCH, ratio_of, snapshot_names
+from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
 
 BEFORE = "_before"
@@ -78,12 +79,12 @@ def _comment(event: EventFormula) -> str:
 def _snapshot(formula: MethodFormula, sites: list[Site]) -> EventProgram:
     """The telescope's snapshot: at the start of the first step whose condition holds, what delta was is kept."""
     (event,) = (event for event in formula.events if event.moves_base)
-    ratio = ratio_of(event, formula)
-    assert ratio is not None
+    found = summed(event)
+    assert found is not None
     recorder = Recorder()
     for name, copy in snapshot_names(formula).items():
         recorder[copy].copy_(recorder[name])
-    recorder[SWITCH].fill_(float(value_of(ratio)))
+    recorder[switch_name(formula)].fill_(float(value_of(found[0])))
     comment = f"{_comment(event)}, read as its closed form: W stays, the start of the sum is kept"
     return EventProgram(
         comment, "start", _first(event.when), (), f"{formula.name}_snapshot", recorder.finish(),

@@ -13,7 +13,7 @@ from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.order import multiplication_order
-from surgery.compiler.algebra.quantity import value_of, whole_of
+from surgery.compiler.algebra.quantity import value_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 
 
@@ -71,11 +71,19 @@ class Branch:
         if node.operation == "weight":
             return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
         if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
-            values = [self.cast(part, factor.stopped) for part in node.arguments]
-            return STRUCTURES[node.operation].product(node, x, factor.transposed, *values)
+            return self._structured(x, factor)
         if _distributes(node):
             return self._sum(x, factor)
         return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed)
+
+    def _structured(self, x: Tensor, factor: Factor) -> Tensor:
+        """A structure's own product, in the dtype that it needs."""
+        node, structure = factor.node, STRUCTURES[factor.node.operation]
+        if not structure.wide or self.evaluator.dtype == self.dtype:
+            values = [self.cast(part, factor.stopped) for part in node.arguments]
+            return structure.product(node, x, factor.transposed, *values)
+        values = [self.evaluator(part, factor.stopped) for part in node.arguments]
+        return structure.product(node, x.to(self.evaluator.dtype), factor.transposed, *values).to(self.dtype)
 
     def _matrix(self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int) -> Tensor:
         if first == last:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import is_column, is_row, is_scalar
+from surgery.compiler.algebra.low_rank import split
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 
 ONE = Expression("number", value=Quantity.of(1))
@@ -69,6 +70,8 @@ def flatten(node: Expression, transposed: bool, stopped: bool, scale: Scale) -> 
                     factor = Factor(_diagonal(by, node.operation == "divide"), False, stopped)
                     # a row scales columns (M @ diag), a column scales rows (diag @ M); transposing swaps the sides
                     return [*inner, factor] if is_row(by) != transposed else [factor, *inner]
+    if cheaper := split(node):
+        return flatten(cheaper, transposed, stopped, scale)
     return [Factor(node, transposed, stopped)]
 
 

@@ -1,4 +1,4 @@
-"""What can be proved of an equation, by induction over the expression: start, rank, factors, zeros."""
+"""What can be proved of an equation, by induction over the expression: start, rank, zeros."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def at_start(formula: MethodFormula) -> Expression:
                 constant = start.arguments[0]
             if constant is not None and (start.name != "constant" or constant.constant is not None):
                 return Expression("filled", (), node.shape, value=constant)
+            if start.name == "eye" and node.shape[-1] == node.shape[-2]:
+                return Expression("identity", (), node.shape)
             return node
         arguments = tuple(replaced(argument) for argument in node.arguments)
         return _simplify(Expression(node.operation, arguments, node.shape, node.name, node.value, node.index))
@@ -78,10 +80,10 @@ def _simplify(node: Expression) -> Expression:
             return parts[0]
         case "matmul" if zero in values:
             return _fill(node, zero)
-        case "matmul" if parts[0].operation == "diag" and _filled(parts[0].arguments[0]) == ONE:
-            return parts[1]
-        case "matmul" if parts[1].operation == "diag" and _filled(parts[1].arguments[0]) == ONE:
-            return parts[0]
+        case "matmul" if parts[0].operation == "identity":
+            return whole(parts[1]) or node
+        case "matmul" if parts[1].operation == "identity":
+            return whole(parts[0]) or node
         case "add" if values[1] == zero:
             return whole(parts[0]) or node
         case "add" if values[0] == zero:
@@ -106,6 +108,10 @@ def _simplify(node: Expression) -> Expression:
             return _fill(node, zero)
         case "transpose" if parts[0].operation == "transpose":
             return parts[0].arguments[0]
+        case "transpose" if parts[0].operation in ("identity", "filled"):
+            return Expression(parts[0].operation, (), node.shape, value=parts[0].value)
+        case name if name in STRUCTURES and STRUCTURES[name].is_identity(*parts):
+            return Expression("identity", (), node.shape)
         case name if name in STRUCTURES and STRUCTURES[name].is_zero([value == zero for value in values]):
             return _fill(node, zero)
     return node
@@ -121,7 +127,7 @@ def identity_at_start(formula: MethodFormula) -> bool:
     return _filled(start) == Quantity.of(0)
 
 
-# --- rank and factors -------------------------------------------------------------------------------------------------
+# --- rank --------------------------------------------------------------------------------------------------
 
 
 def _least(bounds: list[Quantity]) -> Quantity:
@@ -177,72 +183,6 @@ def bounded_rank(formula: MethodFormula) -> Quantity | None:
     return bound if bound.constant < min(rows, columns) else None
 
 
-def factor(node: Expression) -> tuple[Expression, Expression] | None:
-    """Matrices L `[m, k]` and R `[k, n]` with `node == L @ R` and k the rank bound, or None.
-
-    Exact by algebra: products split at their narrowest place, sums stack, scalings and `stop` go to both or one side.
-    """
-    parts = node.arguments
-    match node.operation:
-        case "matmul":
-            best: tuple[Expression, Expression] = (parts[0], parts[1])
-            for side in (0, 1):
-                inner = factor(parts[side])
-                if inner is None or not _narrower(inner[0].shape[-1], best[0].shape[-1]):
-                    continue
-                best = (inner[0], _matmul(inner[1], parts[1])) if side == 0 else (_matmul(parts[0], inner[0]), inner[1])
-            return best
-        case "multiply":
-            for part, other in (parts, parts[::-1]):
-                inner = factor(part) if part.shape == node.shape else None
-                if inner is None:
-                    continue
-                left, right = inner
-                if is_scalar(other) or is_column(other):
-                    return Expression("multiply", (other, left), left.shape), right
-                if is_row(other):
-                    return left, Expression("multiply", (right, other), right.shape)
-        case "divide":
-            inner = factor(parts[0]) if is_scalar(parts[1]) and parts[0].shape == node.shape else None
-            if inner is not None:
-                return Expression("divide", (inner[0], parts[1]), inner[0].shape), inner[1]
-        case "negate":
-            if inner := factor(parts[0]):
-                return Expression("negate", (inner[0],), inner[0].shape), inner[1]
-        case "stop" | "previous":
-            if inner := factor(parts[0]):
-                left, right = (Expression(node.operation, (side,), side.shape) for side in inner)
-                return left, right
-        case "transpose":
-            if inner := factor(parts[0]):
-                return _transpose(inner[1]), _transpose(inner[0])
-        case "add" | "subtract" if all(part.shape == node.shape for part in parts):
-            first, second = factor(parts[0]), factor(parts[1])
-            if first is None or second is None:
-                return None
-            minus = second[0] if node.operation == "add" else Expression("negate", (second[0],), second[0].shape)
-            rows, columns = node.shape[-2:]
-            width = first[0].shape[-1] + minus.shape[-1]
-            left = Expression("hstack", (first[0], minus), (rows, width))
-            right = Expression("vstack", (first[1], second[1]), (width, columns))
-            return left, right
-    return None
-
-
-def _narrower(a: Quantity, b: Quantity) -> bool:
-    if a.constant is not None and b.constant is not None:
-        return a.constant < b.constant
-    return bool(b.symbols & {"in", "out"}) and not a.symbols & {"in", "out"}
-
-
-def _matmul(left: Expression, right: Expression) -> Expression:
-    return Expression("matmul", (left, right), (*left.shape[:-1], right.shape[-1]))
-
-
-def _transpose(node: Expression) -> Expression:
-    return Expression("transpose", (node,), (*node.shape[:-2], node.shape[-1], node.shape[-2]))
-
-
 # --- zeros and dependence on W ----------------------------------------------------------------------------------------
 
 
@@ -278,7 +218,7 @@ def needs_dense_weight(node: Expression) -> bool:
                 return True
             case "add" | "subtract":
                 return all(linear(part) for part in node.arguments)
-            case "negate":
+            case "negate" | "sum_for":
                 return linear(node.arguments[0])
             case "multiply" | "divide":
                 scaled, by = node.arguments

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.compiler.algebra.affine import Affine, affine, effective, why_not_merged
-from surgery.compiler.algebra.facts import bounded_rank, factor, identity_at_start, keeps_zeros, needs_dense_weight
+from surgery.compiler.algebra.facts import bounded_rank, identity_at_start, keeps_zeros, needs_dense_weight
 from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.sources import calibrated
 
 PLAIN = Affine(None, None)  # x itself, as it is in evaluation
 
@@ -40,5 +42,6 @@ def prove(formula: MethodFormula) -> Proved:
         keeps_zeros=kept is not None and keeps_zeros(kept),
         moves_base=any(event.moves_base for event in formula.events),
         needs_dense_weight=needs_dense_weight(formula.expression),
+        needs_calibration=bool(calibrated(formula)),
         merge_reason=reason,
     )

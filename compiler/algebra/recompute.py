@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.facts import factor, reads_weight
+from surgery.compiler.algebra.facts import reads_weight
 from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.structures import Tensor
 from surgery.compiler.kernels.recompute import rebuilt_linear
@@ -85,10 +86,10 @@ def checkpointed(
     own = {key: value for key, value in own.items() if key != "stored" and isinstance(value, torch.Tensor | fx.Proxy)}
     given = {**own, **tensors, "x": x, "W": base.stored, name: bias}
     recorder = Recorder(tensors)
+    row = recorder["x"]
     changes: dict[str, Any] = {key: recorder[key] for key in own}
     inner = replace(base, stored=recorder["W"], **changes)
-    row, own_bias = recorder["x"], None if bias is None else recorder[name]
-    function = recorder.finish(inner.linear(row, weight(inner, recorder), own_bias))
+    function = recorder.finish(inner.linear(row, weight(inner, recorder), None if bias is None else recorder[name]))
     owner = Checkpointed(f"{formula.name}_linear", function)
     return _call(owner, *(given[name] for name in recorder.inputs))
 
@@ -97,6 +98,15 @@ def _call(owner: Recomputed, *arguments: Tensor | None) -> Tensor:
     """The call itself on tensors; on proxies a node of their graph, whose tracer knows where the module goes."""
     tracer = next((value.tracer for value in arguments if isinstance(value, fx.Proxy)), None)
     return owner(*arguments) if tracer is None else tracer.call(owner, *arguments)  # type: ignore[attr-defined]
+
+
+def value(node: Expression) -> Expression:
+    """An expression with the value of `node`, without what says how its gradient goes."""
+    if node.operation in ("surrogate", "stop"):
+        return value(node.arguments[0])
+    parts = tuple(map(value, node.arguments))
+    same = all(new is old for new, old in zip(parts, node.arguments, strict=True))
+    return node if same else replace(node, arguments=parts)
 
 
 # --- through what the gradient goes -----------------------------------------------------------------------------------

@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.facts import factor, reads_weight, tensors_read
-from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula
+from surgery.compiler.algebra.facts import reads_weight, tensors_read
+from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula, Term, rows
+from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity
 
 SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio
 
 
-def ratio_of(event: EventFormula, formula: MethodFormula) -> Quantity | None:
-    """The ratio, if the event is `W += ratio * (delta - prev(delta))` and nothing else."""
+def summed(event: EventFormula) -> tuple[Quantity, Expression] | None:
+    """The ratio and D, if the event is `W += ratio * (D - prev(D))` and nothing else."""
     if len(event.changes) != 1 or event.changes[0].target != "W" or event.changes[0].operator != "+=":
         return None
     value, ratio = event.changes[0].value, Quantity.of(1)
@@ -31,9 +32,7 @@ def ratio_of(event: EventFormula, formula: MethodFormula) -> Quantity | None:
     if value.operation != "subtract":
         return None
     now, before = value.arguments
-    return (
-        ratio if now == formula.expression and before.operation == "previous" and before.arguments[0] == now else None
-    )
+    return (ratio, now) if before.operation == "previous" and before.arguments[0] == now else None
 
 
 def why_not(formula: MethodFormula) -> str | None:
@@ -44,32 +43,45 @@ def why_not(formula: MethodFormula) -> str | None:
     if len(moving) != 1:
         return "several events move W"
     (event,) = moving
-    ratio = ratio_of(event, formula)
-    if ratio is None:
+    found = summed(event)
+    if found is None:
         return "the event is not `W += ratio * (delta - prev(delta))`"
+    ratio, moved = found
     if ratio.constant is None:
         return "the ratio is not constant"
     if not event.when.stays_true:
         return "its condition can become false again"
-    if reads_weight(formula.expression):
+    if reads_weight(formula.expression) or reads_weight(moved):
         return "delta reads W"
-    taken = {*snapshot_names(formula).values(), SWITCH} & {tensor.name for tensor in formula.tensors}
+    taken = {*snapshot_names(formula).values(), switch_name(formula)} & {tensor.name for tensor in formula.tensors}
     if taken:
         return f"a tensor is called `{min(taken)}`, which is the name of a state of the telescope"
     written = {change.target for other in formula.events for change in other.changes if other is not event}
-    if written & tensors_read(formula.expression):
+    if written & tensors_read(moved):
         return "another event assigns to a tensor of delta"
     return None
 
 
+def _moving(formula: MethodFormula) -> Expression:
+    """D of the event that moves W."""
+    found = next(known for event in formula.events if event.moves_base and (known := summed(event)))
+    return found[1]
+
+
 def snapshot_names(formula: MethodFormula) -> dict[str, str]:
     """Tensor to the state that keeps its value from the start of the first step of the sum."""
-    return {name: f"{name}_start" for name in sorted(tensors_read(formula.expression) & formula.trained)}
+    return {name: f"{name}_start" for name in sorted(tensors_read(_moving(formula)) & formula.trained)}
+
+
+def switch_name(formula: MethodFormula) -> str:
+    """The state that holds the ratio once the sum has begun; beside the tensors that it is a sum of."""
+    owner = max(tensors_read(_moving(formula)), default="").rpartition(".")[0]
+    return f"{owner}.{SWITCH}" if owner else SWITCH
 
 
 def telescoped(formula: MethodFormula) -> MethodFormula:
     """The method with its W-moving event replaced by the closed form; the snapshot and the switch are state."""
-    names = snapshot_names(formula)
+    names, moving = snapshot_names(formula), _moving(formula)
 
     def at_snapshot(node: Expression) -> Expression:
         if node.operation == "tensor":
@@ -77,18 +89,22 @@ def telescoped(formula: MethodFormula) -> MethodFormula:
         return replace(node, arguments=tuple(at_snapshot(part) for part in node.arguments))
 
     delta = formula.expression
-    change = Expression("subtract", (delta, at_snapshot(delta)), delta.shape)
+    change = Expression("subtract", (moving, at_snapshot(moving)), delta.shape)
     if factors := factor(change):  # one product of twice the rank instead of two
         change = Expression("matmul", factors, delta.shape)
-    switch = Expression("tensor", (), (), name=SWITCH)
+    switch = Expression("tensor", (), (), name=switch_name(formula))
     moved = Expression("multiply", (switch, Expression("stop", (change,), delta.shape)), delta.shape)
     shapes = {tensor.name: tensor for tensor in formula.tensors}
     zeros = Start("zeros", text="zeros")
     state = [TensorFormula(new, "state", shapes[old].shape, zeros, span=shapes[old].span) for old, new in names.items()]
-    state.append(TensorFormula(SWITCH, "state", (), zeros))
+    state.append(TensorFormula(switch.name, "state", (), zeros))
+    expression = Expression("add", (delta, moved), delta.shape, span=delta.span)
+    plain = rows("x", delta.shape[1])  # W meets x itself, whatever the method's input is
+    terms = (Term(expression, plain),) if formula.reads_plain_x else (*formula.terms, Term(moved, plain))
     return replace(
         formula,
         tensors=(*formula.tensors, *state),
-        expression=Expression("add", (delta, moved), delta.shape, span=delta.span),
+        expression=expression,
+        terms=terms,
         events=tuple(event for event in formula.events if not event.moves_base),
     )

@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import Quantity
 
@@ -28,9 +30,13 @@ class Structure(ABC):
 
     name: str
     arity: int = 1
+    optional: tuple[str, ...] = ()  # names of the arguments that may follow
+    sizes: tuple[int, ...] = ()  # positions of the arguments that are sizes: whole numbers of at least 1
     has_product = False
+    wide = False  # whether the product runs in the dtype of weight algebra, float32 at least
     rowwise = False  # whether it treats every row of an activation by itself
-    constant = False  # made of numbers alone, so that it must be told dtype and device
+    constant = False  # its dtype follows from no argument, so that it must be told dtype and device
+    internal = False  # made by the compiler alone, no function of the language
 
     @abstractmethod
     def shape(self, *arguments: Expression) -> Shape:
@@ -38,21 +44,27 @@ class Structure(ABC):
 
     @abstractmethod
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
-        """The value, dense, in the dtype of its arguments; numbers come as numbers.
+        """The value of `node`, dense, in the dtype of its arguments; numbers come as numbers.
+
+        Values may have more leading axes than the shapes of `node` say: axes are counted from the last.
 
         A structure that is `constant` gets a tensor first, whose dtype and device its own are to be.
         """
 
     def product(self, node: Expression, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
-        """`x @ M.T` (`x @ M` if transposed) without forming M; only where `has_product`."""
+        """`x @ M.T` if transposed, else `x @ M`, without forming M; only where `has_product`."""
         raise AssertionError(f"{self.name} has no fast product")
 
     def product_cost(self, node: Expression, rows: int) -> int:
-        """Floating-point operations of `product` on `rows` rows."""
+        """Floating-point operations of `product` on `rows` rows, either way."""
         raise AssertionError(f"{self.name} has no fast product")
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         """Whether the value is zero, given which arguments are."""
+        return False
+
+    def is_identity(self, *arguments: Expression) -> bool:
+        """Whether the value is the identity matrix, given its arguments at the start (see `is_filled`)."""
         return False
 
     def keeps_zeros(self, kept: Sequence[bool]) -> bool:
@@ -62,6 +74,27 @@ class Structure(ABC):
     def rank_bound(self, node: Expression, bounds: Sequence[Quantity | None]) -> Quantity | None:
         """A bound on the rank below the full one, given those of the arguments (None: full)."""
         return None
+
+
+def is_filled(expression: Expression, value: int) -> bool:
+    """Whether every entry of an expression, simplified at the start, is that number."""
+    return expression.operation in ("filled", "number") and expression.value == Quantity.of(value)
+
+
+def axis_of(name: str, *arguments: Expression) -> int:
+    """The axis that the second argument names, counted from the last (-1 is the last); raises `ShapeProblem`."""
+    axes, axis = len(arguments[0].shape), arguments[1].value
+    whole = axis.whole if axis is not None else None
+    if whole is None:
+        raise ShapeProblem(f"the axis of {name} is a whole number that is known")
+    if not -axes <= whole < axes:
+        raise ShapeProblem(f"{name} has no axis {whole} here, the axes are 0..{axes - 1}")
+    return whole if whole < 0 else whole - axes
+
+
+def counting(like: Tensor, length: int) -> Tensor:
+    """The numbers 0, 1 ... length - 1 as int64 on the device of a tensor."""
+    return like.new_ones(length, dtype=torch.int64).cumsum(-1) - 1
 
 
 STRUCTURES: dict[str, Structure] = {}

@@ -6,7 +6,7 @@ import torch
 
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
-from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, is_filled, structure
 
 
 @structure("diag")
@@ -29,6 +29,9 @@ class Diagonal(Structure):
 
     def product_cost(self, node: Expression, rows: int) -> int:
         return rows * whole_of(node.shape[-1])
+
+    def is_identity(self, *arguments: Expression) -> bool:
+        return is_filled(arguments[0], 1)
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return zeros[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 
 
@@ -28,3 +29,7 @@ class Stack(Structure):
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return all(zeros)
+
+    def rank_bound(self, node: Expression, bounds: Sequence[Quantity | None]) -> Quantity | None:
+        left, right = bounds
+        return None if left is None or right is None else left + right
