@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from surgery.compiler.algebra.base import logical
+from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.formula import reads_rows
+from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.plan import Site
@@ -18,40 +18,59 @@ from surgery.compiler.span import Span
 
 
 class AdaptedSite(nn.Module):
-    """`y = x @ W.T + input @ (W_effective - W).T + b`, or its `output` equation, by the definition, for one use of its weight.
+    """`y = x @ W.T + input @ (W_effective - W).T + b`, or the `output` equation, by the definition, for one use of W.
 
     It holds no parameters: x, W as stored, the bias, `training` and the method's tensors (in the order of `names`)
-    are arguments, so the graph shows what it reads. `adaptation` says how p7 is to lower it.
+    are arguments, so the graph shows what it reads. `make_base` says how this use reads W, `adaptation` how p7 is to
+    lower it.
     """
 
-    def __init__(self, site: Site, adaptation: Adaptation, span: Span | None) -> None:
+    def __init__(self, site: Site, adaptation: Adaptation, make_base: Callable[..., Base], span: Span | None) -> None:
         super().__init__()
         self.site = site
         self.adaptation = adaptation
+        self.make_base = make_base
         self.span = span
         self.names = tuple(tensor.name for tensor in site.tensors)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool, *tensors: Tensor) -> Tensor:
-        """The output `[..., out]` for x `[..., in]`."""
+        """The site's output for its own x; behind the method's tensors come those that its kind of weight reads."""
         formula = self.adaptation.formula
-        base = logical(weight, self.site)
-        values: Mapping[str, Tensor] = dict(zip(self.names, tensors, strict=True))
-        leaves = {"x": x, "y": functional.linear(x, base, bias)}
+        count = len(self.names)
+        base = self.make_base(weight, *tensors[count:])
+        values: Mapping[str, Tensor] = dict(zip(self.names, tensors[:count], strict=True))
+        given = base.input(x)
+        row = given.dense() if isinstance(given, Input) else given
+        reads = formula.form != "output" or reads_rows(formula.expression, "y")
+        leaves = {"x": given, "y": base.base_linear(given, bias) if reads else row}
         rows = Rows(
             leaves,
-            lambda node: evaluate(node, base, values).to(x.dtype),
-            lambda part, matrix: torch.matmul(part, evaluate(matrix, base, values).to(part.dtype)),
+            lambda node: self._evaluated(node, base, values).to(row.dtype),
+            lambda part, matrix: self._times(part, matrix, base, values, transposed=False),
             training,
         )
+        y: Tensor = leaves["y"]
         if formula.form == "output":
-            return rows(formula.expression)
-        if formula.reads_plain_x:
-            change = evaluate(self._change(formula.expression), base, values)
-            return functional.linear(x, (base.to(change.dtype) + change).to(base.dtype), bias)
-        y = leaves["y"]
-        for term in formula.terms:
-            y = y + functional.linear(rows(term.input), evaluate(self._change(term.matrix), base, values).to(x.dtype))
+            y = rows(formula.expression)
+        elif formula.reads_plain_x:
+            change = self._evaluated(self._change(formula.expression), base, values)
+            y = base.linear(x, (base.base_weight().to(change.dtype) + change).to(base.dtype), bias)
+            return y
+        else:
+            for term in formula.terms:
+                y = y + self._times(rows(term.input), self._change(term.matrix), base, values, transposed=True)
+        y = base.output(y)
         return y
+
+    def _evaluated(self, node: Expression, base: Base, values: Mapping[str, Tensor]) -> Tensor:
+        return evaluate(node, base.base_weight(), values)
+
+    def _times(
+        self, part: Tensor, matrix: Expression, base: Base, values: Mapping[str, Tensor], transposed: bool
+    ) -> Tensor:
+        dense = self._evaluated(matrix, base, values).to(part.dtype)
+        result: Tensor = base.product(part, dense, transposed=transposed)
+        return result
 
     def _change(self, matrix: Expression) -> Expression:
         """What is added to W: a `delta` itself, of a `weight` the difference."""

@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 
 from surgery.compiler.adapted import AdaptedSite
-from surgery.compiler.algebra.base import Base
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
 from surgery.compiler.p6_rewrite import PREFIX
 
@@ -65,9 +64,10 @@ def _lower(module: fx.GraphModule, node: fx.Node, owner: AdaptedSite) -> None:
     )
     dtype = _dtype_of(node.args[0], owner.adaptation.dtype)
     adaptation = replace(owner.adaptation, dtype=dtype)
-    base = Base(weight, owner.site.transposed, owner.adaptation.dtype)
+    count = len(owner.names)
+    base = owner.make_base(weight, *tensors[count:])
     with graph.inserting_before(node):
-        y = adaptation(x, base, bias, dict(zip(owner.names, tensors, strict=True)), training)
+        y = adaptation(x, base, bias, dict(zip(owner.names, tensors[:count], strict=True)), training)
     assert isinstance(y, fx.Proxy)
     if "val" in node.meta:
         y.node.meta["val"] = node.meta["val"]
@@ -77,4 +77,4 @@ def _lower(module: fx.GraphModule, node: fx.Node, owner: AdaptedSite) -> None:
 
 def _dtype_of(x: Any, otherwise: torch.dtype) -> torch.dtype:
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    return value.dtype if isinstance(value, torch.Tensor) else otherwise
+    return value.dtype if isinstance(value, torch.Tensor) and value.is_floating_point() else otherwise

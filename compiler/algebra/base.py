@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from surgery.compiler.algebra.inputs import Image, Input, Tokens
 from surgery.compiler.algebra.structures import Tensor
 from surgery.compiler.plan import Site
 
@@ -36,7 +37,11 @@ def stored_like(weight: Tensor, site: Site) -> Tensor:
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen weight of a site, the one place through which W and `x @ W.T` are reached."""
+    """The frozen weight of a site, the one place through which W and `x @ W.T` are reached: a plain matrix.
+
+    The algebra works on rows `[..., n]`: `input` says what a site's x is to it, `output` gives rows back as the model
+    expects them. Subclasses are the other kinds of weights; none of them is known to what calls these methods.
+    """
 
     stored: Tensor
     transposed: bool  # stored as [in, out], as Conv1D does
@@ -47,24 +52,119 @@ class Base:
         """Whether `linear` is `x @ weight.T + bias` for a 2-D weight and any x `[..., in]`."""
         return True
 
-    def base_weight(self) -> Tensor:
-        """W as `[out, in]`."""
-        return self.stored.transpose(0, 1) if self.transposed else self.stored
+    def input(self, x: Tensor) -> Tensor | Input:
+        """What the algebra calls x: rows `[..., in]`, or an `Input` that stands for them."""
+        return x
 
-    def base_linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + bias`; a transposed one takes x as `[rows, in]`, as Conv1D does."""
+    def output(self, rows: Tensor) -> Tensor:
+        """Rows `[..., out]` in the layout of the site's own output."""
+        return rows
+
+    def base_weight(self) -> Tensor:
+        """W as `[..., out, in]`."""
+        return self.stored.transpose(-1, -2) if self.transposed else self.stored
+
+    def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
+        """Rows `x @ W.T + bias`; a transposed one with a bias takes x as `[rows, in]`, as Conv1D does."""
+        if isinstance(x, Input):
+            return x.base(self.stored, bias)
         if not self.transposed:
             return functional.linear(x, self.stored, bias)
         return torch.matmul(x, self.stored) if bias is None else torch.addmm(bias, x, self.stored)
 
-    def base_linear_transposed(self, x: Tensor) -> Tensor:
-        """`x @ W`."""
+    def base_linear_transposed(self, x: Tensor | Input) -> Tensor:
+        """Rows `x @ W`."""
+        if isinstance(x, Input):
+            return x.product(self.base_weight().transpose(-1, -2))
         return functional.linear(x, self.stored) if self.transposed else torch.matmul(x, self.stored)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` for another weight `[out, in]` in W's place (fold)."""
+        """The site's own operation on its own x with another weight `[..., out, in]` in W's place (fold)."""
         return functional.linear(x, weight, bias)
 
-    def product(self, x: Tensor, matrix: Tensor, *, transposed: bool) -> Tensor:
-        """`x @ matrix.T`, or `x @ matrix` if not transposed, for a dense matrix of the method."""
+    def product(self, x: Tensor | Input, matrix: Tensor, *, transposed: bool) -> Tensor:
+        """Rows `x @ matrix.T`, or `x @ matrix` if not transposed, for a dense matrix of the method."""
+        if isinstance(x, Input):
+            return x.product(matrix if transposed else matrix.transpose(-1, -2))
         return functional.linear(x, matrix) if transposed else torch.matmul(x, matrix)
+
+
+@dataclass(frozen=True)
+class Lookup(Base):
+    """An embedding, stored as `[vocabulary, width]`: x is one-hot, so in = vocabulary and out = width."""
+
+    vocabulary: int
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
+    def input(self, x: Tensor) -> Input:
+        return Tokens(x, self.vocabulary, self.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.embedding(x, weight.transpose(-1, -2))
+
+
+@dataclass(frozen=True)
+class Convolution(Base):
+    """A Conv2d without groups: W is its kernel as `[out, channels * height * width]`, x the image's patches."""
+
+    channels: int
+    kernel: tuple[int, int]
+    stride: int | tuple[int, ...]
+    padding: int | tuple[int, ...] | str
+    dilation: int | tuple[int, ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
+    def input(self, x: Tensor) -> Input:
+        size = self.channels * self.kernel[0] * self.kernel[1]
+        return Image(x, size, self.kernel, self.stride, self.padding, self.dilation)
+
+    def output(self, rows: Tensor) -> Tensor:
+        return rows.movedim(-1, -3)
+
+    def base_weight(self) -> Tensor:
+        return self.stored.flatten(1)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kernel = weight.unflatten(1, (-1, *self.kernel))
+        return functional.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
+
+
+@dataclass(frozen=True)
+class Diagonal(Base):
+    """The vector of a norm: W is its diagonal matrix, x the normalised input."""
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
+    def base_weight(self) -> Tensor:
+        return torch.diag_embed(self.stored)
+
+    def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
+        y = x * self.stored
+        return y if bias is None else y + bias
+
+    def base_linear_transposed(self, x: Tensor | Input) -> Tensor:
+        return x * self.stored
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x * torch.diagonal(weight, dim1=-2, dim2=-1)
+        return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class Output(Base):
+    """A module without a weight of its own: what the method reads is its output y."""
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
+    def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
+        return x

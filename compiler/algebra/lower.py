@@ -36,7 +36,7 @@ class Adaptation:
     ) -> Tensor:
         """The site's output for `x` `[..., in]`; `tensors` are the method's by name."""
         if self.strategy == "fold":
-            return base.linear(x, self._weight(base, tensors), bias)
+            return base.linear(x, self._weight(base, tensors, self.formula.expression), bias)
         if self.strategy == "recompute":
             return self._recompute(x, base, bias, tensors)
         return self._branch(x, base, bias, tensors, training)
@@ -45,12 +45,12 @@ class Adaptation:
         dtypes = {**self.adapter_dtypes, "W": base.dtype}
         return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes)
 
-    def _weight(self, base: Base, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The effective weight `[out, in]`, rounded once."""
+    def _weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
+        """The effective weight `[out, in]` by the method's expression, rounded once."""
         evaluator = self._evaluator(base, tensors)
-        value = evaluator(self.formula.expression)
+        value = evaluator(expression)
         if self.formula.form == "delta":
-            value = evaluator(Expression("weight", (), self.formula.expression.shape, name="W")) + value
+            value = evaluator(Expression("weight", (), expression.shape, name="W")) + value
         return value if evaluator.dtype == base.dtype else value.to(base.dtype)
 
     def _recompute(self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -66,19 +66,19 @@ class Adaptation:
     ) -> Tensor:
         formula = self.formula
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
-        leaves = {"x": x}
+        row = base.input(x)
+        leaves = {"x": row}
         rows = Rows(leaves, branch.cast, lambda part, matrix: branch.product(part, matrix, False), training)
         if formula.form == "output":
             if reads_rows(formula.expression, "y"):
-                leaves["y"] = base.base_linear(x, bias)
-            return rows(formula.expression)
+                leaves["y"] = base.base_linear(row, bias)
+            return base.output(rows(formula.expression))
         if formula.form == "delta":
-            return sum(
-                (branch.product(rows(term.input), term.matrix) for term in formula.terms), base.base_linear(x, bias)
-            )
+            changes = (branch.product(rows.input(term.input), term.matrix) for term in formula.terms)
+            return base.output(sum(changes, base.base_linear(row, bias)))
         (term,) = formula.terms
-        inside = rows(term.input)
+        inside = rows.input(term.input)
         y = branch.product(inside, term.matrix)
         if not term.reads_plain_x:  # x @ W.T + input @ (M - W).T
-            y = base.base_linear(x) + (y - base.base_linear(inside))
-        return y if bias is None else y + bias
+            y = base.base_linear(row) + (y - base.base_linear(inside))
+        return base.output(y if bias is None else y + bias)

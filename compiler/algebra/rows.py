@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch.nn import functional
 
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.formula import TOKENS, reads_rows
+from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 
@@ -68,7 +68,7 @@ class Rows:
     `rows @ matrix`: the lowering and the reference differ in these two.
     """
 
-    leaves: Mapping[str, Tensor]
+    leaves: Mapping[str, Tensor | Input]
     value: Callable[[Expression], Tensor]
     product: Callable[[Tensor, Expression], Tensor]
     training: Tensor | bool
@@ -76,12 +76,20 @@ class Rows:
 
     def __call__(self, node: Expression, stopped: bool = False) -> Tensor:
         """The value; a part that occurs twice is computed once. `stopped` detaches everything on the way."""
+        value = self._given(node, stopped)
+        return value.dense() if isinstance(value, Input) else value
+
+    def input(self, node: Expression) -> Tensor | Input:
+        """The value for a product with a matrix: an x that is no rows stays what it is."""
+        return self._given(node, False)
+
+    def _given(self, node: Expression, stopped: bool) -> Tensor | Input:
         key = (id(node), stopped)
         if key not in self._known:
             self._known[key] = (node, self._value(node, stopped))  # the node is kept, so its id stays taken
         return self._known[key][1]
 
-    def _value(self, node: Expression, stopped: bool) -> Tensor:
+    def _value(self, node: Expression, stopped: bool) -> Tensor | Input:
         parts = node.arguments
         if node.value is not None:
             return value_of(node.value)
@@ -91,15 +99,17 @@ class Rows:
             case "x" | "y":
                 return self.leaves[node.name].detach() if stopped else self.leaves[node.name]
             case "matmul":
-                return self.product(self(parts[0], stopped), _stopped(parts[1]) if stopped else parts[1])
+                return self.product(self._given(parts[0], stopped), _stopped(parts[1]) if stopped else parts[1])
             case "dropout":
                 share = parts[1].value
                 assert share is not None
                 rate = float(value_of(share))
-                rows = self(parts[0], stopped)
-                return functional.dropout(rows, rate, self.training) if rate else rows  # type: ignore[arg-type]
+                rows = self._given(parts[0], stopped)
+                if isinstance(rows, Input):
+                    return rows.dropout(rate, self.training) if rate else rows
+                return functional.dropout(rows, rate, self.training) if rate else rows
             case "stop":
-                return self(parts[0], True)
+                return self._given(parts[0], True)
             case "negate":
                 return -self(parts[0], stopped)
             case "slice":
