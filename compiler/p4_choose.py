@@ -2,77 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from surgery.compiler.algebra.affine import why_not_folded
-from surgery.compiler.algebra.cost import Cost, measure
+from surgery.compiler.algebra.cost import Cost, branch_is_dense, measure
+from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.plan import Candidate, Plan, Site
 
-STRATEGIES = ("branch", "fold")
+STRATEGIES = ("branch", "fold", "recompute")
 HALF = ("bfloat16", "float16")
-# A byte takes as long as this many operations in float32 on an H200 (67 TFLOP/s over 4.3 TB/s). Only the order of two
-# candidates matters; a processor's ratio is of the same size.
-OPERATIONS_PER_BYTE = 15
-MOST_TOKENS = 1 << 20  # beyond them both costs only grow alike, and sizes in bytes would not fit 64 bits
+# A byte takes as long as this many operations on an H200 (4.3 TB/s; 67 TFLOP/s in float32, some 600 in half precision).
+# Only the order of the candidates matters; a processor's ratio in float32 is of the same size.
+OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16": 140}
+MOST_TOKENS = 1 << 20  # beyond them all costs only grow alike, and sizes in bytes would not fit 64 bits
+
+ROUNDED = "loses small updates to rounding"
+NOT_DENSE = "is for a method whose branch forms an [out, in] matrix anyway"
 
 
 def run(plan: Plan) -> Plan:
     """Choose how every site is run. Raises SURG032 where the spec forces a way that is not legal."""
     diagnostics = Diagnostics()
+    chooser = _Chooser(plan, diagnostics)
     known: dict[tuple[str, str, str], tuple[str, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
         key = (site.formula, site.dtype, site.strategy)
         if key not in known:
-            known[key] = _choose(plan, site, diagnostics)
+            known[key] = chooser.choose(site)
         strategy, reason, candidates = known[key]
         sites.append(site.model_copy(update={"strategy": strategy, "reason": reason, "candidates": candidates}))
     diagnostics.raise_errors()
     return plan.model_copy(update={"sites": tuple(sites)})
 
 
-def _choose(plan: Plan, site: Site, diagnostics: Diagnostics) -> tuple[str, str, tuple[Candidate, ...]]:
-    formula, dtype = instance(plan, site.formula), site.dtype
-    reason = why_not_folded(formula)
-    illegal = {"fold": reason} if reason else {}
-    costs = {
-        strategy: _measure(plan, site.formula, strategy, dtype, site.tensors[0].dtype if site.tensors else dtype)
-        for strategy in STRATEGIES
-        if strategy not in illegal
-    }
-    candidates = tuple(
-        Candidate(
-            strategy=strategy,
-            flops=costs[strategy].flops if strategy in costs else 0,
-            bytes=costs[strategy].bytes if strategy in costs else 0,
-            legal=strategy in costs,
-            reason=illegal.get(
-                strategy, "loses small updates to rounding" if strategy == "fold" and dtype in HALF else ""
-            ),
+@dataclass
+class _Chooser:
+    """Costs that are known, by what they depend on: equal equations of many layers are measured once."""
+
+    plan: Plan
+    diagnostics: Diagnostics
+    _parts: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _costs: dict[tuple[object, ...], tuple[dict[str, Cost], bool]] = field(default_factory=dict)
+
+    def choose(self, site: Site) -> tuple[str, str, tuple[Candidate, ...]]:
+        """The strategy of a site, why, and all candidates."""
+        formula = instance(self.plan, site.formula)
+        illegal = why_not_folded(formula)
+        costs, dense = self._measured(formula, site, not illegal)
+        manual = {} if illegal else self._manual(site.dtype, dense)
+        candidates = tuple(
+            Candidate(
+                strategy=strategy,
+                flops=costs[strategy].flops if strategy in costs else 0,
+                bytes=costs[strategy].bytes if strategy in costs else 0,
+                kept=costs[strategy].kept if strategy in costs else 0,
+                legal=strategy in costs,
+                reason=manual.get(strategy, "") if strategy in costs else illegal,
+            )
+            for strategy in STRATEGIES
         )
-        for strategy in STRATEGIES
-    )
-    if site.strategy:
-        if site.strategy in illegal:
-            span = plan.span(site.place)
-            diagnostics.error("SURG032", f"`strategy = {site.strategy}` is not legal: {illegal[site.strategy]}", span)
-        return site.strategy, "as the spec says", candidates
-    automatic = [strategy for strategy in costs if not (strategy == "fold" and dtype in HALF)]
-    best = min(automatic, key=lambda strategy: _time(costs[strategy]))
-    if len(automatic) == 1:
-        others = [candidate for candidate in candidates if candidate.strategy != best]
-        return best, others[0].reason and f"{others[0].strategy} {others[0].reason}", candidates
-    worst = max(automatic, key=lambda strategy: _time(costs[strategy]))
-    times = _time(costs[worst]) / max(1.0, _time(costs[best]))
-    return best, f"{worst} costs {times:.1f} times as much", candidates
+        if site.strategy:
+            if site.strategy not in costs:
+                message = f"`strategy = {site.strategy}` is not legal: {illegal}"
+                self.diagnostics.error("SURG032", message, self.plan.span(site.place))
+            return site.strategy, "as the spec says", candidates
+        times = {strategy: _time(cost, site.dtype) for strategy, cost in costs.items() if strategy not in manual}
+        best = min(times, key=lambda strategy: times[strategy])
+        return best, _reason(best, times, illegal or manual.get("fold", "")), candidates
+
+    @staticmethod
+    def _manual(dtype: str, dense: bool) -> dict[str, str]:
+        """The legal strategies that a spec has to ask for, and why."""
+        if dense:
+            return {}
+        return {"fold": ROUNDED, "recompute": ROUNDED} if dtype in HALF else {"recompute": NOT_DENSE}
+
+    def _measured(self, formula: MethodFormula, site: Site, folds: bool) -> tuple[dict[str, Cost], bool]:
+        """The cost of every legal strategy, and whether the branch forms an `[out, in]` matrix."""
+        adapter_dtype = site.tensors[0].dtype if site.tensors else site.dtype
+        tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
+        terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
+        key = (formula.form, self._number(formula.expression), terms, tensors, site.dtype, adapter_dtype)
+        if key not in self._costs:
+            tokens = min(self.plan.tokens, MOST_TOKENS)
+            dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
+            legal = STRATEGIES if folds else ("branch",)
+            costs = {strategy: measure(formula, strategy, tokens, *dtypes) for strategy in legal}
+            self._costs[key] = costs, folds and branch_is_dense(formula, tokens)
+        return self._costs[key]
+
+    def _number(self, root: Expression) -> int:
+        """A number per expression, equal for those that differ in nothing but which entries they pick: `v[layer]`."""
+        numbers: dict[int, int] = {}
+
+        def number(node: Expression) -> int:
+            if id(node) not in numbers:
+                picks = tuple(part if part is None or isinstance(part, Range) else 0 for part in node.index)
+                parts = tuple(map(number, node.arguments))
+                key = (node.operation, node.name, node.shape, node.value, picks, parts)
+                numbers[id(node)] = self._parts.setdefault(key, len(self._parts))
+            return numbers[id(node)]
+
+        return number(root)
 
 
-def _time(cost: Cost) -> float:
-    return cost.flops + OPERATIONS_PER_BYTE * cost.bytes
+def _time(cost: Cost, dtype: str) -> float:
+    """In operations; a byte that is kept takes as much of the memory's worth as one that is moved."""
+    return cost.flops + OPERATIONS_PER_BYTE[dtype] * (cost.bytes + cost.kept)
 
 
-def _measure(plan: Plan, key: str, strategy: str, dtype: str, adapter_dtype: str) -> Cost:
-    tokens = min(plan.tokens, MOST_TOKENS)
-    return measure(instance(plan, key), strategy, tokens, getattr(torch, dtype), getattr(torch, adapter_dtype))
+def _reason(best: str, times: dict[str, float], against: str) -> str:
+    if len(times) == 1:
+        return f"fold {against}" if against == ROUNDED else against
+    others = [f"{other} costs {times[other] / max(1.0, times[best]):.1f}" for other in times if other != best]
+    return f"{' and '.join(others)} times as much"

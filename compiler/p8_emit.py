@@ -85,7 +85,7 @@ def _header(graph: Graph, forward: Forward) -> str:
     lines = [f"import {name}  # registers torch.ops.{name}" for name in others]
     header = HEADER.replace("import torch\n", "\n".join(["import torch", *lines]) + "\n", 1)
     needed = "".join(f"{line}\n" for name, line in IMPORTS.items() if f"{name}(" in forward.source)
-    return header.replace("from torch import Tensor\n", f"from torch import Tensor\n{needed}", 1)
+    return header.replace("from torch import Tensor\n", f"from torch import Tensor\n{needed}", 1) if needed else header
 
 
 def _documentation(plan: Plan) -> str:

@@ -59,6 +59,7 @@ class Candidate(Record):
     strategy: str
     flops: int
     bytes: int
+    kept: int = 0  # bytes that the forward keeps for the backward, parameters not counted
     legal: bool
     reason: str
 
@@ -90,7 +91,7 @@ class Site(Record):
     tensors: tuple[TensorPlan, ...]
     trainable: int  # numbers trained at this site (a shared tensor counts at its first site)
     frozen: int  # numbers of the method that are not trained
-    strategy: str = ""  # branch or fold; set by p4_choose
+    strategy: str = ""  # branch, fold or recompute; set by p4_choose
     reason: str = ""
     update: Literal["none", "literal", "telescope"] = "none"
     facts: Facts
@@ -101,7 +102,7 @@ class Site(Record):
 class Formula(Record):
     """One equation with its sizes filled in; many sites share one. `algebra.instance` gives the algebra."""
 
-    method: str  # name of the method
+    method: str  # name of the method, or the text of a composition
     arguments: dict[str, int | float | str | bool]
     outputs: int
     inputs: int
@@ -187,6 +188,7 @@ class DataPlan(Record):
     max_length: int = 512
     holdout: float = 0.0
     eval: str | None = None
+    calibrate: int = 128  # rows of the training data for starts that read it
     place: Place | None = None  # of the block in the spec
 
 

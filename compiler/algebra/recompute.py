@@ -23,7 +23,7 @@ from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.structures import Tensor
 from surgery.compiler.kernels.recompute import rebuilt_linear
 
-WeightOf = Callable[[Base, Mapping[str, Tensor]], Tensor]
+WeightOf = Callable[[Base, Mapping[str, Tensor], Expression], Tensor]  # from W, the tensors and the equation
 
 
 class Recomputed(nn.Module):
@@ -68,7 +68,7 @@ def rebuilt(
 ) -> Tensor:  # fmt: skip
     """`x @ weight.T + bias`, whose gradient goes to the two `factors` (to nothing where there are none)."""
     recorder = Recorder(tensors)
-    function = recorder.finish(weight(replace(base, stored=recorder["W"]), recorder))
+    function = recorder.finish(weight(replace(base, stored=recorder["W"]), recorder, value_alone(formula.expression)))
     given = {**tensors, "W": base.stored}
     operands = [given[name] for name in recorder.inputs]
     left, right = factors or (None, None)
@@ -89,7 +89,8 @@ def checkpointed(
     row = recorder["x"]
     changes: dict[str, Any] = {key: recorder[key] for key in own}
     inner = replace(base, stored=recorder["W"], **changes)
-    function = recorder.finish(inner.linear(row, weight(inner, recorder), None if bias is None else recorder[name]))
+    matrix = weight(inner, recorder, formula.expression)
+    function = recorder.finish(inner.linear(row, matrix, None if bias is None else recorder[name]))
     owner = Checkpointed(f"{formula.name}_linear", function)
     return _call(owner, *(given[name] for name in recorder.inputs))
 
@@ -100,13 +101,17 @@ def _call(owner: Recomputed, *arguments: Tensor | None) -> Tensor:
     return owner(*arguments) if tracer is None else tracer.call(owner, *arguments)  # type: ignore[attr-defined]
 
 
-def value(node: Expression) -> Expression:
-    """An expression with the value of `node`, without what says how its gradient goes."""
-    if node.operation in ("surrogate", "stop"):
-        return value(node.arguments[0])
-    parts = tuple(map(value, node.arguments))
-    same = all(new is old for new, old in zip(parts, node.arguments, strict=True))
-    return node if same else replace(node, arguments=parts)
+def value_alone(expression: Expression) -> Expression:
+    """An expression of the same value, without what says how its gradient goes."""
+    known: dict[int, Expression] = {}  # a part that occurs twice stays one
+
+    def alone(node: Expression) -> Expression:
+        if id(node) not in known:
+            parts = tuple(map(alone, node.arguments))
+            known[id(node)] = parts[0] if node.operation in ("surrogate", "stop") else replace(node, arguments=parts)
+        return known[id(node)]
+
+    return alone(expression)
 
 
 # --- through what the gradient goes -----------------------------------------------------------------------------------

@@ -44,4 +44,9 @@ def _function(owner: Recomputed) -> str:
     lines = [*head[:-1], f"{head[-1]} -> Tensor:", f'    """{said}"""']
     if body.uses_device:
         lines.append(f"    device = {next(iter(known.values()))}.device")
-    return "\n".join([*lines, *(f"    {line}" for line in body.lines), f"    return {known[result]}"]) + "\n"
+    start = next((number for number, line in enumerate(body.lines) if line.startswith(f"{end} = ")), None)
+    if start is None:  # it is an argument itself
+        body.lines.append(f"return {known[result]}")
+    else:
+        body.lines[start] = body.lines[start].replace(f"{end} =", "return", 1)
+    return "\n".join([*lines, *(f"    {line}" for line in body.lines)]) + "\n"

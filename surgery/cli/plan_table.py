@@ -48,7 +48,7 @@ def fold(sites: Iterable[Site]) -> list[list[Site]]:
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.shape, site.method, site.rank,
-               site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
+               site.trainable, site.frozen, site.strategy, site.reason, site.candidates, site.update, site.facts)  # fmt: skip
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 
@@ -159,15 +159,21 @@ def _list(console: Console, title: str, lines: Iterable[str]) -> None:
 
 
 def _candidates(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"ways to run, per step of {plan.tokens:,} tokens")
-    for header in ("site", "way", "GFLOP", "MB", "legal", "reason"):
-        table.add_column(header, justify="right" if header in ("GFLOP", "MB") else "left", overflow="fold")
-    for site in plan.sites:
-        for way in site.candidates:
-            chosen = " (chosen)" if way.strategy == site.strategy else ""
-            cells = (site.path, way.strategy + chosen, f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}",
-                     "yes" if way.legal else "no", way.reason)  # fmt: skip
-            table.add_row(*map(Text, cells))
+    """Every way to run a site, equal ones once; the numbers are what it adds to the frozen site."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"ways to run, per {plan.tokens:,} tokens")
+    numbers = ("GFLOP", "MB moved", "MB kept")
+    for header in ("site", "way", *numbers, "legal", "reason"):
+        table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
+    for group in fold(plan.sites):
+        path = folded_path([member.path for member in group])
+        for way in group[0].candidates:
+            chosen = way.strategy == group[0].strategy
+            costs = [f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}", f"{way.kept / 1e6:,.3f}"]
+            name = f"{way.strategy} (chosen)" if chosen else way.strategy
+            reason = group[0].reason if chosen else way.reason
+            cells = (path, name, *(costs if way.legal else [""] * 3), "yes" if way.legal else "no", reason)
+            table.add_row(*map(Text, cells), end_section=way is group[0].candidates[-1])
+            path = ""
     return table
 
 
