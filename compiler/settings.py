@@ -232,7 +232,8 @@ DATA: dict[str, Reader] = {
     "max_length": whole(1),
     "holdout": at_least(0, below=1),
     "eval": text,
-    **dict.fromkeys(("prompt", "completion", "messages", "template", "loss", "too_long", "pack", "calibrate"), later),
+    "calibrate": whole(1),
+    **dict.fromkeys(("prompt", "completion", "messages", "template", "loss", "too_long", "pack"), later),
 }
 TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
 

@@ -90,25 +90,37 @@ def compile(
 
     `model` (any `nn.Module`) is left as it is, and stands for the spec's; else the spec's is loaded. `example_inputs`
     are made from the task and the config where they are left out. `device`: default the given model's, else a GPU if
-    there is one. No method that is built yet reads `calibration` batches. Raises `SurgError`.
+    there is one. `calibration` batches, as the step takes them, are for methods whose starts read data. Raises
+    `SurgError`.
     """
+    return _compile(program, model, example_inputs, device, calibration, allow_code=allow_code)
+
+
+def _compile(
+    program: Program, model: nn.Module | None, example_inputs: Mapping[str, torch.Tensor] | None,
+    device: str | torch.device | None, calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    saved: Mapping[str, torch.Tensor] | None = None, *, allow_code: bool,
+) -> TrainingStep:  # fmt: skip
+    """`compile`, with the tensors of a run where there are some: their starts are not computed again."""
     import torch
 
     from surgery.compiler import p5_capture, pipeline
     from surgery.compiler.graph import tensors
+    from surgery.runtime.calibrate import calibrate, missing
     from surgery.runtime.examples import example_inputs as make_examples
-    from surgery.runtime.initialise import initialise
+    from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.models import load_model
     from surgery.runtime.step import TrainingStep
 
     _check_given(program, model)
-    if calibration is not None:
-        raise fail("SURG008", "calibration data is not built yet: no method of the library reads it")
     if model is None:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with _at_model_line(program):
             model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
     made = pipeline.resolve(program, model)
+    reads_data = saved is None and any(site.facts.needs_calibration for site in made.sites)
+    if reads_data and not calibration:
+        raise missing(made)
     task = made.model.task
     where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
     examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
@@ -116,7 +128,9 @@ def compile(
     graph = p5_capture.run(model, examples, task)
     for found in graph.warnings:
         warnings.warn(render(found), stacklevel=2)
-    graph = pipeline.adapt(made, graph, initialise(made, tensors(graph.module)))
+    seen = calibrate(made, graph, calibration) if reads_data and calibration else None
+    starts = initialise(made, tensors(graph.module), Sources(program.folder, seen, saved))
+    graph = pipeline.adapt(made, graph, starts)
     return TrainingStep(made, graph, model, folder=program.folder, device=device)
 
 
@@ -148,6 +162,7 @@ def load(
 
     state = load_state(directory)
     program = parse(state.spec, state.folder, state.plan.file)
-    step = compile(program, model, example_inputs, device, allow_code=allow_code)
+    saved = state.state["weights"]
+    step = _compile(program, model, example_inputs, device, saved=saved, allow_code=allow_code)
     step.load_state_dict(state.state)
     return step

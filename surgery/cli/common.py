@@ -19,6 +19,8 @@ from rich.text import Text
 from surgery.compiler.diagnostics import Diagnostic, SurgError, render
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from surgery.compiler.plan import Plan
     from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
@@ -198,3 +200,12 @@ def data_of(plan: Plan, folder: Path, labels: Iterable[str] = ()) -> Data:
     show(data.warnings)
     note(data.summary())
     return data
+
+
+def calibration_of(plan: Plan, folder: Path, data: Data | None = None) -> list[dict[str, Tensor]] | None:
+    """The calibration batches of a plan whose starts read data, from the file that the spec names; None for others."""
+    from surgery.runtime.calibrate import calibration_batches
+
+    if plan.data is None or not any(site.facts.needs_calibration for site in plan.sites):
+        return None
+    return calibration_batches(plan, data_of(plan, folder) if data is None else data)

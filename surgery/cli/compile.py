@@ -14,6 +14,7 @@ from surgery.cli.common import (
     FormatOption,
     SpecArgument,
     answer,
+    calibration_of,
     check_output,
     quiet,
     reporting,
@@ -47,7 +48,8 @@ def run(
         quiet()
         program = surgery.parse(spec)
         show(program.warnings)
-        step = surgery.compile(program, device=device, allow_code=allow_code)
+        batches = calibration_of(surgery.plan(program, allow_code=allow_code), program.folder)
+        step = surgery.compile(program, device=device, calibration=batches, allow_code=allow_code)
         step.save(folder)
         write_text(folder / "graph.py", step.graph_source)
     if format is Format.json:

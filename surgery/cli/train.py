@@ -14,6 +14,7 @@ from surgery.cli.common import (
     Format,
     FormatOption,
     answer,
+    calibration_of,
     check_output,
     data_of,
     load_run,
@@ -89,8 +90,10 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
     if not resume and not spec.is_dir():
         program = surgery.parse(spec)
         show(program.warnings)
-        data = data_of(surgery.plan(program, allow_code=allow_code), program.folder)
-        return surgery.compile(program, device=device, allow_code=allow_code), data
+        plan = surgery.plan(program, allow_code=allow_code)
+        data = data_of(plan, program.folder)
+        batches = calibration_of(plan, program.folder, data)
+        return surgery.compile(program, device=device, calibration=batches, allow_code=allow_code), data
     source = folder if resume else spec
     state = load_state(source)
     if not resume and state.step > 0:

@@ -83,7 +83,7 @@ class Stream:
         """The rows of an epoch in their order."""
         if epoch not in self._orders:
             self._orders.clear()  # only the running epoch is kept
-            self._orders[epoch] = torch.randperm(len(self.examples), generator=_generator(self.seed, epoch)).tolist()
+            self._orders[epoch] = torch.randperm(len(self.examples), generator=seeded(self.seed, epoch)).tolist()
         return self._orders[epoch]
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -162,7 +162,8 @@ def load_evaluation(plan: Plan, folder: Path, tokenizer: Any, path: str | Path, 
     return reader.examples(file, rows, reader.label_names(file, rows, names))
 
 
-def _generator(seed: int, epoch: int) -> torch.Generator:
+def seeded(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order; -1 chooses the rows to hold out, -2 those to calibrate with."""
     digest = hashlib.sha256(f"surgery data {seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -234,7 +235,7 @@ class _Reader:
         if not 0 < count < len(rows):
             message = f"holdout = {self.data.holdout} of {len(rows)} rows leaves {len(rows) - count} to train on"
             raise file.fail("SURG052", f"{message} and {count} to evaluate on")
-        chosen = set(torch.randperm(len(rows), generator=_generator(self.plan.step.seed, -1))[:count].tolist())
+        chosen = set(torch.randperm(len(rows), generator=seeded(self.plan.step.seed, -1))[:count].tolist())
         kept = [row for number, row in enumerate(rows) if number not in chosen]
         return kept, [row for number, row in enumerate(rows) if number in chosen]
 

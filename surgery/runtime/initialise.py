@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +21,36 @@ from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.algebra.structures.decomposition import PARTS
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.plan import Plan, Site, TensorPlan
+from surgery.runtime.calibrate import Calibration, missing
 from surgery.runtime.checkpoint import weight_of
 from surgery.runtime.draws import draw
 
 
-def initialise(
-    plan: Plan, weights: Mapping[str, Tensor], folder: Path | None = None, saved: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Sources:
+    """Where starts read what the model does not hold: the spec's folder, calibration data, or a run that has begun.
+
+    `saved` are the tensors of a run by key: where they are given nothing is computed.
+    """
+
+    folder: Path = Path()
+    calibration: Calibration | None = None
+    saved: Mapping[str, Tensor] | None = None
+
+
+NOTHING = Sources()
+
+
+def initialise(plan: Plan, weights: Mapping[str, Tensor], sources: Sources = NOTHING) -> dict[str, Tensor]:
     """The method's tensors by key, in their dtypes, on the device of the site's W; `weights` has W by its name.
 
     Every draw is on the CPU in float32 from a generator seeded by (seed, path, name), so it depends on nothing else.
-    `folder` is the spec's, from which other checkpoints are named. `saved` are the tensors of a run: where they are
-    given nothing is computed. Raises SURG037 for a checkpoint that does not fit, SURG054 for a tensor that lacks there.
+    Raises SURG036 where calibration data is missing, SURG037 for a checkpoint that does not fit, SURG053 for a matrix
+    that is not finite, SURG054 for a tensor that is not among the saved ones.
     """
+    reads_data = sources.saved is None and any(site.facts.needs_calibration for site in plan.sites)
+    if reads_data and sources.calibration is None:
+        raise missing(plan)
     tensors: dict[str, Tensor] = {}
     for site in plan.sites:
         formulas = {tensor.name: tensor for tensor in instance(plan, site.formula).tensors}
@@ -40,14 +59,17 @@ def initialise(
         for tensor in site.tensors:
             if tensor.key not in tensors:
                 if evaluator is None:
-                    evaluator = _Starts(plan, site, weights[site.parameter].detach(), begun, folder or Path())
-                value = _start(plan, tensor, formulas[tensor.name], evaluator) if saved is None else _of(saved, tensor)
+                    evaluator = _Starts(plan, site, weights[site.parameter].detach(), begun, sources)
+                if sources.saved is None:
+                    value = _start(plan, tensor, formulas[tensor.name], evaluator)
+                else:
+                    value = _saved(sources.saved, tensor)
                 tensors[tensor.key] = value.to(weights[site.parameter].device)
             begun[tensor.name] = tensors[tensor.key]
     return tensors
 
 
-def _of(saved: Mapping[str, Tensor], tensor: TensorPlan) -> Tensor:
+def _saved(saved: Mapping[str, Tensor], tensor: TensorPlan) -> Tensor:
     if tensor.key not in saved or tuple(saved[tensor.key].shape) != tensor.shape:
         message = f"`{tensor.key}` of shape {list(tensor.shape)} is not among the saved tensors"
         raise fail("SURG054", message, help="the state is of another spec or another model")
@@ -58,9 +80,11 @@ def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _S
     dtype = getattr(torch, tensor.dtype)
     start = formula.start
     if start.expression is not None and start.expression.operation == "tensor":
-        return evaluator.tensors[start.expression.name].to(dtype, copy=True)
+        copied: Tensor = evaluator.tensors[start.expression.name]
+        return copied.to(dtype, copy=True)
     if start.expression is not None:
-        return evaluator(start.expression).to(dtype).expand(tensor.shape).clone()
+        value: Tensor = evaluator(start.expression)
+        return value.to(dtype).expand(tensor.shape).clone()
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
     shape = tuple(whole_of(size) for size in formula.shape)
@@ -75,26 +99,35 @@ def _seed(seed: int, key: str) -> int:
 class _Starts(Evaluator):
     """Values of a site's start expressions over the tensors begun before; one matrix is decomposed once."""
 
-    def __init__(self, plan: Plan, site: Site, stored: Tensor, begun: dict[str, Tensor], folder: Path) -> None:
+    def __init__(self, plan: Plan, site: Site, stored: Tensor, begun: dict[str, Tensor], sources: Sources) -> None:
         super().__init__(lambda: logical(stored, site), begun, wider(stored.dtype))
-        self.site, self.stored, self.folder = site, stored, folder
+        self.site, self.stored, self.sources = site, stored, sources
         self.seed = _seed(plan.step.seed, f"{site.path} singular")
         self.decomposed: dict[tuple[str, Expression, int], tuple[Tensor, ...]] = {}
 
-    def _value(self, node: Expression, stopped: bool) -> Tensor:
+    def _value(self, node: Expression, stopped: bool) -> Any:
         match node.operation:
             case "weight_of":
                 shape = tuple(self.stored.shape)
-                found = weight_of(node.name, self.site.parameter, shape, self.folder, node.span)
+                found = weight_of(node.name, self.site.parameter, shape, self.sources.folder, node.span)
                 return logical(found.to(self.stored.device), self.site).to(self.dtype)
+            case "gradient":
+                assert self.sources.calibration is not None
+                gradient = self.sources.calibration.gradients[self.site.path].to(self.stored.device)
+                return logical(gradient, self.site).to(self.dtype)
             case name if name in PARTS:
                 return self._part(node)
         return super()._value(node, stopped)
 
-    def _part(self, node: Expression) -> Tensor:
+    def _part(self, node: Expression) -> Any:
         matrix, count = node.arguments
         assert count.value is not None
         rank = int(value_of(count.value))
+        if matrix.operation == "activations":
+            assert self.sources.calibration is not None
+            gram = self.sources.calibration.grams[self.site.path].to(self.stored.device)
+            values, right = decompose.singular_of_gram(gram, rank)
+            return (values if node.operation == "singular_values" else right).to(self.dtype)
         if node.operation.startswith("qr"):
             found = self._once("qr", matrix, rank)
         else:
@@ -115,4 +148,3 @@ class _Starts(Evaluator):
             else:
                 self.decomposed[key] = decompose.singular(value, rank or min(value.shape[-2:]), self.seed)
         return self.decomposed[key]
-
