@@ -16,7 +16,7 @@ from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, Method
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity, value_of
-from surgery.compiler.algebra.recorder import Recorder
+from surgery.compiler.algebra.recorder import Recorder, identifier
 from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
 
@@ -124,7 +124,7 @@ def _program(
 
     evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))
     _write(base() if change.target == "W" else recorder[change.target], change, evaluator)
-    keep = tuple(name for name in recorder.inputs if name.endswith(BEFORE))
+    keep = tuple(identifier(name) for name in recorder.inputs if name.endswith(BEFORE))
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
     return EventProgram(
         _comment(event), "after step", event.when.source, tuple(name.removesuffix(BEFORE) for name in keep),
@@ -150,4 +150,4 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
 
 def _names(recorder: Recorder, site: Site) -> dict[str, str]:
     keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter}
-    return {name: keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}
+    return {identifier(name): keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}

@@ -24,6 +24,34 @@ class Node:
 # --- expressions ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Operand(Node):
+    """What `+`, `-`, `*` and `@` join in Python as they do in a spec: `method("lora") + 2 * method("circulant")`."""
+
+    def _joined(self, operator: str, other: object, *, swapped: bool = False) -> Binary:
+        if isinstance(other, int | float) and not isinstance(other, bool) and other >= 0:
+            other = Number(repr(other))
+        if not isinstance(other, Operand | Number):
+            return NotImplemented
+        sides = (other, self) if swapped else (self, other)
+        return Binary(operator, *sides)  # type: ignore[arg-type]
+
+    def __add__(self, other: object) -> Binary:
+        return self._joined("+", other)
+
+    def __sub__(self, other: object) -> Binary:
+        return self._joined("-", other)
+
+    def __mul__(self, other: object) -> Binary:
+        return self._joined("*", other)
+
+    def __rmul__(self, other: object) -> Binary:
+        return self._joined("*", other, swapped=True)
+
+    def __matmul__(self, other: object) -> Binary:
+        return self._joined("@", other)
+
+
 @dataclass(frozen=True)
 class Number(Node):
     """`8`, `2.0`, `1e-4`: the spelling, digits only for whole numbers."""
@@ -46,14 +74,14 @@ class Boolean(Node):
 
 
 @dataclass(frozen=True)
-class Name(Node):
+class Name(Operand):
     """A name, also `in`."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Unary(Node):
+class Unary(Operand):
     """`-x` or `not x`; `operator` is "-" or "not"."""
 
     operator: str
@@ -61,7 +89,7 @@ class Unary(Node):
 
 
 @dataclass(frozen=True)
-class Binary(Node):
+class Binary(Operand):
     """`a + b`: operator is one of `+ - * / // % @ ** == != <= >= < > and or`; `operator_span` is where it stands."""
 
     operator: str
@@ -94,7 +122,7 @@ class Argument(Node):
 
 
 @dataclass(frozen=True)
-class Call(Node):
+class Call(Operand):
     """`function(arguments)`; the function is a plain name."""
 
     function: str

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.build import Value
+from surgery.compiler.algebra.compose import calls, compose, formula_of
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.method import bind_arguments, elaborate
+from surgery.compiler.algebra.method import bind_arguments, elaborate, names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.library import library
@@ -148,18 +149,12 @@ def _rule(
     try:
         (clause, *_) = clauses[nodes.With]
         assert isinstance(clause, nodes.With)
-        call = _method_call(clause.value)
-        if call.function not in methods:
-            known = did_you_mean(call.function, methods)
-            raise fail("SURG002", f"there is no method `{call.function}`", call.span, help=known)
-        if call.function in broken:
+        if _broken(clause.value, broken):
             return None
-        method = methods[call.function]
-        values = bind_arguments(method, call)
-        _check_rank(values, call)
-        formula, problems = elaborate(method, values, {name: Quantity.symbol(name) for name in SYMBOLIC})
+        method, values = _method(clause.value, methods)
+        formula, problems = formula_of(method, values, {name: Quantity.symbol(name) for name in SYMBOLIC})
         if formula is None:
-            used = Note("used by this rule", call.span)
+            used = Note("used by this rule", clause.value.span)
             raise SurgError([replace(found, notes=(*found.notes, used)) for found in problems.found])
     except SurgError as error:
         diagnostics.found += error.diagnostics
@@ -184,14 +179,25 @@ def _check_rank(values: Mapping[str, Value], call: nodes.Call) -> None:
         raise fail("SURG026", f"rank {number} is out of range: it is at least 1", where)
 
 
-def _method_call(node: nodes.Expr) -> nodes.Call:
-    if isinstance(node, nodes.Name):
-        return nodes.Call(node.name, (), span=node.span)
-    if isinstance(node, nodes.Call):
-        return node
-    if isinstance(node, nodes.Binary | nodes.Unary):
-        raise fail("SURG008", "composition of methods is not built yet", node.span)
-    raise fail("SURG004", f"`with` takes a method, not `{show(node)}`", node.span)
+def _broken(node: nodes.Expr, broken: set[str]) -> bool:
+    """Whether a `with` expression uses a method that is wrong in itself, which is said already."""
+    return bool(broken & ({call.function for call in calls(node)} | names_in(node)))
+
+
+def _method(node: nodes.Expr, methods: Mapping[str, nodes.Method]) -> tuple[nodes.Method, dict[str, Value]]:
+    """The method that a rule applies, with its parameters' values; those of a composition are in its parts."""
+    call = nodes.Call(node.name, (), span=node.span) if isinstance(node, nodes.Name) else node
+    if not isinstance(call, nodes.Call) or (call.function not in methods and calls(call)[1:]):
+        composed = compose(node, methods)
+        for part in composed.parts:
+            _check_rank(part.arguments, part.call)
+        return composed, {}
+    if call.function not in methods:
+        known = did_you_mean(call.function, methods)
+        raise fail("SURG002", f"there is no method `{call.function}`", call.span, help=known)
+    values = bind_arguments(methods[call.function], call)
+    _check_rank(values, call)
+    return methods[call.function], values
 
 
 def plain(value: Value) -> int | float | str | bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra import instance, telescope
+from surgery.compiler.algebra import compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
 from surgery.compiler.algebra.proved import prove
@@ -224,7 +224,8 @@ class _Resolver:
         """Choose the reading of a formula, and enter it and its events into the plan unless it is there."""
         update: Update = "none"
         if proved.moves_base:
-            telescopes = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
+            wanted = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
+            telescopes = wanted and telescope.why_not(formula) is None
             update = "telescope" if telescopes else "literal"
         if update == "telescope":
             record = record.model_copy(update={"telescope": True})
@@ -232,7 +233,7 @@ class _Resolver:
         record = record.model_copy(update={"equation": formula.equation})
         key = next((key for key, other in self.formulas.items() if other == record), None)
         if key is None:
-            key = f"{record.method}_{len(self.formulas)}"
+            key = f"{formula.name}_{len(self.formulas)}"
             self.formulas[key] = record
             self._events(key, rule, formula, update)
         return key, formula, proved, update
@@ -241,9 +242,10 @@ class _Resolver:
         return sorted(COORDINATES & set().union(*(names_in(statement) for statement in rule.method.statements)))
 
     def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
-        rank, least = record.arguments.get("rank"), min(weight.outputs, weight.inputs)
+        least = min(weight.outputs, weight.inputs)
         where = Note(f"at `{weight.path}` [{weight.outputs}, {weight.inputs}]", rule.node.pattern.span)
-        if isinstance(rank, int) and not 1 <= rank <= least:
+        rank = next((rank for rank in compose.ranks(rule.method, record.arguments) if not 1 <= rank <= least), None)
+        if rank is not None:
             message = f"rank {rank} is out of range: 1 to {least} here"
             self.diagnostics.error("SURG026", message, rule.method_span, notes=[where])
             return None
@@ -330,7 +332,7 @@ class _Resolver:
             task, labels = skeleton.task
             model = model.model_copy(update={"task": task, "labels": labels})
         own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
-        borrowed = [rule.method for rule in program.rules if rule.method.name not in own]
+        borrowed = [method for rule in program.rules for method in rule.methods if method.name not in own]
         step, data = program.step, program.data
         if data is not None and skeleton.positions is not None:
             data = data.model_copy(update={"max_length": min(data.max_length, skeleton.positions)})
@@ -354,6 +356,8 @@ class _Resolver:
 
 
 def _call(rule: Rule) -> str:
+    if isinstance(rule.method, compose.Composed):
+        return rule.method.name
     arguments = ", ".join(
         f'{name} = "{value}"'
         if isinstance(value, str)

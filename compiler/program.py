@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.compiler import nodes
+from surgery.compiler.algebra.compose import Composed
 from surgery.compiler.diagnostics import Diagnostic
 from surgery.compiler.plan import DataPlan, ModelPlan, StepPlan
 from surgery.compiler.printer import show
@@ -25,6 +26,11 @@ class Rule:
     alias: str | None = None
     strategy: str = "auto"
     update: str = "auto"
+
+    @property
+    def methods(self) -> tuple[nodes.Method, ...]:
+        """The methods that it applies: one, or those of a composition."""
+        return tuple(part.method for part in self.method.parts) if isinstance(self.method, Composed) else (self.method,)
 
     @property
     def method_span(self) -> Span | None:

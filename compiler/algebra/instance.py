@@ -12,10 +12,10 @@ from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, Affine, NotAffine, effective
 from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.build import Value, number
+from surgery.compiler.algebra.compose import compose, formula_of
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.telescope import telescoped
 from surgery.compiler.diagnostics import fail
@@ -30,7 +30,7 @@ def build(method: nodes.Method, formula: Formula) -> MethodFormula:
         for name, value in formula.arguments.items()
     }
     sizes = {"in": formula.inputs, "out": formula.outputs, **formula.coordinates}
-    found, diagnostics = elaborate(method, arguments, {name: Quantity.of(size) for name, size in sizes.items()})
+    found, diagnostics = formula_of(method, arguments, {name: Quantity.of(size) for name, size in sizes.items()})
     diagnostics.raise_errors()
     assert found is not None
     return telescoped(found) if formula.telescope else found
@@ -50,8 +50,12 @@ def _methods(texts: Texts) -> Mapping[str, nodes.Method]:
 
 @functools.lru_cache(maxsize=4096)
 def _instance(texts: Texts, formula: str) -> MethodFormula:
-    record = Formula.model_validate_json(formula)
-    return build(_methods(texts)[record.method], record)
+    record, methods = Formula.model_validate_json(formula), _methods(texts)
+    if record.method in methods:
+        return build(methods[record.method], record)
+    (rule,) = p1_parse.run(Source("<composition>", f"adapt x {{ with {record.method} }}")).items
+    assert isinstance(rule, nodes.Adapt) and isinstance(rule.clauses[0], nodes.With)
+    return build(compose(rule.clauses[0].value, methods), record)
 
 
 def instance(plan: Plan, key: str) -> MethodFormula:

@@ -310,7 +310,7 @@ def elaborate(
     """
     names: dict[str, Value] = dict(arguments)
     names.update({name: number(value) for name, value in sizes.items()})
-    if _is_square(method) and sizes["in"].constant is None:
+    if is_square(method) and sizes["in"].constant is None:
         names["out"] = names["in"]
     out, inside = names["out"], names["in"]
     assert isinstance(out, Expression) and isinstance(inside, Expression)
@@ -335,7 +335,8 @@ def elaborate(
     ), reader.diagnostics  # fmt: skip
 
 
-def _is_square(method: nodes.Method) -> bool:
+def is_square(method: nodes.Method) -> bool:
+    """Whether it requires `in == out`."""
     wanted = (nodes.Name("in"), nodes.Name("out"))
     return any(
         isinstance(statement, nodes.Require)

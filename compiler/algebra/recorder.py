@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import fx
 
 
+def identifier(name: str) -> str:
+    """A tensor's name as Python may have it: those of a composition have a point."""
+    return name.replace(".", "_")
+
+
 class Recorder(Mapping[str, fx.Proxy]):
     """Tensors by name, each a placeholder of `graph` that appears when it is first asked for.
 
@@ -23,10 +28,10 @@ class Recorder(Mapping[str, fx.Proxy]):
         if name not in self.inputs:
             first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
             if first is None:
-                node = self.graph.placeholder(name)
+                node = self.graph.placeholder(identifier(name))
             else:
                 with self.graph.inserting_before(first):
-                    node = self.graph.placeholder(name)
+                    node = self.graph.placeholder(identifier(name))
             self.inputs[name] = fx.Proxy(node, self._tracer)
         return self.inputs[name]
 

@@ -101,6 +101,9 @@ def _stem(site: dict[str, str]) -> str:
     """The module path that most of a site's names lie below; shared tensors lie elsewhere."""
     paths = [name.rpartition(".")[0] for name in site.values()]
     own = [path for path in paths if not path.startswith("shared.")] or paths
+    shortest = min(own, key=len)
+    if all(f"{path}.".startswith(f"{shortest}.") for path in own):  # tensors of a composition lie one level below
+        return shortest
     return max(dict.fromkeys(own), key=own.count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from surgery.compiler import p6_rewrite, p7_lower, pipeline
 from surgery.compiler.diagnostics import Diagnostics, fail
-from surgery.compiler.graph import TRAINING, called_modules, tensors
+from surgery.compiler.graph import TRAINING, called_modules, put, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
 from surgery.runtime.initialise import initialise
@@ -55,7 +56,7 @@ class Adapted(nn.Module):
         if name in self.__shared:
             holder, attribute = self.__shared[name]
             return getattr(holder, attribute)
-        return getattr(self, name)
+        return attrgetter(name)(self)
 
     def extra_repr(self) -> str:
         """Sizes and tensor names, for `print(model)`."""
@@ -152,11 +153,8 @@ def _adapted(site: Site, module: nn.Module, lowered: Lowered, values: dict[str, 
         if tensor.key.startswith("shared."):
             owner, name = holder, tensor.key.replace(".", "_")
             shared[tensor.name] = (holder, name)
-        if not hasattr(owner, name):
-            if tensor.role == "train":
-                owner.register_parameter(name, nn.Parameter(value))
-            else:
-                owner.register_buffer(name, value)
+        if owner is adapted or not hasattr(owner, name):
+            put(owner, name, nn.Parameter(value) if tensor.role == "train" else value)
     return adapted
 
 
@@ -182,7 +180,7 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     inputs = {}
     for name in reversed(names):
         with graph.inserting_after(last):
-            inputs[name] = graph.placeholder(f"{name}_")
+            inputs[name] = graph.placeholder(f"{name.replace('.', '_')}_")
     for node in reads:
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)
