@@ -95,7 +95,7 @@ class Branch:
 
     def cast(self, node: Expression, stopped: bool = False) -> Tensor:
         """A matrix in the activation's dtype: stored tensors are cast at use, computed ones are rounded once."""
-        if node.value is not None:
+        if node.value is not None and not node.shape:
             return value_of(node.value)
         if node.operation == "tensor":
             stored = self.evaluator.leaf(node, stopped)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
+from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import Expression, Range, Shape
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
 from surgery.compiler.algebra.sources import SOURCES, source
-from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
+from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Structure
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
@@ -23,14 +24,13 @@ Value = Expression | str | bool
 
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
-    circ skewcirc toeplitz symtoeplitz kron khatri_rao blockdiag grid tile wrap select scatter rotary skew cayley ifft2
-    topk_mask previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile
-    hidden_dimension_gain random where
+    previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
 """
 LATER = frozenset(_LATER.split())
 MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
 LARGEST_TENSOR = 1 << 40  # numbers: more than any machine holds, and its bytes can still be counted
 MAXIMUM_DEPTH = 100  # so that every later pass may recurse
+MAXIMUM_TERMS = 1_024  # of a sum over a range, and of ranges within ranges
 NUMBERS_ONLY = frozenset({"min", "max"})
 
 
@@ -59,6 +59,7 @@ class Builder:
     names: Mapping[str, Value]
     in_event: bool = False
     used: set[str] = field(default_factory=set)
+    most_terms: int = MAXIMUM_TERMS
 
     def number(self, node: nodes.Expr, what: str = "a number") -> Quantity:
         """The expression's value where only a number will do."""
@@ -111,13 +112,17 @@ class Builder:
             value = self._value(node)
         except ArithmeticProblem as problem:
             raise fail("SURG004", f"`{show(node)}`: {problem}", node.span) from problem
-        if isinstance(value, Expression) and (value.parts > MAXIMUM_PARTS or value.depth > MAXIMUM_DEPTH):
-            message = f"with its names written out, `{show(node)}` has {value.parts:,} parts, nested {value.depth} deep"
-            limits = f"at most {MAXIMUM_PARTS:,} parts and {MAXIMUM_DEPTH} levels are read"
-            raise fail("SURG010", message, node.span, help=limits)
         if isinstance(value, Expression):
+            self.check_parts(value.parts, node, value.depth)
             check_extent(value.shape, node.span)
         return replace(value, span=node.span) if isinstance(value, Expression) and value.arguments else value
+
+    def check_parts(self, parts: int, node: nodes.Expr, depth: int = 1) -> None:
+        """Refuse an expression that is too large with the names in it written out (SURG010)."""
+        if parts > MAXIMUM_PARTS or depth > MAXIMUM_DEPTH:
+            message = f"with its names written out, `{show(node)}` has {parts:,} parts, nested {depth} deep"
+            limits = f"at most {MAXIMUM_PARTS:,} parts and {MAXIMUM_DEPTH} levels are read"
+            raise fail("SURG010", message, node.span, help=limits)
 
     def _value(self, node: nodes.Expr) -> Value:
         match node:
@@ -131,7 +136,7 @@ class Builder:
                 return self._name(node, name)
             case nodes.Unary("-", operand):
                 inner = self.expression(operand)
-                if inner.value is not None:
+                if inner.value is not None and not inner.shape:
                     return number(-inner.value)
                 return Expression("negate", (inner,), inner.shape)
             case nodes.Binary(operator, _, _) if operator in COMPARE or operator in ("and", "or"):
@@ -152,7 +157,7 @@ class Builder:
             case nodes.Call(function, arguments):
                 return self._call(node, function, arguments)
             case nodes.Comprehension():
-                raise fail("SURG008", "comprehensions are not built yet", node.span)
+                raise fail("SURG004", "`for` belongs into sum, hstack or vstack", node.span)
             case _:
                 raise fail("SURG004", f"`{show(node)}` has no place in an equation", node.span)
 
@@ -191,7 +196,7 @@ class Builder:
     def _binary(self, node: nodes.Binary) -> Expression:
         left, right = self.expression(node.left), self.expression(node.right)
         sign = node.operator
-        if left.value is not None and right.value is not None and sign != "@":
+        if left.value is not None and right.value is not None and not left.shape and not right.shape and sign != "@":
             operations = {
                 "+": Quantity.__add__, "-": Quantity.__sub__, "*": Quantity.__mul__, "/": Quantity.__truediv__,
                 "//": Quantity.__floordiv__, "%": Quantity.__mod__, "**": Quantity.__pow__,
@@ -200,11 +205,13 @@ class Builder:
         names = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide", "@": "matmul", "**": "power"}
         if sign not in names:
             raise fail("SURG004", f"`{sign}` is for whole numbers, not for matrices", node.operator_span or node.span)
-        if sign == "**" and right.value is None:
+        if sign == "**" and (right.value is None or right.shape):
             raise fail("SURG004", "the exponent must be a number", node.right.span)
-        if sign == "/" and right.value == Quantity.of(0):
+        if sign == "/" and right.value == Quantity.of(0) and not right.shape:
             raise fail("SURG004", f"`{show(node)}`: division by zero", node.operator_span or node.span)
         shape = self._product(node, left, right) if sign == "@" else self._broadcast(node, left, right)
+        if sign in ("+", "-") and right.operation == "filled" and right.value == Quantity.of(0) and shape == left.shape:
+            return left  # an empty sum
         return Expression(names[sign], (left, right), shape)
 
     def _shapes_differ(self, node: nodes.Binary, left: Expression, right: Expression, why: str) -> SurgError:
@@ -256,13 +263,14 @@ class Builder:
                 stop = self.size(index.stop) if index.stop else length
                 bounds = (start.whole, stop.whole, length.whole)
                 if None not in bounds and not 0 <= bounds[0] <= bounds[1] <= bounds[2]:  # type: ignore[operator]
-                    raise fail("SURG005", f"{start}:{stop} is outside of 0:{length}", index.span or node.span)
+                    raise fail("SURG026", f"{start}:{stop} is outside of 0:{length}", index.span or node.span)
                 taken.append(Range(start, stop))
                 shape.append(stop - start)
             else:
                 entry = self.size(index)
                 if entry.whole is not None and length.whole is not None and not 0 <= entry.whole < length.whole:
-                    raise fail("SURG005", f"index {entry} is outside of 0..{length - Quantity.of(1)}", index.span)
+                    last = length - Quantity.of(1)
+                    raise fail("SURG026", f"index {entry} is outside of 0..{last}", index.span or node.span)
                 taken.append(entry)
         taken += [Range(Quantity.of(0), length) for length in operand.shape[axis:]]
         return Expression("slice", (operand,), (*shape, *operand.shape[axis:]), index=tuple(taken))
@@ -282,29 +290,51 @@ class Builder:
             raise fail("SURG008", f"`{function}` is not built yet", node.span)
         if function in SOURCES:
             return source(node, self)
-        if function not in STRUCTURES and function not in Quantity.FUNCTIONS:
-            known = sorted(STRUCTURES.keys() | Quantity.FUNCTIONS.keys())
-            help_text = did_you_mean(function, known)
+        known = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys()
+        if function not in known:
+            help_text = did_you_mean(function, sorted(known))
             raise fail("SURG002", f"there is no function `{function}`", node.span, help=help_text)
-        if any(argument.name for argument in arguments):
-            named = next(argument for argument in arguments if argument.name)
-            raise fail("SURG008", f"named arguments of `{function}` are not built yet", named.span)
-        values = [self.expression(argument.value) for argument in arguments]
-        quantities = [value.value for value in values if value.value is not None]
+        if arguments and isinstance(arguments[0].value, nodes.Comprehension):
+            return comprehension(self, node, arguments[0].value)
+        structure = STRUCTURES.get(function)
+        values = self._arguments(node, structure)
+        quantities = [value.value for value in values if value.value is not None and not value.shape]
         if function in Quantity.FUNCTIONS and len(quantities) == len(values) and values:
             if function not in NUMBERS_ONLY:
                 self._check_count(node, 1)
             return number(Quantity.function(function, *quantities), node.span)
-        if function not in STRUCTURES:
+        if structure is None:
             raise fail("SURG004", f"`{function}` takes numbers", node.span)
-        structure = STRUCTURES[function]
-        self._check_count(node, structure.arity)
+        self._check_count(node, structure.arity, len(structure.optional))
         try:
             shape = structure.shape(*values)
         except ShapeProblem as problem:
             given = ", ".join(spelt(value.shape) for value in values)
             raise fail("SURG005", f"{problem}", node.span, notes=[Note(f"given: {given}")]) from problem
         return Expression(function, tuple(values), shape)
+
+    def _arguments(self, node: nodes.Call, structure: Structure | None) -> list[Expression]:
+        """The arguments of a call in their order; those named are the optional ones of a structure."""
+        values: list[Expression] = []
+        for position, argument in enumerate(node.arguments):
+            if argument.name is not None:
+                optional = structure.optional if structure else ()
+                if argument.name not in optional:
+                    known = did_you_mean(argument.name, optional) or f"`{node.function}` takes no names"
+                    message = f"`{node.function}` has no argument `{argument.name}`"
+                    raise fail("SURG002", message, argument.span or node.span, help=known)
+                if structure is None or position != structure.arity + optional.index(argument.name):
+                    message = f"`{argument.name}` comes behind the other arguments of `{node.function}`, once"
+                    raise fail("SURG004", message, argument.span or node.span)
+            if structure and position in structure.sizes:
+                length = self.size(argument.value)
+                if length.whole is not None and length.whole < 1:
+                    message = f"a size must be at least 1, `{show(argument.value)}` is {length}"
+                    raise fail("SURG004", message, argument.value.span or node.span)
+                values.append(number(length, argument.value.span))
+            else:
+                values.append(self.expression(argument.value))
+        return values
 
     def _dropout(self, node: nodes.Call) -> Expression:
         if "x" not in self.names:
@@ -316,10 +346,11 @@ class Builder:
             raise fail("SURG004", message, node.arguments[1].value.span)
         return rows if share.constant == 0 else Expression("dropout", (rows, number(share)), rows.shape)
 
-    def _check_count(self, node: nodes.Call, arity: int) -> None:
-        if len(node.arguments) != arity:
-            message = f"`{node.function}` takes {arity} argument{'s' * (arity != 1)}, {len(node.arguments)} given"
-            raise fail("SURG004", message, node.span)
+    def _check_count(self, node: nodes.Call, arity: int, optional: int = 0) -> None:
+        given = len(node.arguments)
+        if not arity <= given <= arity + optional:
+            takes = f"{arity} or {arity + optional} arguments" if optional else f"{arity} argument{'s' * (arity != 1)}"
+            raise fail("SURG004", f"`{node.function}` takes {takes}, {given} given", node.span)
 
     def condition(self, node: nodes.Expr) -> Condition:
         """A condition: comparisons joined by and, or, not."""

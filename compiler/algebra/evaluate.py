@@ -88,7 +88,7 @@ class Evaluator:
                 return self(parts[0], stopped) + self(parts[1], stopped)
             case "subtract":
                 return self(parts[0], stopped) - self(parts[1], stopped)
-            case "multiply" if parts[0].value == Quantity.of(1):
+            case "multiply" if parts[0].value == Quantity.of(1) and not parts[0].shape:
                 return self(parts[1], stopped)
             case "multiply":
                 return self(parts[0], stopped) * self(parts[1], stopped)

@@ -63,8 +63,8 @@ def factor(node: Expression) -> Factors | None:
             if inner and _share_axes(parts[0], *inner):
                 return _call("grid_left", inner[0]), _call("grid_right", inner[1])
         case "kron" if len(node.shape) == 2:
-            (left, right), (first, second) = (factor(part) or _with_identity(part) for part in parts)
-            return _if_narrow(node, _call("kron", left, first), _call("kron", right, second))
+            (left, right), (above, below) = (factor(part) or _with_identity(part) for part in parts)
+            return _if_narrow(node, _call("kron", left, above), _call("kron", right, below))
     return None
 
 

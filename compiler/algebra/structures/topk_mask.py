@@ -33,7 +33,7 @@ class TopMask(Structure):
         flat = score.detach() if len(sizes) == 1 else score.detach().flatten(-2)
         order = torch.argsort(flat, dim=-1, descending=True, stable=True)
         kept = order.narrow(-1, 0, round(density * math.prod(sizes)))
-        mask = torch.zeros_like(flat).scatter(-1, kept, 1.0)
+        mask: Tensor = torch.zeros_like(flat).scatter(-1, kept, 1.0)
         return mask if len(sizes) == 1 else mask.unflatten(-1, sizes)
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
