@@ -50,19 +50,84 @@ def loha(layer: Any, part: Part) -> dict[str, Tensor]:
     return by_name(**names)(layer, part)
 
 
+def oft(layer: Any, part: Part) -> dict[str, Tensor]:
+    return {"q": part(layer.oft_R["default"].weight)}
+
+
+def randlora(layer: Any, part: Part) -> dict[str, Tensor]:
+    # peft multiplies B flattened as (term, rank) with A flattened as (rank, term): as B is random, any order is one
+    return {
+        "A": part(layer.randlora_A["default"])[:, 0],
+        "B": part(layer.randlora_B["default"]).flatten(1),
+        "l": part(layer.randlora_lambda["default"]).flatten(),
+        "g": part(layer.randlora_gamma["default"]),
+    }
+
+
+def gralora(layer: Any, part: Part) -> dict[str, Tensor]:
+    # A is [column, in / k, (row, s)] and B is [row, (column, s), out / k]; ours are [row, column, ...]
+    a, b = part(layer.gralora_A["default"]), part(layer.gralora_B["default"])
+    k = len(a)
+    return {
+        "A": a.unflatten(2, (k, -1)).permute(2, 0, 3, 1),
+        "B": b.unflatten(1, (k, -1)).permute(0, 1, 3, 2),
+    }
+
+
+def kasa(layer: Any, part: Part) -> dict[str, Tensor]:
+    factors = {"A": part(layer.lora_A["default"].weight), "B": part(layer.lora_B["default"].weight)}
+    return {**factors, "d": part(layer.lora_diag["default"])}
+
+
 CASES = {
     "vera": Case(
         everywhere("vera(rank = 6)"),
         lambda: peft.VeraConfig(r=6, target_modules=ALL),
         by_name(A="vera_A", B="vera_B", d="vera_lambda_d", b="vera_lambda_b"),
     ),
+    "lokr": Case(
+        everywhere("lokr(rank = 2, alpha = 3, factor = 4)"),
+        lambda: peft.LoKrConfig(r=2, alpha=3, decompose_factor=4, target_modules=ALL),
+        by_name(C="lokr_w1", A="lokr_w2_b", B="lokr_w2_a"),
+    ),
     "loha": Case(
         everywhere("loha(rank = 4, alpha = 6)"), lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=ALL), loha
+    ),
+    # peft's default is a Neumann series of five terms, which is a rotation only nearly; ours is exact
+    "oft": Case(
+        everywhere("oft(block = 8)"),
+        lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=ALL),
+        oft,
+    ),
+    # where a site has more inputs than outputs peft transposes the whole sum; ours scales the inputs there too
+    "randlora": Case(
+        everywhere("randlora(rank = 5, alpha = 7)", "where in <= out"),
+        lambda: peft.RandLoraConfig(
+            r=5, randlora_alpha=7, target_modules=r".*(query|key|value|attention\.output\.dense|intermediate\.dense)"
+        ),
+        randlora,
+    ),
+    "miss": Case(
+        everywhere("miss(rank = 6)"),
+        lambda: peft.MissConfig(r=6, target_modules=ALL),
+        lambda layer, part: {"D": part(layer.miss_block["default"]).T},
     ),
     "hira": Case(
         everywhere("hira(rank = 4)"),
         lambda: peft.HiraConfig(r=4, target_modules=ALL),
         by_name(A="hira_A", B="hira_B"),
+    ),
+    "gralora": Case(
+        everywhere("gralora(rank = 8, k = 4, alpha = 12)"),
+        lambda: peft.GraloraConfig(r=8, gralora_k=4, alpha=12, target_modules=ALL),
+        gralora,
+    ),
+    # its decomposition of W is in float32
+    "kasa": Case(
+        everywhere("kasa(rank = 4, alpha = 6)"),
+        lambda: peft.LoraConfig(r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=ALL),
+        kasa,
+        1e-5,
     ),
     "ia3": Case(
         """adapt bert.encoder.layer.*.attention.self.{key, value} { with ia3() }
@@ -82,7 +147,7 @@ CASES = {
 
 
 def build() -> nn.Module:
-    """A small BERT in float64 whose sizes all blocks divide."""
+    """A small BERT whose sizes all blocks divide, drawn in float32 and widened to float64."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
@@ -105,7 +170,7 @@ def sides(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     """Our step and peft's model with equal tensors, none of them at its start; peft's layers by path."""
     model = build()
     inputs = {key: value for key, value in batch().items() if key != "labels"}
-    wrapped = peft.get_peft_model(copy.deepcopy(model), case.config()).double()
+    wrapped = peft.get_peft_model(copy.deepcopy(model).float(), case.config()).double()  # loses nothing: see `build`
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in wrapped.parameters():
