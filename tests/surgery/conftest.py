@@ -34,7 +34,7 @@ KINDS = ("mlp", "encoder", "gpt2")
 RATE = 0.05
 # Small numbers for parameters by their names; any other parameter keeps its default.
 ARGUMENTS = {
-    "rank": "3", "groups": "3", "block": "3", "outer": "5", "dropout": "0", "start": "1", "factor": "3", "k": "3",
+    "rank": "3", "groups": "3", "k": "3", "block": "3", "outer": "5", "dropout": "0", "start": "1", "factor": "3", "k": "3",
     "second": "2", "frequencies": "20",
 }  # fmt: skip
 SHAPES = {  # of the perceptron, the first that a method admits

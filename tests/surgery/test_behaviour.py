@@ -85,9 +85,7 @@ def test_gradients_equal_those_of_the_reference(case: Any) -> None:
         moved = (before[key] - case.tensors()[key].detach()) / (lr[key] or RATE)
         expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         scale = float(expected.abs().max())
-        torch.testing.assert_close(
-            moved, expected, rtol=1e-6, atol=1e-8 + 1e-7 * scale, msg=lambda text: f"{key}: {text}"
-        )
+        torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8 + 1e-7 * scale)
     assert any(leaf.grad is not None and bool(leaf.grad.any()) for leaf in reference.trained.values())
 
 
