@@ -141,11 +141,6 @@ def _rule(
     if not clauses[nodes.With]:
         diagnostics.error("SURG004", "the rule does not say what to do", item.span, help="add `with lora(rank = 8)`")
         return None
-    for alias in clauses[nodes.Alias]:
-        if isinstance(alias, nodes.Alias) and alias.word == "tie":
-            diagnostics.error(
-                "SURG008", "`tie` is not built yet", alias.span, help="`untie` gives the head a weight of its own"
-            )
     try:
         (clause, *_) = clauses[nodes.With]
         assert isinstance(clause, nodes.With)
@@ -161,7 +156,7 @@ def _rule(
         return None
     expects = [clause.count for clause in clauses[nodes.Expect] if isinstance(clause, nodes.Expect)]
     aliases = [clause.word for clause in clauses[nodes.Alias] if isinstance(clause, nodes.Alias)]
-    if settings.get("update") and not any(event.moves_base for event in formula.events):
+    if settings.get("update") and not formula.moves_base:
         diagnostics.error("SURG032", f"`{method.name}` does not move W, so there is no update to choose", item.span)
     return Rule(
         item, method, {name: plain(value) for name, value in values.items()},

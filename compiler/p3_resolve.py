@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra import compose, instance, telescope
@@ -17,6 +17,7 @@ from surgery.compiler.algebra.method import COORDINATES, names_in
 from surgery.compiler.algebra.proved import prove
 from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
+from surgery.compiler.fits import why_unfit
 from surgery.compiler.plan import (
     EventPlan,
     Facts,
@@ -32,7 +33,8 @@ from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
 from surgery.compiler.select import Selection, select_parameters, select_sites
 from surgery.compiler.settings import place
-from surgery.compiler.skeleton import Skeleton, Weight
+from surgery.compiler.skeleton import Skeleton
+from surgery.compiler.weights import Weight
 
 Update = Literal["none", "literal", "telescope"]
 Built = tuple[str, MethodFormula, Facts, Update]  # the formula's key in the plan, its algebra, its facts, its reading
@@ -40,9 +42,12 @@ HALF = ("bfloat16", "float16")
 UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch says
 
 
-def run(program: Program, model: nn.Module) -> Plan:
-    """Resolve a program against a model (on any device, also meta); raises `SurgError` with all that does not fit."""
-    skeleton = Skeleton(model)
+def run(program: Program, model: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
+    """Resolve a program against a model (on any device, also meta); raises `SurgError` with all that does not fit.
+
+    `examples` are inputs of the model's forward: they tell the sizes of outputs where the model itself does not.
+    """
+    skeleton = Skeleton(model, examples, program.model.task if program.model else None)
     diagnostics = Diagnostics()
     claimed: dict[int, Selection] = {}
     resolver = _Resolver(program, skeleton, diagnostics)
@@ -196,9 +201,11 @@ class _Resolver:
         first = [tensor for tensor in tensors if self.shared.get(tensor.key, (None, weight.path))[1] == weight.path]
         self.sites.append(
             Site(
-                path=weight.path, parameter=weight.parameter, module_class=weight.module_class, kind=kind, layer=layer,
+                path=weight.path, parameter=weight.parameter, module_class=weight.layout.module_class, kind=kind,
+                layer=layer,
                 shape=(weight.outputs, weight.inputs), dtype=weight.dtype, untied=rule.alias == "untie",
-                transposed=weight.transposed, bias=weight.bias, rule=index,
+                transposed=weight.layout.transposed, experts=weight.layout.experts, kernel=weight.layout.kernel,
+                bias=weight.bias, rule=index,
                 formula=key, method=_call(rule), rank=formula.rank, tensors=tensors,
                 trainable=sum(tensor.numbers for tensor in first if tensor.role == "train"),
                 frozen=sum(tensor.numbers for tensor in first if tensor.role != "train"),
@@ -214,7 +221,7 @@ class _Resolver:
             method=rule.method.name, arguments=dict(rule.arguments), outputs=weight.outputs, inputs=weight.inputs,
             coordinates={name: coordinates[name] for name in reads if name in coordinates}, equation="",
         )  # fmt: skip
-        known = f"{index} {weight.dtype} {record.model_dump_json()}"
+        known = f"{index} {weight.layout.module_class} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
             found = self._build(rule, weight, record)
             self._built[known] = None if found is None else self._register(rule, weight, record, *found)
@@ -223,7 +230,7 @@ class _Resolver:
     def _register(self, rule: Rule, weight: Weight, record: Formula, formula: MethodFormula, proved: Facts) -> Built:
         """Choose the reading of a formula, and enter it and its events into the plan unless it is there."""
         update: Update = "none"
-        if proved.moves_base:
+        if formula.moves_base:
             wanted = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
             telescopes = wanted and telescope.why_not(formula) is None
             update = "telescope" if telescopes else "literal"
@@ -269,13 +276,20 @@ class _Resolver:
                 message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
                 required = Note("the requirement", condition_span)
                 self.diagnostics.error("SURG028", message, rule.method_span, notes=[required, where])
+        if reason := why_unfit(formula, weight, tied=rule.alias == "tie"):
+            message = f"`{formula.name}` cannot adapt `{weight.path}`: {reason}"
+            self.diagnostics.error("SURG025", message, rule.method_span, notes=[where])
+            return None
         proved = prove(formula)
-        self._check_update(rule, weight, formula, proved.moves_base)
+        self._check_update(rule, weight, formula)
         rank_bound = None if proved.rank_bound is None else whole_of(proved.rank_bound)
-        return None if failed else (formula, Facts(**{**vars(proved), "rank_bound": rank_bound}))
+        known = {**vars(proved), "rank_bound": rank_bound}
+        if not weight.parameter:
+            known |= {"merges": False, "merge_reason": "the module has no weight to merge into"}
+        return None if failed else (formula, Facts(**known))
 
-    def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula, moves: bool) -> None:
-        if not moves:
+    def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula) -> None:
+        if not formula.moves_base:
             return
         reason = telescope.why_not(formula)
         where = next((clause.span for clause in rule.node.clauses if isinstance(clause, nodes.With)), None)
@@ -291,15 +305,20 @@ class _Resolver:
         original = [event for event in rule.method.statements if isinstance(event, nodes.Event)]
         for event in original:
             moves = any(isinstance(change, nodes.Change) and change.target == "W" for change in event.changes)
-            kind = update if moves else "assign"
+            once = event.phase == "at"
             self.events.append(
-                EventPlan(formula=key, text=show(event), phase="after step", update=kind, place=place(event.span))  # type: ignore[arg-type]
-            )
+                EventPlan(
+                    formula=key, text=show(event), phase="at start" if once else "after step",
+                    update="once" if once else update if moves else "assign", place=place(event.span),  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
 
     def tensor(self, index: int, tensor: TensorFormula, weight: Weight, kind: str, layer: int | None) -> TensorPlan:
         """A tensor at a site; a shared one gets the key of its group and must have one shape there."""
         shape = tuple(whole_of(size) for size in tensor.shape)
-        key = f"{weight.path}.{tensor.name}"
+        if weight.layout.experts and not tensor.shared_by:
+            shape = (weight.layout.experts, *shape)
+        key = f"{weight.home}.{tensor.name}"
         if tensor.shared_by:
             group = tensor.shared_as or f"rule{index}"
             part = {"model": "", "layer": f".layer{layer}", "kind": f".{kind}"}[tensor.shared_by]

@@ -32,9 +32,9 @@ PASSES: tuple[ModuleType, ...] = (
 )  # fmt: skip
 
 
-def resolve(program: Program, skeleton: nn.Module) -> Plan:
-    """A program to its plan for one model; weights are not read."""
-    return p4_choose.run(p3_resolve.run(program, skeleton))
+def resolve(program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
+    """A program to its plan for one model; weights are not read. `examples` are inputs of its forward, if given."""
+    return p4_choose.run(p3_resolve.run(program, skeleton, examples))
 
 
 def adapt(plan: Plan, graph: Graph, values: Mapping[str, Tensor]) -> Graph:
@@ -54,7 +54,7 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         raise TypeError(f"an fx.GraphModule is needed here, not a {type(graph_module).__name__}; {hint}")
     present = tensors(graph_module)
     for site in plan.sites:
-        if site.parameter not in present:
+        if site.parameter and site.parameter not in present:
             raise fail("SURG041", f"the graph has no `{site.parameter}`", help="it is the graph of another model")
     values = initialise(plan, present)
     return p7_lower.lower_module(p6_rewrite.rewrite_module(graph_module, plan, values))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
+from surgery.compiler.algebra.method import names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, nearest
 from surgery.compiler.pattern import Part, matches, parent_patterns, parse_pattern, unmatched
 from surgery.compiler.program import Rule
-from surgery.compiler.skeleton import Skeleton, Weight
+from surgery.compiler.skeleton import Skeleton
+from surgery.compiler.weights import Weight
 
 MOST_LISTED = 8
 
@@ -43,7 +47,7 @@ def select_sites(rule: Rule, skeleton: Skeleton, diagnostics: Diagnostics) -> Se
         span = next(clause.span for clause in rule.node.clauses if isinstance(clause, nodes.Expect))
         message = f"{rule.expect} sites are expected, {len(weights)} match"
         diagnostics.error("SURG022", message, span, notes=[Note("this pattern", rule.node.pattern.span)])
-    selection.weights = _untied(rule, weights, skeleton, diagnostics)
+    selection.weights = [_tied(rule, weight, skeleton, diagnostics) for weight in weights]
     return selection
 
 
@@ -136,26 +140,55 @@ def _except(rule: Rule, found: list[str], skeleton: Skeleton, diagnostics: Diagn
 
 def _adaptable(rule: Rule, found: list[str], skeleton: Skeleton, diagnostics: Diagnostics) -> list[Weight]:
     weights: dict[int, Weight] = {}
-    unsupported: dict[str, list[str]] = {}
-    classes = bool(rule.node.classes)
+    unsupported: dict[tuple[str, str], list[str]] = {}
+    unknown: list[str] = []
+    classes, on_outputs = bool(rule.node.classes), _reads_only_y(rule)
     for path in found:
-        owner = path.rpartition(".")[0] if path in skeleton.parameters else path
-        if path in skeleton.parameters and (classes or owner in found):
+        is_parameter = path in skeleton.parameters
+        if is_parameter and (classes or path.rpartition(".")[0] in found):
             continue  # a pattern that names modules also fits the parameters in them: `**`
-        weight = skeleton.weight(owner)
-        if weight is not None and (path == owner or path == weight.parameter):
+        weight = skeleton.weight(path)
+        module = skeleton.modules.get(path)
+        if weight is None and on_outputs and module is not None and type(module).forward is not nn.Module.forward:
+            weight = skeleton.output(path)
+            if weight is None:
+                unknown.append(path)
+                continue
+        if isinstance(weight, Weight) and path in (weight.path, weight.parameter):
             weights.setdefault(weight.identity, weight)
         else:
-            kind = type(skeleton.modules[path]).__name__ if path in skeleton.modules else "parameter"
-            unsupported.setdefault(kind, []).append(path)
-    for kind, paths in unsupported.items():
-        message = f"{kind} cannot be adapted: {listed(paths)}"
+            kind = "parameter" if module is None else type(module).__name__
+            unsupported.setdefault((kind, weight if isinstance(weight, str) else ""), []).append(path)
+    span = rule.node.pattern.span
+    for (kind, reason), paths in unsupported.items():
+        message = f"{kind} cannot be adapted: {listed(paths)}" + (f": {reason}" if reason else "")
         help_text = "restrict the rule with `: Linear`, or subtract them with `except`"
+        inner = _parameters_inside(paths, skeleton)
+        if inner:
+            help_text = f"name its parameters: {listed(inner)}"
         if kind == "Adapted":
             message = f"{listed(paths)}: adapted already"
             help_text = "apply all rules in one program, to a fresh model"
-        diagnostics.error("SURG025", message, rule.node.pattern.span, help=help_text)
+        diagnostics.error("SURG025", message, span, help=help_text)
+    if unknown:
+        message = f"the size of the output is not known: {listed(unknown)}"
+        help_text = "give `example_inputs` that reach it, or adapt a module that has a weight"
+        diagnostics.error("SURG034", message, span, help=help_text)
     return list(weights.values())
+
+
+def _reads_only_y(rule: Rule) -> bool:
+    """Whether the rule's method needs neither W nor x, so that any module's output will do."""
+    statements = rule.method.statements
+    says = any(isinstance(statement, nodes.Bind) and statement.name == "output" for statement in statements)
+    return says and not {"x", "W"} & set().union(*map(names_in, statements))
+
+
+def _parameters_inside(paths: list[str], skeleton: Skeleton) -> list[str]:
+    """The parameters of modules that can be adapted by their own names, as those of a stack of experts."""
+    names = [f"{path}.{name}" for path in paths if path in skeleton.modules
+             for name, _ in skeleton.modules[path].named_parameters(recurse=False)]  # fmt: skip
+    return [name for name in names if isinstance(skeleton.weight(name), Weight)]
 
 
 def _where(rule: Rule, weights: list[Weight], skeleton: Skeleton, diagnostics: Diagnostics) -> list[Weight]:
@@ -180,17 +213,25 @@ def _where(rule: Rule, weights: list[Weight], skeleton: Skeleton, diagnostics: D
     return kept
 
 
-def _untied(rule: Rule, weights: list[Weight], skeleton: Skeleton, diagnostics: Diagnostics) -> list[Weight]:
-    for weight in weights:
-        names = [name for name in skeleton.owners[weight.identity] if name != weight.parameter]
-        # one module under two paths is one module; two modules that hold one parameter are tied
-        module = skeleton.modules[weight.path]
-        others = [name for name in names if skeleton.modules[name.rpartition(".")[0]] is not module]
-        if others and rule.alias is None:
-            message = f"`{weight.parameter}` is tied to {listed(others)}"
-            help_text = "add `untie` to the rule: the adapted one gets a weight of its own"
-            diagnostics.error("SURG024", message, rule.node.pattern.span, help=help_text)
-        if not others and rule.alias is not None:
-            span = next(clause.span for clause in rule.node.clauses if isinstance(clause, nodes.Alias))
-            diagnostics.error("SURG024", f"`{weight.path}` is not tied to anything", span, help="leave the word out")
-    return weights
+def _tied(rule: Rule, weight: Weight, skeleton: Skeleton, diagnostics: Diagnostics) -> Weight:
+    """The weight as the rule means it: one that is tied needs `untie`, or `tie`, which adapts it in the head's name."""
+    if not weight.parameter:
+        return weight
+    names = [name for name in skeleton.owners[weight.identity] if name != weight.parameter]
+    # one module under two paths is one module; two modules that hold one parameter are tied
+    owner = weight.parameter.rpartition(".")[0]
+    module = skeleton.modules.get(owner)
+    others = [name for name in names if skeleton.modules.get(name.rpartition(".")[0]) is not module]
+    if others and rule.alias is None:
+        message = f"`{weight.parameter}` is tied to {listed(others)}"
+        help_text = (
+            "add `untie` to the rule: the adapted one gets a weight of its own; or `tie`, to adapt them together"
+        )
+        diagnostics.error("SURG024", message, rule.node.pattern.span, help=help_text)
+    if not others and rule.alias is not None:
+        span = next(clause.span for clause in rule.node.clauses if isinstance(clause, nodes.Alias))
+        diagnostics.error("SURG024", f"`{weight.path}` is not tied to anything", span, help="leave the word out")
+    if others and rule.alias == "tie":
+        together = [weight, *(other for name in others if isinstance(other := skeleton.weight(name), Weight))]
+        return next((other for other in together if other.layout.module_class == "Linear"), weight)
+    return weight

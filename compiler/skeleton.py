@@ -6,9 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from surgery.compiler.diagnostics import SurgError
+from surgery.compiler.output_sizes import output_sizes
+from surgery.compiler.weights import Layout, Weight, module_layout, parameter_layout
 
 # How a transformers class says its task.
 TASK_OF = {
@@ -24,25 +28,12 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One adaptable weight: W is `[outputs, inputs]`, whatever the storage."""
-
-    path: str
-    parameter: str
-    module_class: Literal["Linear", "Conv1D"]
-    outputs: int
-    inputs: int
-    transposed: bool
-    bias: bool
-    identity: int  # equal for weights that share storage
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Skeleton:
     """A view of a model; nothing of it is changed."""
 
     model: nn.Module
+    examples: Mapping[str, Tensor] | None = None  # inputs of its forward, where they are known
+    named_task: str | None = None  # as the program names it
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -103,19 +94,50 @@ class Skeleton:
         block = self.block(path)
         return path if block is None else path[len(f"{block[0]}.{block[1]}.") :] or path
 
-    def weight(self, path: str) -> Weight | None:
-        """The adaptable weight of a module, or None for a class that has none."""
+    def weight(self, path: str) -> Weight | str | None:
+        """The adaptable weight of a module or a parameter, or why there is none; None for a class without one."""
+        if path in self.parameters:
+            owner, _, name = path.rpartition(".")
+            if name == "weight" and (found := self.weight(owner)) is not None:
+                return found
+            layout = parameter_layout(self.modules.get(owner, self.model), self.parameters[path])
+            return self._weight(path, path, layout, False)
         module = self.modules.get(path)
-        found = module_weight(module) if module is not None else None
-        if module is None or found is None:
+        layout = None if module is None else module_layout(module)
+        biased = getattr(module, "bias", None) is not None and not isinstance(module, nn.Embedding)
+        return self._weight(path, f"{path}.weight", layout, biased)
+
+    def _weight(self, path: str, parameter: str, layout: Layout | str | None, bias: bool) -> Weight | str | None:
+        if not isinstance(layout, Layout):
+            return layout
+        held = self.parameters[parameter]
+        return Weight(path, parameter, layout, bias, id(held), str(held.dtype).removeprefix("torch."))
+
+    def output(self, path: str) -> Weight | None:
+        """A module without a weight as far as its output `[..., out]` goes; None where its size is not known."""
+        size = self.output_sizes.get(path)
+        if size is None:
             return None
-        kind, outputs, inputs = found
-        parameter = module.weight
-        assert isinstance(parameter, nn.Parameter)
-        return Weight(
-            path, f"{path}.weight", kind, outputs, inputs, kind == "Conv1D", getattr(module, "bias", None) is not None,
-            id(parameter), str(parameter.dtype).removeprefix("torch."),
-        )  # fmt: skip
+        module = self.modules[path]
+        held = next(
+            (part for part in (*module.parameters(), *self.model.parameters()) if part.is_floating_point()), None
+        )
+        dtype = "float32" if held is None else str(held.dtype).removeprefix("torch.")
+        return Weight(path, "", Layout("Module", size, size), False, id(module), dtype)
+
+    @cached_property
+    def output_sizes(self) -> dict[str, int]:
+        """The last output size of every module, as far as the example inputs tell."""
+        from surgery.runtime.examples import example_inputs
+
+        examples = self.examples
+        if examples is None:
+            name = self.named_task or (self.task[0] if self.task else None)
+            try:
+                examples = example_inputs(self.model, name)
+            except SurgError:
+                return {}
+        return output_sizes(self.model, examples)
 
     @property
     def task(self) -> tuple[str, int | None] | None:
@@ -156,16 +178,3 @@ class Skeleton:
         """A hash of all parameter names and shapes."""
         text = ";".join(f"{name}{tuple(parameter.shape)}" for name, parameter in sorted(self.parameters.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def module_weight(module: nn.Module) -> tuple[Literal["Linear", "Conv1D"], int, int] | None:
-    """Class and logical sizes `(out, in)` of a module's weight; None for a class that cannot be adapted.
-
-    Conv1D is transformers' linear layer with a transposed weight (GPT-2), told by its name and its `nf`.
-    """
-    if type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
-        return "Linear", module.out_features, module.in_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, nn.Parameter):
-        inputs, outputs = module.weight.shape
-        return "Conv1D", int(outputs), int(inputs)
-    return None

@@ -117,7 +117,7 @@ def _compile(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with _at_model_line(program):
             model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
-    made = pipeline.resolve(program, model)
+    made = pipeline.resolve(program, model, example_inputs)
     reads_data = saved is None and any(site.facts.needs_calibration for site in made.sites)
     if reads_data and not calibration:
         raise missing(made)
