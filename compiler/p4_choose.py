@@ -21,8 +21,8 @@ HALF = ("bfloat16", "float16")
 OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16": 140}
 MOST_TOKENS = 1 << 20  # beyond them all costs only grow alike, and sizes in bytes would not fit 64 bits
 
-ROUNDED = "loses small updates to rounding"
-NOT_DENSE = "is for a method whose branch forms an [out, in] matrix anyway"
+ROUNDED = "on demand: loses small updates to rounding"
+NOT_DENSE = "on demand: the branch forms no [out, in] matrix"
 
 
 def run(plan: Plan) -> Plan:
@@ -74,7 +74,7 @@ class _Chooser:
             return site.strategy, "as the spec says", candidates
         times = {strategy: _time(cost, site.dtype) for strategy, cost in costs.items() if strategy not in manual}
         best = min(times, key=lambda strategy: times[strategy])
-        return best, _reason(best, times, illegal or manual.get("fold", "")), candidates
+        return best, _reason(best, times, illegal), candidates
 
     @staticmethod
     def _manual(dtype: str, dense: bool) -> dict[str, str]:
@@ -117,8 +117,10 @@ def _time(cost: Cost, dtype: str) -> float:
     return cost.flops + OPERATIONS_PER_BYTE[dtype] * (cost.bytes + cost.kept)
 
 
-def _reason(best: str, times: dict[str, float], against: str) -> str:
-    if len(times) == 1:
-        return f"fold {against}" if against == ROUNDED else against
-    others = [f"{other} costs {times[other] / max(1.0, times[best]):.1f}" for other in times if other != best]
-    return f"{' and '.join(others)} times as much"
+def _reason(best: str, times: dict[str, float], illegal: str) -> str:
+    if illegal:
+        return f"nothing else is legal: {illegal}"
+    others = [f"{other} {times[other] / max(1.0, times[best]):.1f}" for other in times if other != best]
+    if not others:
+        return "fold and recompute lose small updates to rounding"
+    return " and ".join(others).replace(" ", " costs ", 1) + " times as much"

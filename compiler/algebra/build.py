@@ -6,13 +6,14 @@ The same code reads a method twice: with symbolic sizes (`surgery check`, the me
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import Expression, Range, Shape
+from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
 from surgery.compiler.algebra.sources import SOURCES, source
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Structure
@@ -24,7 +25,7 @@ Value = Expression | str | bool
 
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
-    previous ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
+    ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
 """
 LATER = frozenset(_LATER.split())
 MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
@@ -59,6 +60,7 @@ class Builder:
     names: Mapping[str, Value]
     in_event: bool = False
     used: set[str] = field(default_factory=set)
+    earlier: Callable[[Quantity], bool] | None = None  # whether there is a site so many blocks earlier
     most_terms: int = MAXIMUM_TERMS
 
     def number(self, node: nodes.Expr, what: str = "a number") -> Quantity:
@@ -286,6 +288,10 @@ class Builder:
             return Expression("previous", (inner,), inner.shape)
         if function == "dropout":
             return self._dropout(node)
+        if function == "previous":
+            return previous(self, node)
+        if function == "where" and (truth := self._truth(arguments[:1])) is not None:
+            return self._chosen(node, truth)
         if function in LATER or (function == "grad" and self.in_event):
             raise fail("SURG008", f"`{function}` is not built yet", node.span)
         if function in SOURCES:
@@ -335,6 +341,23 @@ class Builder:
             else:
                 values.append(self.expression(argument.value))
         return values
+
+    def _truth(self, arguments: tuple[nodes.Argument, ...]) -> bool | None:
+        """Whether the argument is true, where that is known now: a bool parameter of the method."""
+        for argument in arguments:
+            named = isinstance(argument.value, nodes.Name) and isinstance(self.names.get(argument.value.name), bool)
+            if named or isinstance(argument.value, nodes.Boolean):
+                return self.value(argument.value) is True
+        return None
+
+    def _chosen(self, node: nodes.Call, truth: bool) -> Expression:
+        """`where(truth, a, b)`: one of two expressions of one shape."""
+        self._check_count(node, 3)
+        yes, no = (self.expression(argument.value) for argument in node.arguments[1:])
+        if len(yes.shape) != len(no.shape) or any(a.differs_from(b) for a, b in zip(yes.shape, no.shape, strict=True)):
+            message = f"`where` chooses between {spelt(yes.shape)} and {spelt(no.shape)}, which differ"
+            raise fail("SURG005", message, node.span)
+        return yes if truth else no
 
     def _dropout(self, node: nodes.Call) -> Expression:
         if "x" not in self.names:

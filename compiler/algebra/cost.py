@@ -100,7 +100,8 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 class _DenseProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -170,4 +171,5 @@ def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
     adaptation = Adaptation(formula, "branch", planned, torch.float32, dict.fromkeys(tensors, torch.float32))
     with torch.no_grad(), _DenseProducts(sides, rows, [base.stored, *tensors.values()]) as seen:
         adaptation(x, base, None, tensors, True)
-    return seen.found
+    found: bool = seen.found
+    return found

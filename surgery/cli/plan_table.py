@@ -20,7 +20,7 @@ NUMBERS = ("sites", "rank", "trained", "frozen")
 
 
 def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
-    """Print a plan; with `verbose` every site has its row, and each way to run it its cost."""
+    """Print a plan; with `verbose` every site has its row, and each way to run sites its cost."""
     model = plan.model
     task = f", {model.task}" + (f" with {model.labels} labels" if model.labels else "") if model.task else ""
     console.print(Text(f"{model.name}: {model.architecture}, {model.parameters:,} numbers{task}"))
@@ -48,7 +48,7 @@ def fold(sites: Iterable[Site]) -> list[list[Site]]:
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.shape, site.method, site.rank,
-               site.trainable, site.frozen, site.strategy, site.reason, site.candidates, site.update, site.facts)  # fmt: skip
+               site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 
@@ -159,21 +159,23 @@ def _list(console: Console, title: str, lines: Iterable[str]) -> None:
 
 
 def _candidates(plan: Plan) -> Table:
-    """Every way to run a site, equal ones once; the numbers are what it adds to the frozen site."""
+    """Every way to run a site, once for those that are alike; the numbers are what it adds to the frozen site."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"ways to run, per {plan.tokens:,} tokens")
     numbers = ("GFLOP", "MB moved", "MB kept")
-    for header in ("site", "way", *numbers, "legal", "reason"):
+    for header in ("sites", "way", *numbers, "legal", "reason"):
         table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
-    for group in fold(plan.sites):
-        path = folded_path([member.path for member in group])
-        for way in group[0].candidates:
-            chosen = way.strategy == group[0].strategy
+    alike = Counter((site.method.partition("(")[0], site.shape, site.candidates, site.strategy, site.reason)
+                    for site in plan.sites)  # fmt: skip
+    for (method, shape, ways, strategy, reason), count in alike.items():
+        what = f"{method}, {shape[0]} x {shape[1]} ({count} site{'s' * (count > 1)})"
+        for way in ways:
             costs = [f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}", f"{way.kept / 1e6:,.3f}"]
-            name = f"{way.strategy} (chosen)" if chosen else way.strategy
-            reason = group[0].reason if chosen else way.reason
-            cells = (path, name, *(costs if way.legal else [""] * 3), "yes" if way.legal else "no", reason)
-            table.add_row(*map(Text, cells), end_section=way is group[0].candidates[-1])
-            path = ""
+            name, why = way.strategy, way.reason
+            if way.strategy == strategy:
+                name, why = f"{name} (chosen)", reason
+            cells = (what, name, *(costs if way.legal else [""] * 3), "yes" if way.legal else "no", why)
+            table.add_row(*map(Text, cells), end_section=way is ways[-1])
+            what = ""
     return table
 
 

@@ -24,7 +24,10 @@ def site(path: str, **changes: Any) -> Site:
         "formula": "f", "method": "lora(rank = 8)",
         "rank": 8, "tensors": (), "trainable": 6144, "frozen": 0, "strategy": "branch", "reason": "fewer products",
         "facts": FACTS, "place": PLACE,
-        "candidates": (Candidate(strategy="branch", flops=10**9, bytes=10**6, legal=True, reason="[x @ A.T]"),),
+        "candidates": (
+            Candidate(strategy="branch", flops=10**9, bytes=10**6, kept=2 * 10**6, legal=True, reason=""),
+            Candidate(strategy="fold", flops=0, bytes=0, legal=False, reason="[x @ A.T]"),
+        ),
     }  # fmt: skip
     return Site.model_validate(values | changes)
 
@@ -75,7 +78,10 @@ def test_a_narrow_terminal_keeps_paths_whole() -> None:
 
 def test_verbose_shows_every_site_and_every_way() -> None:
     text = table(plan(*(site(f"encoder.layer.{number}.query") for number in range(6))), verbose=True)
-    assert "encoder.layer.3.query" in text and "branch (chosen)" in text and "[x @ A.T]" in text
+    assert "encoder.layer.3.query" in text
+    ways = [" ".join(line.split()) for line in text.splitlines()]
+    assert "lora, 384 x 384 (6 sites) branch (chosen) 1.000 1.000 2.000 yes fewer products" in ways
+    assert "fold no [x @ A.T]" in ways
 
 
 def test_a_plan_without_sites_prints() -> None:
