@@ -34,7 +34,7 @@ KINDS = ("mlp", "encoder", "gpt2")
 RATE = 0.05
 # Small numbers for parameters by their names; any other parameter keeps its default.
 ARGUMENTS = {
-    "rank": "3", "groups": "3", "k": "3", "block": "3", "outer": "5", "dropout": "0", "start": "1", "factor": "3", "k": "3",
+    "rank": "3", "groups": "3", "k": "3", "block": "3", "outer": "5", "dropout": "0", "start": "1", "factor": "3",
     "second": "2", "frequencies": "20",
 }  # fmt: skip
 SHAPES = {  # of the perceptron, the first that a method admits
@@ -220,7 +220,8 @@ class Reference:
         base = torch.zeros(W.shape[0], dtype=W.dtype) if bias is None else bias.detach()
         constant = result(zero, base[None])[0].detach()
         eye = torch.eye(W.shape[1], dtype=W.dtype)
-        return (result(eye, eye @ W.T + base).detach() - constant).T, constant
+        weight = (result(eye, eye @ W.T + base).detach() - constant).T
+        return weight, None if bias is None and not constant.any() else constant
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The logits."""
