@@ -118,7 +118,7 @@ def problems(body: str, parameters: str = "rank: int = 2") -> list[tuple[str, st
         ("A = train normal(-1)[in]\ndelta = W", [("SURG004", "normal(-1)")]),
         ("A = train eye[in]\ndelta = W", [("SURG005", "eye[in]")]),
         ("A = train W[in, out]\ndelta = W", [("SURG005", "W[in, out]")]),
-        ("A = train circ(1)[in]\ndelta = W", [("SURG008", "circ(1)")]),
+        ("A = train circ(1)[in]\ndelta = W", [("SURG005", "circ(1)")]),
         ("A = train zeros[in] shared by rows\ndelta = W", [("SURG002", "A = train zeros[in] shared by rows")]),
         ("A = train zeros[in] { rate = 1 }\ndelta = W", [("SURG002", "rate = 1")]),
         ("A = train zeros[in] { lr = 1, lr = 2 }\ndelta = W", [("SURG009", "lr = 2")]),
