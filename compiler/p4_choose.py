@@ -29,10 +29,10 @@ def run(plan: Plan) -> Plan:
     """Choose how every site is run. Raises SURG032 where the spec forces a way that is not legal."""
     diagnostics = Diagnostics()
     chooser = _Chooser(plan, diagnostics)
-    known: dict[tuple[str, str, str], tuple[str, str, tuple[Candidate, ...]]] = {}
+    known: dict[tuple[str, ...], tuple[str, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
-        key = (site.formula, site.dtype, site.strategy)
+        key = (site.formula, site.dtype, site.strategy, site.module_class)
         if key not in known:
             known[key] = chooser.choose(site)
         strategy, reason, candidates = known[key]
@@ -88,12 +88,13 @@ class _Chooser:
         adapter_dtype = site.tensors[0].dtype if site.tensors else site.dtype
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
-        key = (formula.form, self._number(formula.expression), terms, tensors, site.dtype, adapter_dtype)
+        kind = site.module_class
+        key = (formula.form, self._number(formula.expression), terms, tensors, site.dtype, adapter_dtype, kind)
         if key not in self._costs:
             tokens = min(self.plan.tokens, MOST_TOKENS)
             dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
             legal = STRATEGIES if folds else ("branch",)
-            costs = {strategy: measure(formula, strategy, tokens, *dtypes) for strategy in legal}
+            costs = {strategy: measure(formula, strategy, tokens, *dtypes, kind) for strategy in legal}
             self._costs[key] = costs, folds and branch_is_dense(formula, tokens)
         return self._costs[key]
 

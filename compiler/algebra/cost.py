@@ -6,7 +6,7 @@ There is no second model of cost beside the code: the operations counted are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.compiler.algebra.base import Base
+from surgery.compiler.algebra.base import Base, Diagonal, Lookup, Output
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.lower import Adaptation
+from surgery.compiler.algebra.previous import leaves
 from surgery.compiler.algebra.quantity import whole_of
 
 FREE = frozenset(
@@ -43,12 +44,15 @@ class Cost:
         return Cost(self.flops - other.flops, self.bytes - other.bytes, self.kept - other.kept)
 
 
-def _fourier(factor: float) -> Any:
+def _fourier(factor: float) -> Callable[..., int]:
     """The usual count of a fast Fourier transform, `factor` times n log2 n for each row of n."""
 
     def count(shape: Sequence[int], axes: Sequence[int], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        sizes = [max(pair) for pair in zip(shape, out_shape, strict=True)]  # half a spectrum is shorter than its row
-        return round(factor * math.prod(sizes) * math.log2(max(2, math.prod(sizes[axis] for axis in axes))))
+        sizes: list[int] = [
+            max(pair) for pair in zip(shape, out_shape, strict=True)
+        ]  # half a spectrum is shorter than its row
+        points: int = math.prod(sizes[axis] for axis in axes)
+        return round(factor * math.prod(sizes) * math.log2(max(2, points)))
 
     return count
 
@@ -123,14 +127,19 @@ class _DenseProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _tensors(formula: MethodFormula, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
+def _tensors(formula: MethodFormula, dtype: torch.dtype, rows: int, activations: torch.dtype) -> dict[str, Tensor]:
+    """The method's tensors on meta, and what it reads of earlier blocks."""
+    own = {
         tensor.name: torch.empty(
             tuple(whole_of(size) for size in tensor.shape),
             dtype=dtype, device="meta", requires_grad=tensor.role == "train",
         )
         for tensor in formula.tensors
     }  # fmt: skip
+    sides = _sides(formula)
+    known = {**own, "W": torch.empty(sides, dtype=activations, device="meta"),
+             "x": torch.empty(rows, sides[1], dtype=activations, device="meta", requires_grad=True)}  # fmt: skip
+    return own | {leaf: known[name] for leaf, (name, _) in leaves(formula).items()}
 
 
 def _sides(formula: MethodFormula) -> tuple[int, int]:
@@ -138,24 +147,43 @@ def _sides(formula: MethodFormula) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _count(
-    adaptation: Adaptation | None, rows: int, sides: tuple[int, int], dtype: torch.dtype, tensors: Mapping[str, Tensor]
-) -> Cost:
-    x = torch.empty(rows, sides[1], dtype=dtype, device="meta", requires_grad=True)
-    base = Base(torch.empty(sides, dtype=dtype, device="meta"), False, dtype)
+def _site(kind: str, rows: int, sides: tuple[int, int], dtype: torch.dtype) -> tuple[Base, Tensor]:
+    """The weight of a site and its input; convolutions and experts are counted as the matrices that they are."""
+    outputs, inputs = sides
+    if kind == "Embedding":
+        stored = torch.empty(inputs, outputs, dtype=dtype, device="meta")
+        return Lookup(stored, True, dtype, inputs), torch.empty(rows, dtype=torch.int64, device="meta")
+    x = torch.empty(rows, inputs, dtype=dtype, device="meta", requires_grad=True)
+    if kind in ("Norm", "Module"):
+        return (Diagonal if kind == "Norm" else Output)(
+            torch.empty(inputs, dtype=dtype, device="meta"), False, dtype
+        ), x
+    return Base(torch.empty(sides, dtype=dtype, device="meta"), False, dtype), x
+
+
+def _count(adaptation: Adaptation | None, site: tuple[Base, Tensor], tensors: Mapping[str, Tensor]) -> Cost:
+    base, x = site
     kept = Kept([base.stored, *tensors.values()])
     with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as flops, _Traffic() as traffic:
         with kept:
-            y = base.base_linear(x) if adaptation is None else adaptation(x, base, None, tensors, True)
-        y.backward(torch.empty_like(y))
+            y = base.base_linear(base.input(x)) if adaptation is None else adaptation(x, base, None, tensors, True)
+        if y.requires_grad:
+            y.backward(torch.empty_like(y))
     return Cost(flops.get_total_flops(), traffic.bytes, kept.bytes)
 
 
-def measure(formula: MethodFormula, strategy: str, rows: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Cost:
-    """The cost of a strategy on `rows` tokens beyond the frozen site (its forward and the gradient to its input)."""
-    tensors, sides = _tensors(formula, adapter_dtype), _sides(formula)
+def measure(
+    formula: MethodFormula, strategy: str, rows: int, dtype: torch.dtype, adapter_dtype: torch.dtype,
+    kind: str = "Linear",
+) -> Cost:  # fmt: skip
+    """The cost of a strategy on `rows` tokens beyond the frozen site (its forward and the gradient to its input).
+
+    `kind` is the class of the site's module as the plan has it.
+    """
+    tensors, sides = _tensors(formula, adapter_dtype, rows, dtype), _sides(formula)
     adaptation = Adaptation(formula, strategy, rows, dtype, dict.fromkeys(tensors, adapter_dtype))
-    return _count(adaptation, rows, sides, dtype, tensors) - _count(None, rows, sides, dtype, {})
+    adapted = _count(adaptation, _site(kind, rows, sides, dtype), tensors)
+    return adapted - _count(None, _site(kind, rows, sides, dtype), {})
 
 
 def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
@@ -163,11 +191,11 @@ def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
 
     `planned` tokens decide the order of its products; what is looked at is a run on a few rows.
     """
-    tensors, sides = _tensors(formula, torch.float32), _sides(formula)
+    sides = _sides(formula)
     sizes = {whole_of(size) for tensor in formula.tensors for size in tensor.shape} | set(sides)
     rows = next(number for number in range(2, len(sizes) + 3) if number not in sizes)
-    x = torch.empty(rows, sides[1], device="meta")
-    base = Base(torch.empty(sides, device="meta"), False, torch.float32)
+    tensors = _tensors(formula, torch.float32, rows, torch.float32)
+    base, x = _site("Linear", rows, sides, torch.float32)
     adaptation = Adaptation(formula, "branch", planned, torch.float32, dict.fromkeys(tensors, torch.float32))
     with torch.no_grad(), _DenseProducts(sides, rows, [base.stored, *tensors.values()]) as seen:
         adaptation(x, base, None, tensors, True)
