@@ -12,6 +12,7 @@ from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
+from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import value_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
@@ -70,7 +71,7 @@ class Branch:
         node = factor.node
         if node.operation == "weight":
             return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
-        if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
+        if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product and not isinstance(x, Input):
             return self._structured(x, factor)
         if _distributes(node):
             return self._sum(x, factor)
