@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import reads_rows
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.lower import Adaptation
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.plan import Site
 from surgery.compiler.span import Span
@@ -20,8 +22,8 @@ from surgery.compiler.span import Span
 class AdaptedSite(nn.Module):
     """`y = x @ W.T + input @ (W_effective - W).T + b`, or the `output` equation, by the definition, for one use of W.
 
-    It holds no parameters: x, W as stored, the bias, `training` and the method's tensors (in the order of `names`)
-    are arguments, so the graph shows what it reads. `make_base` says how this use reads W, `adaptation` how p7 is to
+    It holds no parameters: x, W as stored, the bias, `training` and the method's tensors (in the order of `names`, with
+    those and the x of earlier blocks) are arguments, so the graph shows what it reads. `make_base` says how this use reads W, `adaptation` how p7 is to
     lower it.
     """
 
@@ -31,18 +33,27 @@ class AdaptedSite(nn.Module):
         self.adaptation = adaptation
         self.make_base = make_base
         self.span = span
-        self.names = tuple(tensor.name for tensor in site.tensors)
+        self.names = (*(tensor.name for tensor in site.tensors), *site.earlier, *site.earlier_inputs)
+
+    def read(self, weight: Tensor, tensors: Sequence[Tensor]) -> tuple[Base, dict[str, Tensor]]:
+        """How W is stored and used, and the tensors by name, from the arguments in their order."""
+        count = len(self.names)
+        base = self.make_base(weight, *tensors[count:])
+        values = dict(zip(self.names, tensors[:count], strict=True))
+        for name in self.site.earlier:
+            if name.startswith(f"W{MARK}"):
+                values[name] = replace(base, stored=values[name]).base_weight()
+        return base, values
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool, *tensors: Tensor) -> Tensor:
         """The site's output for its own x; behind the method's tensors come those that its kind of weight reads."""
         formula = self.adaptation.formula
-        count = len(self.names)
-        base = self.make_base(weight, *tensors[count:])
-        values: Mapping[str, Tensor] = dict(zip(self.names, tensors[:count], strict=True))
+        base, values = self.read(weight, tensors)
         given = base.input(x)
         row = given.dense() if isinstance(given, Input) else given
         reads = formula.form != "output" or reads_rows(formula.expression, "y")
         leaves = {"x": given, "y": base.base_linear(given, bias) if reads else row}
+        leaves |= {name: base.input(values[name]) for name in self.site.earlier_inputs}
         rows = Rows(
             leaves,
             lambda node: self._evaluated(node, base, values).to(row.dtype),

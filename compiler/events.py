@@ -12,7 +12,7 @@ from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.facts import is_scalar
-from surgery.compiler.algebra.formula import ChangeFormula, EventFormula, MethodFormula
+from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity, value_of
@@ -51,6 +51,8 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
         if plan.formulas[key].telescope:
             found.append(_snapshot(_original(plan, key), sites))
         for event in formula.events:
+            if event.phase == AT_START:  # done when the step is made
+                continue
             for number, change in enumerate(event.changes):
                 found += [_program(formula, event, change, number, alike) for alike in _stored_alike(sites)]
     return tuple(found)
@@ -149,5 +151,5 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
 
 
 def _names(recorder: Recorder, site: Site) -> dict[str, str]:
-    keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter}
+    keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter} | site.earlier
     return {identifier(name): keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}

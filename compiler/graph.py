@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from surgery.compiler.diagnostics import Diagnostic
 
 TRAINING = "training"
+EARLIER = "earlier"  # in the meta of a node that reads a tensor of an earlier block
+HANDED_ON = "handed_on"  # in the meta of a node that a later block reads as the x of this one
 
 
 @dataclass(frozen=True)

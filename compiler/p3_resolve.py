@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import nodes
+from surgery.compiler import earlier, nodes
 from surgery.compiler.algebra import compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
@@ -177,7 +177,10 @@ class _Resolver:
             "max_in": max((weight.inputs for weight in joined), default=0),
             "max_out": max((weight.outputs for weight in joined), default=0),
         }
+        heads = [self.skeleton.heads(weight.path).get("heads") for weight in joined]
+        shared_max |= {"max_heads": max(known)} if (known := [count for count in heads if count]) else {}
         numbers = {weight.identity: number for number, weight in enumerate(joined)}
+        before = earlier.earlier_paths(rule, weights, self.skeleton)
         for weight in weights:
             block = self.skeleton.block(weight.path)
             layer = blocks.index(block) if block else None
@@ -185,19 +188,25 @@ class _Resolver:
             coordinates = {
                 **({} if layer is None else {"layer": layer}), "layers": len(blocks), "slot": kinds.index(kind),
                 "slots": len(kinds), "site": numbers[weight.identity], "sites": len(joined), **shared_max,
-                **self.skeleton.heads(weight.path),
+                **self.skeleton.heads(weight.path), **earlier.coordinates(before.get(weight.path, {})),
             }  # fmt: skip
-            self.site(index, rule, weight, kind, layer, coordinates)
+            self.site(index, rule, weight, kind, layer, coordinates, before.get(weight.path, {}))
 
     def site(
-        self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int]
-    ) -> None:
+        self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int],
+        before: earlier.Paths,
+    ) -> None:  # fmt: skip
         """Add one site, unless something about it is wrong."""
         built = self.formula(index, rule, weight, coordinates)
         if built is None:
             return
         key, formula, proved, update = built
         tensors = tuple(self.tensor(index, tensor, weight, kind, layer) for tensor in formula.tensors)
+        try:
+            far = earlier.earlier_tensors(formula, (weight.outputs, weight.inputs), rule, before, self.sites)
+        except SurgError as error:
+            self.diagnostics.found += error.diagnostics
+            return
         first = [tensor for tensor in tensors if self.shared.get(tensor.key, (None, weight.path))[1] == weight.path]
         self.sites.append(
             Site(
@@ -207,6 +216,7 @@ class _Resolver:
                 transposed=weight.layout.transposed, experts=weight.layout.experts, kernel=weight.layout.kernel,
                 bias=weight.bias, rule=index,
                 formula=key, method=_call(rule), rank=formula.rank, tensors=tensors,
+                earlier=far[0], earlier_inputs=far[1],
                 trainable=sum(tensor.numbers for tensor in first if tensor.role == "train"),
                 frozen=sum(tensor.numbers for tensor in first if tensor.role != "train"),
                 update=update, facts=proved, place=place(rule.node.span),
@@ -219,7 +229,8 @@ class _Resolver:
         reads = self._coordinates(rule)
         record = Formula(
             method=rule.method.name, arguments=dict(rule.arguments), outputs=weight.outputs, inputs=weight.inputs,
-            coordinates={name: coordinates[name] for name in reads if name in coordinates}, equation="",
+            coordinates={name: size for name, size in coordinates.items() if name in reads or "earlier" in name},
+            equation="",
         )  # fmt: skip
         known = f"{index} {weight.layout.module_class} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
@@ -237,7 +248,8 @@ class _Resolver:
         if update == "telescope":
             record = record.model_copy(update={"telescope": True})
             formula = telescope.telescoped(formula)
-        record = record.model_copy(update={"equation": formula.equation})
+        read = {name: size for name, size in record.coordinates.items() if "earlier" not in name or name in formula.coordinates}
+        record = record.model_copy(update={"equation": formula.equation, "coordinates": read})
         key = next((key for key, other in self.formulas.items() if other == record), None)
         if key is None:
             key = f"{formula.name}_{len(self.formulas)}"
@@ -246,7 +258,8 @@ class _Resolver:
         return key, formula, proved, update
 
     def _coordinates(self, rule: Rule) -> list[str]:
-        return sorted(COORDINATES & set().union(*(names_in(statement) for statement in rule.method.statements)))
+        texts = [*rule.method.statements, *([rule.method.expression] if isinstance(rule.method, compose.Composed) else [])]
+        return sorted(COORDINATES & set().union(*map(names_in, texts)))
 
     def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
         least = min(weight.outputs, weight.inputs)

@@ -11,7 +11,7 @@ from surgery.compiler.adapted import AdaptedSite
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.diagnostics import Diagnostics
-from surgery.compiler.graph import TRAINING, Graph, copy_module, put
+from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, copy_module, put
 from surgery.compiler.graph import tensors as tensors_of
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.span import Span
@@ -35,6 +35,7 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
     training = next((node for node in twin.graph.nodes if node.op == "placeholder" and node.name == TRAINING), None)
     diagnostics = Diagnostics()
     uses = _uses(twin, plan)
+    current: dict[fx.Node, fx.Node] = {}  # what stands where a use stood: the x of another may have been its result
     for site in plan.sites:
         span = plan.span(site.place)
         formula = instance(plan, site.formula)
@@ -48,11 +49,13 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
                 "SURG041", f"the graph cannot switch the dropout of `{site.path}` off", span, help=help_text
             )
             continue
-        if site.untied and site.update == "literal":  # what moves here must not move its former partner
+        moves = site.update == "literal" or formula.corrections
+        if site.untied and moves:  # what moves here must not move its former partner
             put(twin, site.parameter, nn.Parameter(weight.detach().clone(), weight.requires_grad))
         for tensor in site.tensors:
             put(twin, tensor.key, _stored(tensors[tensor.key], tensor.role))
         dtypes = {tensor.name: tensors[tensor.key].dtype for tensor in site.tensors}
+        dtypes |= {name: (tensors if key in tensors else named)[key].dtype for name, key in site.earlier.items()}
         adaptation = Adaptation(formula, site.strategy or "branch", plan.tokens, weight.dtype, dtypes)
         for number, use in enumerate(uses[site.path]):
             if isinstance(use, Misuse):
@@ -61,7 +64,12 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
             target = f"{PREFIX}.{site.path}" + (f".use_{number}" if number else "")
             own = replace(adaptation, formula=flipped(formula)) if use.flipped else adaptation
             twin.add_submodule(target, AdaptedSite(site, own, use.base, span))
-            _replace(twin, use, target, site, training, span)
+            before = {name: _input_of(uses[path], number, current) for name, path in site.earlier_inputs.items()}
+            if None in before.values():
+                message = f"`{site.path}` is used more often than the site that `previous` reads"
+                diagnostics.error("SURG041", message, span)
+                continue
+            current[use.node] = _replace(twin, use, target, site, training, before, current, span)
     diagnostics.raise_errors()
     twin.graph.lint()
     twin.recompile()
@@ -93,19 +101,34 @@ def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[Use | Misuse]]:
     return uses
 
 
+def _input_of(uses: list[Use | Misuse], number: int, current: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    """The x of one use of a site, which has to outlive its block."""
+    use = uses[number] if number < len(uses) else None
+    if not isinstance(use, Use):
+        return None
+    x = current.get(use.x, use.x)
+    x.meta[HANDED_ON] = True
+    return x
+
+
 def _replace(
-    module: fx.GraphModule, use: Use, target: str, site: Site, training: fx.Node | None, span: Span
-) -> None:
+    module: fx.GraphModule, use: Use, target: str, site: Site, training: fx.Node | None,
+    before: Mapping[str, fx.Node | None], current: Mapping[fx.Node, fx.Node], span: Span,
+) -> fx.Node:  # fmt: skip
     graph, node = module.graph, use.node
     with graph.inserting_before(node):
         stack = {"nn_module_stack": node.meta.get("nn_module_stack"), "span": span}
         tensors = []
-        for tensor in site.tensors:
-            read = graph.get_attr(tensor.key)
+        for name, key in [*((tensor.name, tensor.key) for tensor in site.tensors), *site.earlier.items()]:
+            read = graph.get_attr(key)
             read.meta.update(stack)
+            if name in site.earlier:
+                read.meta[EARLIER] = True
             tensors.append(read)
         live = True if training is None else training
-        new = graph.call_module(target, (use.x, use.weight, use.bias, live, *tensors, *use.extra))
+        x = current.get(use.x, use.x)
+        new = graph.call_module(target, (x, use.weight, use.bias, live, *tensors, *before.values(), *use.extra))
     new.meta = {**node.meta, "span": span}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    return new

@@ -64,10 +64,9 @@ def _lower(module: fx.GraphModule, node: fx.Node, owner: AdaptedSite) -> None:
     )
     dtype = _dtype_of(node.args[0], owner.adaptation.dtype)
     adaptation = replace(owner.adaptation, dtype=dtype)
-    count = len(owner.names)
-    base = owner.make_base(weight, *tensors[count:])
     with graph.inserting_before(node):
-        y = adaptation(x, base, bias, dict(zip(owner.names, tensors[:count], strict=True)), training)
+        base, values = owner.read(weight, tensors)
+        y = adaptation(x, base, bias, values, training)
     assert isinstance(y, fx.Proxy)
     if "val" in node.meta:
         y.node.meta["val"] = node.meta["val"]

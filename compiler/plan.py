@@ -89,6 +89,8 @@ class Site(Record):
     method: str  # "lora(rank = 8, alpha = 16)"
     rank: int | None
     tensors: tuple[TensorPlan, ...]
+    earlier: dict[str, str] = Field(default_factory=dict)  # tensors of earlier blocks that it reads: name here to key
+    earlier_inputs: dict[str, str] = Field(default_factory=dict)  # x of earlier blocks: name here to the site's path
     trainable: int  # numbers trained at this site (a shared tensor counts at its first site)
     frozen: int  # numbers of the method that are not trained
     strategy: str = ""  # branch, fold or recompute; set by p4_choose
@@ -197,8 +199,8 @@ class EventPlan(Record):
 
     formula: str
     text: str  # as it stands in the spec, on one line
-    phase: Literal["before forward", "after backward", "after step"]
-    update: Literal["literal", "telescope", "assign"]
+    phase: Literal["at start", "before forward", "after backward", "after step"]
+    update: Literal["literal", "telescope", "assign", "once"]
     place: Place
 
 

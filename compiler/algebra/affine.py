@@ -93,7 +93,7 @@ def affine(node: Expression, shape: Shape, biased: bool = True) -> Affine:
             raise NotAffine("it reads the input of an earlier block")
         case "y":
             return Affine(Expression("weight", (), shape, name="W"), _bias(shape) if biased else None)
-        case "dropout" | "stop":
+        case "dropout" | "stop" | "sum_for":  # the last stands for a symbolic number of terms, like its own
             return affine(parts[0], shape, biased)
         case "negate":
             return _scaled(affine(parts[0], shape, biased), Expression("number", value=Quantity.of(-1)), node)

@@ -185,6 +185,7 @@ class Builder:
             "head_dim",
             "max_in",
             "max_out",
+            "max_heads",
             "kind",
         ):
             raise fail(

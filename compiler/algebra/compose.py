@@ -13,6 +13,7 @@ from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import bind_arguments, elaborate, is_square, names_in
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
@@ -190,7 +191,7 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
 def _check_moves(node: nodes.Expr, found: Mapping[str, MethodFormula], factor: nodes.Expr | None = None) -> None:
     """What moves W moves it by its own delta: a factor in front would make the two readings of W differ."""
     if isinstance(node, nodes.Name) and node.name in found:
-        if factor is not None and any(event.moves_base for event in found[node.name].events):
+        if factor is not None and (found[node.name].moves_base or found[node.name].corrections):
             message = f"`{found[node.name].name}` moves W by its own `delta`, so it can only be added"
             note = Note("this stands around it", factor.span)
             raise fail("SURG035", message, node.span, notes=[note], help="put the factor into the method itself")
@@ -260,7 +261,7 @@ def renamed(formula: MethodFormula, prefix: str) -> MethodFormula:
 
     def named(node: Expression) -> Expression:
         if id(node) not in known:
-            known[id(node)] = (node, with_names(node, lambda name: prefix + name))
+            known[id(node)] = (node, with_names(node, lambda name: name if name.startswith(f"W{MARK}") else prefix + name))
         return known[id(node)][1]
 
     def tensor(entry: TensorFormula) -> TensorFormula:

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
@@ -34,13 +35,23 @@ def is_column(expression: Expression) -> bool:
 
 def at_start(formula: MethodFormula) -> Expression:
     """The equation with every tensor replaced by its start, simplified by algebra that holds for any W."""
+    return _begun(formula)[1]
+
+
+def _begun(formula: MethodFormula) -> tuple[Expression | None, Expression]:
+    """W after the events at the start (None: as it was), and the equation over it and the starts of the tensors."""
     starts = {tensor.name: tensor for tensor in formula.tensors}
 
-    def replaced(node: Expression) -> Expression:
+    def replaced(node: Expression, base: Expression | None) -> Expression:
+        if node.operation == "weight":
+            return base or node
         if node.operation == "tensor":
-            start = starts[node.name].start
+            name, _, far = node.name.partition(MARK)
+            if name not in starts or (far and starts[name].start.expression is not None):
+                return node  # of another block: that site's own W, and what starts from it
+            start = starts[name].start
             if start.expression is not None:
-                return replaced(start.expression)
+                return replaced(start.expression, None)  # tensors start from W as it was
             constant = {"zeros": Quantity.of(0), "ones": ONE}.get(start.name)
             if start.name == "constant":
                 constant = start.arguments[0]
@@ -49,10 +60,13 @@ def at_start(formula: MethodFormula) -> Expression:
             if start.name == "eye" and node.shape[-1] == node.shape[-2]:
                 return Expression("identity", (), node.shape)
             return node
-        arguments = tuple(replaced(argument) for argument in node.arguments)
+        arguments = tuple(replaced(argument, base) for argument in node.arguments)
         return _simplify(Expression(node.operation, arguments, node.shape, node.name, node.value, node.index))
 
-    return replaced(formula.expression)
+    base: Expression | None = None
+    for change in formula.corrections:
+        base = replaced(change.result, base)
+    return base, replaced(formula.expression, base)
 
 
 def _filled(node: Expression) -> Quantity | None:
@@ -86,6 +100,8 @@ def _simplify(node: Expression) -> Expression:
             return whole(parts[0]) or node
         case "add" if values[1] == zero:
             return whole(parts[0]) or node
+        case "add" if parts[0].operation == "subtract" and parts[0].arguments[1] == parts[1]:
+            return whole(parts[0].arguments[0]) or node
         case "add" if values[0] == zero:
             return whole(parts[1]) or node
         case "subtract" if values[1] == zero:
@@ -119,11 +135,13 @@ def _simplify(node: Expression) -> Expression:
 
 def identity_at_start(formula: MethodFormula) -> bool:
     """Whether the adapted weight is W before training, for every W and every draw of the starts."""
-    start = at_start(formula)
+    base, start = _begun(formula)
     if formula.form == "weight":
         return start.operation == "weight"
     if formula.form == "output":
-        return start.operation == "y" and start.name == "y"
+        return base is None and start.operation == "y" and start.name == "y"
+    if base is not None:
+        return _simplify(Expression("add", (base, start), base.shape)).operation == "weight"
     return _filled(start) == Quantity.of(0)
 
 

@@ -16,6 +16,7 @@ from surgery.compiler.algebra.compose import compose, formula_of
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.telescope import telescoped
 from surgery.compiler.diagnostics import fail
@@ -89,6 +90,9 @@ def _effective(
         return None
     base = logical(weights[site.parameter].detach(), site)
     tensors = {tensor.name: weights[tensor.key].detach() for tensor in site.tensors}
+    for name, key in site.earlier.items():
+        stored = weights[key].detach()
+        tensors[name] = logical(stored, site) if name.startswith(f"W{MARK}") else stored
     if site.bias:
         tensors[BIAS] = weights[bias_name(site)].detach()
     if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype

@@ -16,6 +16,7 @@ from surgery.compiler.algebra.branch import Branch
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula, reads_rows
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.recompute import checkpointed, gradient_factors, rebuilt
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.algebra.structures import Tensor
@@ -34,7 +35,7 @@ class Adaptation:
     def __call__(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
     ) -> Tensor:
-        """The site's output for `x` `[..., in]`; `tensors` are the method's by name."""
+        """The site's output for `x` `[..., in]`; `tensors` are the method's by name, with what it reads of earlier blocks."""
         if self.strategy == "fold":
             return base.linear(x, self._weight(base, tensors, self.formula.expression), bias)
         if self.strategy == "recompute":
@@ -67,7 +68,7 @@ class Adaptation:
         formula = self.formula
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
         row = base.input(x)
-        leaves = {"x": row}
+        leaves = {"x": row} | {name: base.input(tensors[name]) for name in tensors if name.startswith(f"x{MARK}")}
         rows = Rows(leaves, branch.cast, lambda part, matrix: branch.product(part, matrix, False), training)
         if formula.form == "output":
             if reads_rows(formula.expression, "y"):

@@ -12,15 +12,18 @@ from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import (
+    AT_START,
     TOKENS,
     ChangeFormula,
     EventFormula,
     MethodFormula,
+    Start,
     TensorFormula,
     Term,
     reads_rows,
     rows,
 )  # fmt: skip
+from surgery.compiler.algebra.previous import MARK, coordinate, without_zeros
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
 from surgery.compiler.algebra.sources import SOURCES, check_not_start
@@ -31,12 +34,13 @@ from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
 _RESERVED = """
-    W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out step steps training
+    W x y in out layer layers kind slot slots site sites heads head_dim max_in max_out max_heads step steps training
 """
 RESERVED = frozenset(_RESERVED.split())
 FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
-COORDINATES = frozenset(["layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out"])
+COORDINATES = frozenset("layer layers slot slots site sites heads head_dim max_in max_out max_heads".split())
+KEPT = "_at_start"  # behind the name of a tensor: as it was when the step was made
 KINDS = ("int", "real", "text", "bool")
 
 
@@ -119,9 +123,10 @@ class _Reader:
     requirements: list[tuple[Condition, Span | None]] = field(default_factory=list)
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    earlier: Callable[[Quantity], bool] = lambda back: True  # whether there is a site so many blocks earlier
 
     def builder(self, in_event: bool = False, **more: Value) -> Builder:
-        return Builder({**self.names, **more}, in_event, self.used)
+        return Builder({**self.names, **more}, in_event, self.used, self.earlier)
 
     def read(self) -> None:
         readers: dict[type, Callable[[nodes.Statement], None]] = {
@@ -161,8 +166,12 @@ class _Reader:
             raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help="choose another name")
         if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
             raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
+        if MARK in name:
+            raise fail("SURG003", f"`{name}` is how a site calls a tensor of an earlier block, and cannot be bound", span)
         if name.endswith("_before"):
             raise fail("SURG003", f"`{name}` is how the step calls what `prev` reads, and cannot be bound", span)
+        if name.endswith(KEPT):
+            raise fail("SURG003", f"`{name}` is how a run calls what an event at the start reads", span)
         if name in (*STRUCTURES, *LATER, *STARTS, *SOURCES):
             raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
 
@@ -231,7 +240,7 @@ class _Reader:
 
     def matrix(self, node: nodes.Bind) -> Expression:
         """The value of `delta` or `weight`, `[out, in]`."""
-        value = self.builder().expression(node.value)
+        value = without_zeros(self.builder().expression(node.value))
         wanted = (self.names["out"], self.names["in"])
         shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
         if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
@@ -248,13 +257,16 @@ class _Reader:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
         sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
         more = {leaf: rows(leaf, length) for leaf, length in sizes.items() if length is not None}
-        value = self.builder(**more).expression(node.value)
+        value = without_zeros(self.builder(**more).expression(node.value))
         wanted = self.names[size]
         assert isinstance(wanted, Expression) and wanted.value is not None
         shape = (TOKENS, wanted.value)
         if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
             message = f"`{name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
             raise fail("SURG005", message, node.value.span)
+        if value.operation == "filled" and TOKENS in value.shape:  # nothing but what there is no earlier block for
+            leaf = rows("x" if name == "input" else "y", wanted.value)
+            return Expression("multiply", (number(Quantity.of(0)), leaf), leaf.shape, span=node.value.span)
         if not reads_rows(value):
             raise fail("SURG004", f"`{name}` reads neither of {' and '.join(leaves)}", node.value.span)
         if found := misplaced(value):
@@ -266,6 +278,8 @@ class _Reader:
             self.requirements.append((self.builder().condition(node.condition), node.condition.span))
 
     def event(self, node: nodes.Event) -> None:
+        if (node.phase, node.point) == ("at", "start"):
+            return self.correction(node)
         if (node.phase, node.point) != ("after", "step"):
             text = f"every ... {node.point}" if node.phase == "every" else f"{node.phase} {node.point}"
             raise fail("SURG008", f"the event `{text}` is not built yet", node.span)
@@ -275,6 +289,44 @@ class _Reader:
         when = self.builder(True, **clock).condition(node.when) if node.when else ALWAYS
         changes = tuple(self.change(change, clock) for change in node.changes)
         self.events.append(EventFormula("after step", when, changes, show(node), node.span))
+
+    def correction(self, node: nodes.Event) -> None:
+        """`at start { W -= delta }`: what it reads of trained tensors and states is kept as it was at the start."""
+        if node.when is not None:
+            raise fail("SURG004", "an event at the start happens always, so it takes no `when`", node.when.span)
+        changes = []
+        for change in node.changes:
+            if not isinstance(change, nodes.Change) or change.target != "W":
+                help_text = "a tensor has its start where it is defined"
+                raise fail("SURG007", "an event at the start assigns to W alone", change.span, help=help_text)
+            if change.operator not in ("=", "+=", "-="):
+                raise fail("SURG004", "an event at the start sets W, adds to it or subtracts", change.span)
+            if self.skips(change):
+                return
+            value = self.builder().expression(change.value)
+            check_not_start(value)
+            target = self.names["W"]
+            assert isinstance(target, Expression)
+            if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, target.shape, strict=True)):
+                message = f"`W` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
+                raise fail("SURG005", message, change.value.span)
+            changes.append(ChangeFormula("W", change.operator, self.kept(value), change.span))
+        self.events.append(EventFormula(AT_START, ALWAYS, tuple(changes), show(node), node.span))
+
+    def kept(self, node: Expression) -> Expression:
+        """The expression over copies of the tensors that change later, made with the start of the run."""
+        if MARK in node.name:
+            raise fail("SURG008", "an event at the start that reads an earlier block is not built yet", node.span)
+        own = self.tensors.get(node.name) if node.operation == "tensor" else None
+        if node.operation == "tensor" and own is None:
+            raise fail("SURG007", "an event at the start reads the tensors of its own site", node.span)
+        if own is not None and own.role != "frozen":
+            copy = f"{node.name}{KEPT}"
+            start = Start("expression", (), node, f"{node.name} as it starts")
+            kept = replace(own, role="frozen", name=copy, start=start, lr=None, weight_decay=None)
+            self.tensors.setdefault(copy, kept)
+            return replace(node, name=copy)
+        return replace(node, arguments=tuple(map(self.kept, node.arguments))) if node.arguments else node
 
     def change(self, node: nodes.Change | nodes.Reset, clock: dict[str, Value]) -> ChangeFormula:
         if isinstance(node, nodes.Reset):
@@ -298,6 +350,8 @@ class _Reader:
         ):
             message = f"`{node.target}` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
             raise fail("SURG005", message, node.value.span)
+        if node.operator == "-=":
+            value, node = Expression("negate", (value,), value.shape), replace(node, operator="+=")
         return ChangeFormula(node.target, node.operator, value, node.span)
 
 
@@ -309,7 +363,7 @@ def elaborate(
     Returns None with the diagnostics if anything is wrong. A requirement `in == out` makes both one symbol.
     """
     names: dict[str, Value] = dict(arguments)
-    names.update({name: number(value) for name, value in sizes.items()})
+    names.update({name: number(value) for name, value in sizes.items() if not name.startswith("earlier")})
     if is_square(method) and sizes["in"].constant is None:
         names["out"] = names["in"]
     out, inside = names["out"], names["in"]
@@ -317,6 +371,8 @@ def elaborate(
     assert out.value is not None and inside.value is not None
     names["W"] = Expression("weight", (), (out.value, inside.value), name="W")
     reader = _Reader(method, names)
+    if sizes["in"].constant is not None:
+        reader.earlier = lambda back: back.whole is None or coordinate(back.whole) in sizes
     for parameter in method.parameters:
         if parameter.name in RESERVED or parameter.name in SPECIAL:
             reader.diagnostics.error("SURG003", f"`{parameter.name}` is a reserved name", parameter.span)
@@ -331,7 +387,7 @@ def elaborate(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
         tuple(reader.requirements), tuple(reader.events), reader.equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
-        frozenset(reader.used & COORDINATES), method.span, (out.value, inside.value),
+        frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_")), method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def _wrong(node: Expression) -> str | None:
         case "slice":
             if not _keeps_rows(node):
                 return "of an activation only columns can be taken, as in `y[:, 0:8]`"
-        case "negate" | "dropout":
+        case "negate" | "dropout" | "sum_for":
             pass
         case name if name not in STRUCTURES or not STRUCTURES[name].rowwise:
             return "it does not treat every row of an activation by itself"
@@ -91,7 +91,7 @@ class Rows:
 
     def _value(self, node: Expression, stopped: bool) -> Tensor | Input:
         parts = node.arguments
-        if node.value is not None:
+        if node.operation == "number" and node.value is not None:
             return value_of(node.value)
         if not reads_rows(node):
             return self.value(_stopped(node) if stopped else node)

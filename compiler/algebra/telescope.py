@@ -13,6 +13,7 @@ from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.facts import reads_weight, tensors_read
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula, Term, rows
 from surgery.compiler.algebra.low_rank import factor
+from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import Quantity
 
 SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio
@@ -51,6 +52,8 @@ def why_not(formula: MethodFormula) -> str | None:
         return "the ratio is not constant"
     if not event.when.stays_true:
         return "its condition can become false again"
+    if any(MARK in name for name in tensors_read(moved)):
+        return "it reads tensors of another block"
     if reads_weight(formula.expression) or reads_weight(moved):
         return "delta reads W"
     taken = {*snapshot_names(formula).values(), switch_name(formula)} & {tensor.name for tensor in formula.tensors}

@@ -14,7 +14,8 @@ from surgery.compiler.diagnostics import Diagnostics, fail
 from surgery.compiler.graph import TRAINING, called_modules, put, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
-from surgery.runtime.initialise import initialise
+from surgery.runtime.correct import corrected, corrected_sites
+from surgery.runtime.initialise import Sources, initialise
 from surgery.runtime.run_folder import load_state
 
 SHARED = "surgery_shared"  # the module on the root that holds tensors of several sites
@@ -67,8 +68,8 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     """Adapt a model in place; see `surgery.apply`."""
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
-    _refuse_events(plan)
-    return _attach(plan, model, initialise(plan, tensors(model)))
+    _refuse_graph_scope(plan)
+    return _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
 
 
 def apply_run(directory: Path, model: nn.Module) -> nn.Module:
@@ -88,9 +89,10 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
         raise fail("SURG054", f"`{directory}` lacks `{missing[0]}`")
     device = next(iter(named.values())).device
     attached = _attach(plan, model, {key: saved[key].to(device) for key in wanted})
+    own_weights = corrected_sites(plan)
     with torch.no_grad():
         for site in plan.sites:
-            if site.untied and site.parameter in saved:  # it moved, and its former partner did not
+            if (site.untied or site in own_weights) and site.parameter in saved:  # it moved, and nothing else did
                 own = nn.Parameter(named[site.parameter].detach().clone(), requires_grad=False)
                 attached.get_submodule(site.path).weight = named[site.parameter] = own
         for name in saved.keys() - wanted:
@@ -104,12 +106,19 @@ def _refuse_adapted(model: nn.Module) -> None:
         raise fail("SURG060", "the model is adapted already", help="put all rules into one program")
 
 
-def _refuse_events(plan: Plan) -> None:
+def _refuse_graph_scope(plan: Plan) -> None:
     diagnostics = Diagnostics()
     for event in plan.events:
+        if event.phase == "at start":  # done when the modules are made
+            continue
         span = plan.span(event.place)
         help_text = "use surgery.compile or `surgery train`, which run it"
         diagnostics.error("SURG060", "nobody runs the step's clock in module scope", span, help=help_text)
+    across = next((site for site in plan.sites if site.earlier or site.earlier_inputs), None)
+    if across is not None:
+        message = f"`{across.path}` reads another block, and a module in place knows its own weights alone"
+        help_text = "use surgery.compile or `surgery train`, which see the whole graph"
+        diagnostics.error("SURG060", message, plan.span(across.place), help=help_text)
     diagnostics.raise_errors()
 
 
@@ -122,14 +131,18 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
                 owners.setdefault(id(child), []).append((parent, name))
     holder = nn.Module()
     known: dict[tuple[object, ...], Lowered] = {}  # sites that compute alike share one graph: it has no state
-    replacements = []
+    replacements, moved = [], corrected_sites(plan)
     for site in plan.sites:
         module = model.get_submodule(site.path)
         key: tuple[object, ...] = (type(module), site.formula, site.strategy, site.dtype, site.bias)
         key += tuple(values[tensor.key].dtype for tensor in site.tensors)
         if key not in known:
             known[key] = _lowered(plan, site, module, values)
-        replacements.append((module, _adapted(site, module, known[key], values, holder)))
+        replacement = _adapted(site, module, known[key], values, holder)
+        if site in moved:  # the module's own from here on: the model's weight may be used elsewhere
+            weight = corrected(plan, site, module.get_parameter("weight"), values)
+            replacement.weight = nn.Parameter(weight, requires_grad=False)
+        replacements.append((module, replacement))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     named = dict(model.named_parameters(remove_duplicate=False))
