@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,8 @@ class Grower:
         )
         inner = ["matmul", "matmul", "matmul", "add", "subtract", "multiply", "scale", "shrink", "negate", "transpose",
                  "stop", "rows", "columns", "diag", "slice", "tanh", "surrogate", "mask", "stack"]  # fmt: skip
+        if depth and self.draw(st.integers(0, 2)) == 0:
+            return self.structured(rows, columns, depth - 1)
         kind = self.draw(st.sampled_from(leaves if depth == 0 else leaves + inner))
 
         def deeper() -> Expression:
@@ -111,6 +114,87 @@ class Grower:
                                   index=(Range(size(0), size(rows)), Range(size(0), size(columns))))  # fmt: skip
         raise AssertionError(kind)
 
+    def index(self, length: int, total: int) -> Expression:
+        name = f"T{len(self.tensors)}"
+        start = Start("choice", (size(total),))
+        self.tensors[name] = TensorFormula(name, "frozen", (size(length),), start)
+        return Expression("tensor", (), (size(length),), name=name)
+
+    def onehot(self, rows: int, columns: int) -> Expression:
+        name = f"T{len(self.tensors)}"
+        self.tensors[name] = TensorFormula(name, "frozen", (size(rows), size(columns)), Start("onehot_rows"))
+        return call("selection", Expression("tensor", (), (size(rows), size(columns)), name=name))
+
+    def blocks(self, *shape: int) -> Expression:
+        """A tensor with leading axes, or the product of two."""
+        if self.draw(st.booleans()):
+            return self.tensor(*shape)
+        *leading, rows, columns = shape
+        return product(self.tensor(*leading, rows, 1), self.tensor(*leading, 1, columns))
+
+    def structured(self, rows: int, columns: int, depth: int) -> Expression:
+        """A matrix of that shape in which a structure of the library stands."""
+        square = ["circ", "skewcirc", "symtoeplitz", "eye"] + ["cayley", "skew"] * (rows > 1)
+        square += ["rotary"] * (rows % 2 == 0)
+        kinds = ["toeplitz", "kron", "khatri_rao", "blockdiag", "grid", "tile", "wrap", "select", "selection",
+                 "scatter", "ifft2", "topk_mask", "where", "hadamard"]  # fmt: skip
+        kind = self.draw(st.sampled_from(kinds + square))
+        a, b = (self.draw(st.sampled_from([k for k in range(1, n + 1) if n % k == 0])) for n in (rows, columns))
+        few, length = self.draw(st.sampled_from([1, 2])), self.draw(SIZES)
+        match kind:
+            case "toeplitz":
+                return call(kind, self.vector(rows, depth), self.vector(columns, depth))
+            case "kron":
+                return call(kind, self.matrix(a, b, depth), self.matrix(rows // a, columns // b, depth))
+            case "khatri_rao":
+                return call(kind, self.matrix(a, columns, depth), self.matrix(rows // a, columns, depth))
+            case "blockdiag":
+                g = math.gcd(rows, columns)
+                return call(kind, self.blocks(g, rows // g, columns // g))
+            case "grid":
+                return call(kind, self.blocks(a, b, rows // a, columns // b))
+            case "tile":
+                return product(call(kind, of(rows), of(length)), self.matrix(length, columns, depth))
+            case "wrap":
+                return product(self.matrix(rows, length, depth), transposed(call(kind, of(columns), of(length))))
+            case "select":
+                count = min(few, columns)
+                return product(self.matrix(rows, count, depth), call(kind, self.index(count, columns), of(columns)))
+            case "selection":
+                return product(self.matrix(rows, few, depth), self.onehot(few, columns))
+            case "scatter":
+                count = min(length, rows * columns)
+                return call(kind, self.tensor(count), self.index(count, rows * columns), of(rows), of(columns))
+            case "ifft2":
+                return call(kind, self.matrix(rows, columns, depth))
+            case "topk_mask":
+                mask = call(kind, self.tensor(rows, columns), of(0.5))
+                return Expression("multiply", (mask, self.matrix(rows, columns, depth)), mask.shape)
+            case "where":
+                chosen = call("mask", self.tensor(rows, columns))
+                return call(kind, chosen, self.matrix(rows, columns, depth), of(0))
+            case "hadamard":
+                left, right = (product(self.tensor(rows, few), self.tensor(few, columns)) for _ in range(2))
+                return Expression("multiply", (left, right), left.shape)
+            case "eye":
+                left = call(kind, of(rows))
+            case "rotary":
+                left = call(kind, of(few), of(rows))
+            case "cayley" | "skew":
+                left = call("skew", self.tensor(rows * (rows - 1) // 2))
+                left = call("cayley", left) if kind == "cayley" else left
+            case _:
+                left = call(kind, self.vector(rows, depth))
+        return product(left, self.matrix(rows, columns, depth))
+
+
+def product(left: Expression, right: Expression) -> Expression:
+    return Expression("matmul", (left, right), (*left.shape[:-1], right.shape[-1]))
+
+
+def transposed(node: Expression) -> Expression:
+    return Expression("transpose", (node,), node.shape[::-1])
+
 
 def on_x(matrix: Expression) -> Term:
     return Term(matrix, rows("x", matrix.shape[1]))
@@ -130,6 +214,12 @@ def values_of(formula: MethodFormula, seed: int, at_start: bool = False) -> dict
     for tensor in formula.tensors:
         shape = tuple(whole_of(length) for length in tensor.shape)
         value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if tensor.start.name == "choice":
+            total = whole_of(tensor.start.arguments[0])
+            values[tensor.name] = torch.randperm(total, generator=generator)[: shape[0]]
+            continue
+        if tensor.start.name == "onehot_rows":
+            value = torch.eye(shape[1], dtype=torch.float64)[torch.randint(shape[1], shape[:1], generator=generator)]
         if at_start and tensor.start.name in ("zeros", "ones"):
             value = torch.full(shape, float(tensor.start.name == "ones"), dtype=torch.float64)
         values[tensor.name] = value.requires_grad_(tensor.role == "train")
@@ -165,7 +255,9 @@ def test_lowerings_equal_the_evaluator(
     bias = torch.randn(OUT, dtype=torch.float64) if biased else None
     effective = evaluate(formula.expression, weight, values) + (weight if formula.form == "delta" else 0)
     expected = functional.linear(x, effective, bias)
-    adaptation = Adaptation(formula, strategy, rows, torch.float64, dict.fromkeys(values, torch.float64))
+    adaptation = Adaptation(
+        formula, strategy, rows, torch.float64, {name: value.dtype for name, value in values.items()}
+    )
     stored = weight.T.contiguous() if transposed else weight
     found = adaptation(x, Base(stored, transposed, torch.float64), bias, values, False)
     scale = max(1.0, float(expected.detach().abs().max()))
