@@ -235,8 +235,8 @@ class Reset(Line):
 
 @dataclass(frozen=True)
 class Event(Line):
-    """`after step when condition { changes }`; phase: before, after or every; `point` is the name behind it
-    ("step", "forward", "backward"; "steps" for every), `interval` the number behind `every`."""
+    """`after step when condition { changes }`; phase: before, after, at or every; `point` is the name behind it
+    ("step", "forward", "backward"; "start" for at, "steps" for every), `interval` the number behind `every`."""
 
     phase: str
     point: str

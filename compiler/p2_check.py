@@ -10,7 +10,7 @@ from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.build import Value
 from surgery.compiler.algebra.compose import calls, compose, formula_of
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.method import bind_arguments, elaborate, names_in
+from surgery.compiler.algebra.method import COORDINATES, bind_arguments, elaborate, names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.library import library
@@ -21,7 +21,7 @@ from surgery.compiler.settings import TRAIN, later, read_data, read_model, read_
 from surgery.compiler.source import read
 from surgery.compiler.span import Source
 
-SYMBOLIC = ("in", "out", "layer", "layers", "slot", "slots", "site", "sites", "heads", "head_dim", "max_in", "max_out")
+SYMBOLIC = ("in", "out", *sorted(COORDINATES))
 RULE_SETTINGS = {"strategy": word("auto", "branch", "fold", "recompute"), "update": word("literal", "telescope"), "active": later}
 
 

@@ -13,7 +13,7 @@ from surgery.compiler.diagnostics import Diagnostic, Note, nearest
 from surgery.compiler.span import Source, Span
 
 ITEMS = ("model", "adapt", "train", "freeze", "step", "data", "method", "use")
-PHASES = ("after", "before", "every")
+PHASES = ("after", "before", "at", "every")
 FUNCTION_WORDS = ("def", "function", "fn", "func", "class", "lambda")
 
 # What stands in a text, coarsely: enough to name a token and to match brackets. The last alternative takes anything.
@@ -43,7 +43,7 @@ _WORDS = {
     "PATTERN": "a pattern such as `encoder.layer.*.attention`",
     "COMPARE": "a comparison",
     "ROLE": "`train`, `frozen` or `state`",
-    "PHASE": "`after` or `before`",
+    "PHASE": "`after`, `before` or `at`",
     "ALIAS": "`tie` or `untie`",
     "LBRACE": "`{`",
     "RBRACE": "`}`",
@@ -55,6 +55,7 @@ _WORDS = {
     "COMMA": "`,`",
     "EQUAL": "`=`",
     "INCREASE": "`+=`",
+    "DECREASE": "`-=`",
     "SCALE": "`*=`",
     "VBAR": "`|`",
     "DOT": "`.`",
@@ -327,10 +328,8 @@ def _no_operator(place: Place) -> str | None:
 
 
 def _assignment(place: Place) -> str | None:
-    changes = "INCREASE" in place.accepted and place.found in ("-=", "/=")
-    if changes:
-        name = place.before()
-        return f"write `{name} += -(...)`" if place.found == "-=" else f"write `{name} *= 1 / (...)`"
+    if "INCREASE" in place.accepted and place.found == "/=":
+        return f"write `{place.before()} *= 1 / (...)`"
     return "`=` gives a value to a name; a comparison is written `==`" if place.found == "=" else None
 
 

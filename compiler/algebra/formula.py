@@ -11,6 +11,7 @@ from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
 
 Role = Literal["train", "frozen", "state"]
+AT_START = "at start"  # the phase of an event that runs once, when the step is made
 TOKENS = Quantity.symbol("tokens")  # rows of an activation: known only in the run
 
 
@@ -67,10 +68,18 @@ class ChangeFormula:
     value: Expression
     span: Span | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def result(self) -> Expression:
+        """What W is after a change of it at the start: the value, or its sum or difference with W."""
+        if self.operator == "=":
+            return self.value
+        weight = Expression("weight", (), self.value.shape, name="W")
+        return Expression({"+=": "add", "-=": "subtract"}[self.operator], (weight, self.value), self.value.shape)
+
 
 @dataclass(frozen=True)
 class EventFormula:
-    """`after step when condition { changes }`."""
+    """`after step when condition { changes }`, or `at start { changes }`."""
 
     phase: str
     when: Condition
@@ -80,8 +89,8 @@ class EventFormula:
 
     @property
     def moves_base(self) -> bool:
-        """Whether it assigns to W."""
-        return any(change.target == "W" for change in self.changes)
+        """Whether it assigns to W in the steps."""
+        return self.phase != AT_START and any(change.target == "W" for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,16 @@ class MethodFormula:
     coordinates: frozenset[str] = frozenset()  # which of layer, slot, site, heads ... it reads
     span: Span | None = field(default=None, compare=False, repr=False)
     sides: Shape | None = None  # [out, in], where the expression is not of that shape
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether its steps move W."""
+        return any(event.moves_base for event in self.events)
+
+    @property
+    def corrections(self) -> tuple[ChangeFormula, ...]:
+        """What happens to W when the step is made, in order."""
+        return tuple(change for event in self.events if event.phase == AT_START for change in event.changes)
 
     @property
     def trained(self) -> frozenset[str]:

@@ -40,7 +40,7 @@ def prove(formula: MethodFormula) -> Proved:
         merges=not reason,
         exports_as_lora=meets_x and rank is not None and factor(formula.expression) is not None,
         keeps_zeros=kept is not None and keeps_zeros(kept),
-        moves_base=any(event.moves_base for event in formula.events),
+        moves_base=formula.moves_base or bool(formula.corrections),
         needs_dense_weight=needs_dense_weight(formula.expression),
         needs_calibration=bool(calibrated(formula)),
         merge_reason=reason,

@@ -84,7 +84,8 @@ def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _S
         return copied.to(dtype, copy=True)
     if start.expression is not None:
         value: Tensor = evaluator(start.expression)
-        return value.to(dtype).expand(tensor.shape).clone()
+        # laid out as a loaded one is: products of other strides differ in the last bit
+        return value.to(dtype).expand(tensor.shape).clone(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
     shape = tuple(whole_of(size) for size in formula.shape)

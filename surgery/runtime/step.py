@@ -20,6 +20,7 @@ from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches
+from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.devices import why_not
 from surgery.runtime.ownership import own, written_names
 
@@ -77,13 +78,24 @@ class TrainingStep:
         self._loss = p8_emit.chosen_loss(plan, graph)
         self._trained = p8_emit.trained_names(plan, graph)
         self._written = written_names(plan, graph, self._trained, programs)
-        self.weights = own(given, self._written, set(self._trained), self.device)
+        self._corrected = corrected_sites(plan)
+        moved = [*self._written, *(site.parameter for site in self._corrected)]
+        self.weights = own(given, moved, set(self._trained), self.device)
+        self._correct(self._corrected)
         self.module = _module(graph, self.weights, self.device)
         self.use_source(p8_emit.run(plan, graph, programs) if source is None else source)
         torch.manual_seed(plan.step.seed)
         scaled = plan.step.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self._skipped = 0
+
+    @torch.no_grad()
+    def _correct(self, sites: Sequence[Site]) -> None:
+        """Do what happens to W at the start: from the model's own weight and the start's factors."""
+        given = tensors(self.graph.module)
+        for site in sites:
+            stored = given[site.parameter].to(self.device)
+            self.weights[site.parameter].copy_(corrected(self.plan, site, stored, self.weights))
 
     def use_source(self, source: str) -> None:
         """Run this text of step.py from now on, with a new optimizer; the weights stay as they are."""
@@ -235,6 +247,7 @@ class TrainingStep:
                 raise fail("SURG054", message, help="the state is of another spec or another model")
         for key in self.state_dict()["weights"]:
             self.weights[key].copy_(saved[key])
+        self._correct([site for site in self._corrected if site.parameter not in self._written])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         if self._scaler is not None and state.get("scaler"):

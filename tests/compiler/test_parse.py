@@ -98,7 +98,7 @@ WORDS = [
     "shared",
     "by",
 ]
-WORDS += ["as", "requires", "when", "every", "steps", "reset", "for", "in", "tie", "frozen", "state", "after", "before"]
+WORDS += ["as", "requires", "when", "every", "steps", "reset", "for", "in", "tie", "frozen", "state", "after", "before", "at"]
 
 
 @pytest.mark.parametrize("word", WORDS)
