@@ -36,6 +36,7 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
     diagnostics = Diagnostics()
     uses = _uses(twin, plan)
     current: dict[fx.Node, fx.Node] = {}  # what stands where a use stood: the x of another may have been its result
+    handed_on = {(site.rule, site.kind) for site in plan.sites if site.earlier_inputs}
     for site in plan.sites:
         span = plan.span(site.place)
         formula = instance(plan, site.formula)
@@ -69,7 +70,9 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
                 message = f"`{site.path}` is used more often than the site that `previous` reads"
                 diagnostics.error("SURG041", message, span)
                 continue
-            current[use.node] = _replace(twin, use, target, site, training, before, current, span)
+            current[use.node] = _replace(
+                twin, use, target, site, training, before, current, (site.rule, site.kind) in handed_on, span
+            )
     diagnostics.raise_errors()
     twin.graph.lint()
     twin.recompile()
@@ -102,18 +105,16 @@ def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[Use | Misuse]]:
 
 
 def _input_of(uses: list[Use | Misuse], number: int, current: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
-    """The x of one use of a site, which has to outlive its block."""
+    """The x of one use of a site."""
     use = uses[number] if number < len(uses) else None
     if not isinstance(use, Use):
         return None
-    x = current.get(use.x, use.x)
-    x.meta[HANDED_ON] = True
-    return x
+    return current.get(use.x, use.x)
 
 
 def _replace(
     module: fx.GraphModule, use: Use, target: str, site: Site, training: fx.Node | None,
-    before: Mapping[str, fx.Node | None], current: Mapping[fx.Node, fx.Node], span: Span,
+    before: Mapping[str, fx.Node | None], current: Mapping[fx.Node, fx.Node], handed_on: bool, span: Span,
 ) -> fx.Node:  # fmt: skip
     graph, node = module.graph, use.node
     with graph.inserting_before(node):
@@ -127,6 +128,8 @@ def _replace(
             tensors.append(read)
         live = True if training is None else training
         x = current.get(use.x, use.x)
+        if handed_on:
+            x.meta[HANDED_ON] = True
         new = graph.call_module(target, (x, use.weight, use.bias, live, *tensors, *before.values(), *use.extra))
     new.meta = {**node.meta, "span": span}
     node.replace_all_uses_with(new)

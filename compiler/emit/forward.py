@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from surgery.compiler.emit.body import Body, wrapped
-from surgery.compiler.emit.loops import Call, Function, Loops
+from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
 from surgery.compiler.emit.recompute import recomputed_functions
-from surgery.compiler.graph import TRAINING, Graph, drop_dead_nodes, tensors
+from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, drop_dead_nodes, tensors
 
 HELPER = '''\
 def blocks(weights: Weights, path: str, indices: range) -> list[Weights]:
@@ -192,9 +192,10 @@ class _Writer:
     def _write_block(self, block: Block) -> Call:
         names = Names(frozenset(self.names.used))
         known: dict[fx.Node, str] = {}
-        carried = tuple(node for node in block.inputs if self._is_carried(node, block))
-        for node in carried:
-            known[node] = Names.next_of(self.flow[block.stack], known.values())
+        carried = self._carried(block)
+        for number, node in enumerate(carried):
+            name = "x_earlier" if number and node.meta.get(HANDED_ON) else self.flow[block.stack]
+            known[node] = Names.next_of(name, known.values())
             names.used.add(known[node])
         others = [node for node in block.inputs if node not in carried]
         for node in others:
@@ -204,8 +205,14 @@ class _Writer:
             known[node] = shared
             names.used.add(known[node])
         outside: dict[str, str] = {}  # weights of other modules: passed by the caller
+        earlier = _of_earlier_blocks(block)
+        distances = tuple(sorted({back for back, _ in earlier.values()}))
+        names.used.update(earlier_name(back) for back in distances)
 
         def weight(target: str) -> str:
+            if target in earlier:
+                back, inner = earlier[target]
+                return f'{earlier_name(back)}["{inner}"]'
             if target.startswith(block.path + ".") and not is_constant(target):
                 return f'w["{target[len(block.path) + 1 :]}"]'
             if target not in outside:
@@ -218,6 +225,7 @@ class _Writer:
         order = sorted(others, key=lambda node: (self.shared[node] == TRAINING, _kind(node) != "Tensor"))
         parameters = [
             "w: Weights",
+            *(f"{earlier_name(back)}: Weights" for back in distances),
             *(f"{known[node]}: Tensor" for node in carried),
             *(f"{name}: Tensor" for name in outside.values()),
         ]
@@ -239,7 +247,20 @@ class _Writer:
         function.blocks.append(block)
         passed: list[fx.Node | str] = [f'weights["{name}"]' for name in outside]
         passed += [*order, *(["device"] if body.uses_device else [])]
-        return Call(block, function, carried, tuple(passed))
+        return Call(block, function, carried, tuple(passed), distances)
+
+    def _carried(self, block: Block) -> tuple[fx.Node, ...]:
+        """What flows into a block: the results of the block before it in their order, then those of earlier ones."""
+        made = {
+            node: (block.index - other.index, position)
+            for other in self.blocks
+            if other.stack == block.stack
+            for position, node in enumerate(other.outputs)
+        }
+        flowing = [node for node in block.inputs if self._is_carried(node, block)]
+        if not any(node.meta.get(HANDED_ON) for node in flowing):
+            return tuple(flowing)
+        return tuple(sorted(flowing, key=lambda node: made.get(node, (block.index + 1, 0))))
 
     def _name_functions(self) -> None:
         alike: dict[str, list[Function]] = {}
@@ -345,3 +366,16 @@ def spans(numbers: Sequence[int]) -> str:
     if len(steps) == 1 and len(numbers) > 3:
         return f"({numbers[0]}, {numbers[1]}, ..., {numbers[-1]})"
     return "(" + ", ".join(map(str, numbers)) + ")"
+
+
+def _of_earlier_blocks(block: Block) -> dict[str, tuple[int, str]]:
+    """The weights of earlier blocks of its list that a block reads: how many blocks earlier, and their names there."""
+    found: dict[str, tuple[int, str]] = {}
+    for node in block.nodes:
+        for read in node.all_input_nodes:
+            target = str(read.target)
+            if read.op == "get_attr" and read.meta.get(EARLIER) and target.startswith(f"{block.stack}."):
+                index, _, inner = target[len(block.stack) + 1 :].partition(".")
+                if int(index) != block.index:
+                    found[target] = (block.index - int(index), inner)
+    return found

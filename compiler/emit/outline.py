@@ -16,13 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from surgery.compiler.graph import HANDED_ON
+
 # A value that is computed with one of these is a block's own work, never a shared preparation to be moved out of it.
 _HEAVY = re.compile(r"aten\.(linear|addmm|mm|bmm|matmul|baddbmm|conv\w*|scaled_dot_product_attention|layer_norm)\.")
+_HEAVY_FUNCTIONS = ("linear", "matmul", "addmm")  # as an adapted site calls them
 
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of the ModuleList at `stack`; `inputs` come from outside, `outputs` are read outside."""
+    """One entry of the ModuleList at `stack`; `inputs` come from outside, `outputs` are read outside.
+
+    What it hands on for `previous` stands last among the outputs, also where no later block is there to read it.
+    """
 
     stack: str
     index: int
@@ -110,7 +116,7 @@ def _hoist(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> dict[fx.Node, 
     owner = dict(owner)
     for node in nodes:
         place = owner.get(node)
-        if place is None:
+        if place is None or node.meta.get(HANDED_ON):  # an earlier block hands its input on, as it made it
             continue
         readers = {owner[user] for user in node.users if user in owner and owner[user] != place}
         if all(reader[0] != place[0] for reader in readers):
@@ -127,7 +133,7 @@ def _cone(node: fx.Node, owner: dict[fx.Node, _Place]) -> set[fx.Node] | None:
     place, cone, todo = owner[node], {node}, [node]
     while todo:
         member = todo.pop()
-        if is_ordered(member) or _HEAVY.match(str(member.target)):
+        if is_ordered(member) or _is_heavy(member):
             return None
         for needed in member.all_input_nodes:
             if owner.get(needed) == place and needed not in cone:
@@ -136,6 +142,10 @@ def _cone(node: fx.Node, owner: dict[fx.Node, _Place]) -> set[fx.Node] | None:
             elif needed in owner and owner[needed][0] == place[0] and owner[needed] != place:
                 return None
     return cone
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    return _HEAVY.match(str(node.target)) is not None or getattr(node.target, "__name__", "") in _HEAVY_FUNCTIONS
 
 
 def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[Item], frozenset[str]]:
@@ -217,8 +227,9 @@ def _block(place: _Place, nodes: list[fx.Node]) -> Block:
         for needed in node.all_input_nodes:
             if needed not in inside and needed.op != "get_attr":
                 inputs[needed] = None
-    outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    return Block(place[0], place[1], _class_name(nodes, f"{place[0]}.{place[1]}"), tuple(nodes), tuple(inputs), outputs)
+    outputs = [node for node in nodes if any(user not in inside for user in node.users) or node.meta.get(HANDED_ON)]
+    outputs.sort(key=lambda node: bool(node.meta.get(HANDED_ON)))
+    return Block(place[0], place[1], _class_name(nodes, f"{place[0]}.{place[1]}"), tuple(nodes), tuple(inputs), tuple(outputs))
 
 
 def _class_name(nodes: list[fx.Node], path: str) -> str:
