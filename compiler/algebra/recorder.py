@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 from torch import fx
 
@@ -27,11 +28,10 @@ class Recorder(Mapping[str, fx.Proxy]):
     def __getitem__(self, name: str) -> fx.Proxy:
         if name not in self.inputs:
             first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-            if first is None:
+            with nullcontext() if first is None else self.graph.inserting_before(first):
                 node = self.graph.placeholder(identifier(name))
-            else:
-                with self.graph.inserting_before(first):
-                    node = self.graph.placeholder(identifier(name))
+            if str(node.target).islower():  # fx names the nodes of A and of a alike: an argument is called as its node
+                node.target = node.name
             self.inputs[name] = fx.Proxy(node, self._tracer)
         return self.inputs[name]
 
