@@ -7,6 +7,7 @@ does. Arguments are spelt in the order in which Python evaluates them.
 from __future__ import annotations
 
 import builtins
+import json
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -136,6 +137,10 @@ def literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         inner = ", ".join(literal(entry) for entry in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if value is Ellipsis:
+        return "..."
+    if isinstance(value, str):
+        return json.dumps(value)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise fail("SURG040", f"the captured graph holds the size {value} that no node computes")
     return repr(value)
@@ -198,9 +203,15 @@ class _Writer:
         name = getattr(target, "__name__", "")
         if target is torch.nn.functional.linear and len(arguments) == 3 and arguments[2] is None:
             arguments = arguments[:2]
+        if target is torch.nn.functional.pad and keywords == {"mode": "constant", "value": None}:
+            keywords = {}
         for prefix, namespace in (("", builtins), ("torch.", torch), ("F.", torch.nn.functional), ("math.", math)):
             if getattr(namespace, name, None) is target:
                 return self.call(prefix + name, arguments, keywords)
+        for prefix, inner in (("fft", torch.fft), ("linalg", torch.linalg)):  # torch.fft.rfft calls itself fft_rfft
+            public = name.removeprefix(f"{prefix}_")
+            if getattr(inner, public, None) is target:
+                return self.call(f"torch.{prefix}.{public}", arguments, keywords)
         module = getattr(target, "__module__", None) or ""
         if getattr(operator, name, None) is target:
             module = "operator"
