@@ -40,11 +40,11 @@ def masked(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return W + (W != 0) * (2.0 * A @ B)
 
 
-class Shapes(TorchDispatchMode):
+class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every tensor that an operation gives, with the operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.results: list[tuple[str, Tensor]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,13 +61,14 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("factored", [False, True])
 def test_the_kernel_equals_its_definition(leading: tuple[int, ...], biased: bool, factored: bool) -> None:
-    found, expected = [], []
+    found: list[Any] = []
+    expected: list[Any] = []
     for run, results in ((rebuilt_linear, found), (rebuilt_linear_reference, expected)):
         x, W = random(*leading, IN), sparse()
         A, B = random(OUT, RANK, seed=1), random(RANK, IN, seed=2)
         bias = random(OUT, seed=3) if biased else None
         y = run(masked, x, bias, *((A, B) if factored else (None, None)), W, A, B)
-        y.backward(random(*leading, OUT, seed=4, trained=False))
+        torch.autograd.backward(y, random(*leading, OUT, seed=4, trained=False))
         results += [y, x.grad, A.grad, B.grad, None if bias is None else bias.grad]
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
@@ -85,7 +86,7 @@ def test_what_needs_no_gradient_is_not_computed() -> None:
         built.append(1)
         return masked(*operands)
 
-    rebuilt_linear(build, x, None, A, B, W, A, B).sum().backward()
+    torch.autograd.backward(rebuilt_linear(build, x, None, A, B, W, A, B).sum())
     assert len(built) == 1, "the weight is only needed for the gradient of x"
     assert A.grad is not None and x.grad is None and B.grad is None
 
@@ -95,7 +96,7 @@ def test_a_second_backward_of_the_gradient_is_refused() -> None:
     y = rebuilt_linear(masked, x, None, A, B, W, A, B)
     (first,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+        torch.autograd.backward(first.sum())
 
 
 def test_a_weight_that_moves_between_forward_and_backward_is_noticed() -> None:
@@ -103,7 +104,7 @@ def test_a_weight_that_moves_between_forward_and_backward_is_noticed() -> None:
     y = rebuilt_linear(masked, x, None, A, B, W, A, B)
     W.add_(1)
     with pytest.raises(RuntimeError, match="inplace operation"):
-        y.sum().backward()
+        torch.autograd.backward(y.sum())
 
 
 def test_the_kernel_compiles_without_a_graph_break() -> None:
@@ -132,7 +133,7 @@ def test_autocast_rounds_products_and_not_the_weight() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = rebuilt_linear(build, x, None, A, B, W, A, B)
     dy = random(ROWS, OUT, seed=5, trained=False).to(torch.bfloat16)
-    y.backward(dy)
+    torch.autograd.backward(y, dy)
     assert y.dtype == torch.bfloat16 and len(built) == 2
     for weight in built:
         torch.testing.assert_close(weight, masked(W, A, B).detach(), rtol=0, atol=0)
@@ -244,7 +245,7 @@ def test_every_strategy_has_the_stated_gradient(name: str, strategy: str, form: 
             case "number":
                 return float(node.value.constant)  # type: ignore[union-attr, arg-type]
             case "surrogate":
-                return Stated.apply(*parts)
+                return Stated.apply(*parts)  # type: ignore[no-untyped-call]
             case "mask":
                 return (parts[0] != 0).to(W.dtype).detach()
             case "stop":
@@ -269,8 +270,8 @@ def test_every_strategy_has_the_stated_gradient(name: str, strategy: str, form: 
     expected = functional.linear(other, effective)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     dy = random(ROWS, OUT, seed=21, trained=False)
-    y.backward(dy)
-    expected.backward(dy)
+    torch.autograd.backward(y, dy)
+    torch.autograd.backward(expected, dy)
     assert x.grad is not None and other.grad is not None
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-10, atol=1e-10)
     for key, value in theirs.items():
@@ -304,7 +305,7 @@ def test_nothing_of_the_weights_size_is_kept(
     with kept:
         y = run()
     assert clean == all(value.numel() < OUT * IN for value in kept.tensors)
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert tensors["A"].grad is not None
 
 
@@ -313,7 +314,7 @@ def test_no_gradient_of_the_weights_size_is_formed() -> None:
     run, W, x, tensors = site("recompute", LORS)
     y = run()
     with Shapes() as backward:
-        y.backward(random(ROWS, OUT, seed=21, trained=False))
+        torch.autograd.backward(y, random(ROWS, OUT, seed=21, trained=False))
     weight = masked(W, tensors["A"], tensors["B"]).detach()
     dense = [(name, value) for name, value in backward.results if set(value.shape) == {OUT, IN}]
     assert any(torch.equal(value, weight) for _, value in dense), "the weight is built again"
@@ -331,7 +332,7 @@ def test_the_released_gradient_is_the_stated_one() -> None:
     run, W, x, tensors = site("recompute", LORS)
     dy = random(ROWS, OUT, seed=21, trained=False)
     y = run()
-    y.backward(dy)
+    torch.autograd.backward(y, dy)
     A, B = tensors["A"], tensors["B"]
     torch.testing.assert_close(y, x @ masked(W, A, B).T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(A.grad, dy.T @ (x @ B.T), rtol=1e-10, atol=1e-10)
