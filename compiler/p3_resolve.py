@@ -346,7 +346,8 @@ class _Resolver:
                 message = f"`{tensor.name}` is shared, but the rules define it differently"
                 self.diagnostics.error("SURG009", message, tensor.span, notes=[Note("the first one", known.span)])
         return TensorPlan(
-            name=tensor.name, key=key, role=tensor.role, shape=shape, dtype="int64" if tensor.start.name == "choice" else self._dtype(weight),
+            name=tensor.name, key=key, role=tensor.role, shape=shape,
+            dtype="int64" if tensor.is_index else self._dtype(weight),
             start=tensor.start.text, numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
         )  # fmt: skip
 

@@ -85,7 +85,7 @@ class _Chooser:
 
     def _measured(self, formula: MethodFormula, site: Site, folds: bool) -> tuple[dict[str, Cost], bool]:
         """The cost of every legal strategy, and whether the branch forms an `[out, in]` matrix."""
-        adapter_dtype = site.tensors[0].dtype if site.tensors else site.dtype
+        adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.dtype != "int64"), site.dtype)
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
         kind = site.module_class

@@ -20,7 +20,7 @@ PAGES = sorted((ROOT / "compiler" / "codes").glob("SURG*.md"))
 WRONG = sorted((ROOT / "tests" / "errors").glob("*.surg"))
 SYNTAX = ("SURG001_", "SURG010_")  # tests/compiler/test_parse.py takes these
 DECADES = {0, 2, 3}  # codes of text, model and plan; the others need a run, and are tested where they arise
-LATER = {"SURG041", "SURG060"}  # found after the plan, but by a spec alone
+LATER = {"SURG036", "SURG037", "SURG041", "SURG060"}  # found after the plan, but by a spec alone
 Golden = Callable[[str, str], None]
 
 
@@ -47,7 +47,7 @@ def failure(name: str, text: str, folder: Path) -> surgery.SurgError:
         if name == "SURG060":
             config = AutoConfig.from_pretrained(folder / "configs" / "tiny_llama.json")
             surgery.apply(program, AutoModelForCausalLM.from_config(config))
-        elif name in LATER:
+        elif name[:7] in LATER:
             surgery.compile(program)
         else:
             surgery.plan(program)

@@ -132,7 +132,7 @@ def _tensors(formula: MethodFormula, dtype: torch.dtype, rows: int, activations:
     own = {
         tensor.name: torch.empty(
             tuple(whole_of(size) for size in tensor.shape),
-            dtype=dtype, device="meta", requires_grad=tensor.role == "train",
+            dtype=torch.int64 if tensor.is_index else dtype, device="meta", requires_grad=tensor.role == "train",
         )
         for tensor in formula.tensors
     }  # fmt: skip
@@ -181,7 +181,7 @@ def measure(
     `kind` is the class of the site's module as the plan has it.
     """
     tensors, sides = _tensors(formula, adapter_dtype, rows, dtype), _sides(formula)
-    adaptation = Adaptation(formula, strategy, rows, dtype, dict.fromkeys(tensors, adapter_dtype))
+    adaptation = Adaptation(formula, strategy, rows, dtype, {name: tensor.dtype for name, tensor in tensors.items()})
     adapted = _count(adaptation, _site(kind, rows, sides, dtype), tensors)
     return adapted - _count(None, _site(kind, rows, sides, dtype), {})
 

@@ -58,6 +58,11 @@ class TensorFormula:
     weight_decay: float | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def is_index(self) -> bool:
+        """Whether it holds positions: whole numbers, int64 whatever the other tensors are."""
+        return self.start.name == "choice"
+
 
 @dataclass(frozen=True)
 class ChangeFormula:
