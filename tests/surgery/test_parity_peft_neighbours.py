@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.tuners.c3a.utils import BlockCircularConvolution
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -33,6 +35,7 @@ class Case:
     config: Callable[[], peft.PeftConfig]
     layout: Callable[[Any, Part], dict[str, Tensor]]
     tolerance: float = 1e-10
+    prepare: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # what of peft is replaced
 
 
 def everywhere(call: str, where: str = "") -> str:
@@ -52,6 +55,11 @@ def loha(layer: Any, part: Part) -> dict[str, Tensor]:
 
 def oft(layer: Any, part: Part) -> dict[str, Tensor]:
     return {"q": part(layer.oft_R["default"].weight)}
+
+
+def fourierft(layer: Any, part: Part) -> dict[str, Tensor]:
+    rows, columns = layer.indices["default"]  # ours are counted row by row
+    return {"c": part(layer.fourierft_spectrum["default"]), "E": rows * layer.in_features + columns}
 
 
 def randlora(layer: Any, part: Part) -> dict[str, Tensor]:
@@ -79,6 +87,27 @@ def kasa(layer: Any, part: Part) -> dict[str, Tensor]:
     return {**factors, "d": part(layer.lora_diag["default"])}
 
 
+def psoft(layer: Any, part: Part) -> dict[str, Tensor]:
+    # peft divides B by the scale that it multiplies with later: they cancel, so ours has none
+    a, b = layer._get_psoft_ab_cache_buffers("default")
+    turn = layer.psoft_R["default"]
+    trained = {"q": part(turn.weight), "a": part(turn.vector_a), "b": part(turn.vector_b)}
+    return {**trained, "A": part(a), "B": part(b) * layer.scaling["default"]}
+
+
+def circular(x: Tensor, kernel: Tensor) -> Tensor:
+    """peft's forward of C3A, for autograd to differentiate."""
+    forgetful = SimpleNamespace(save_for_backward=lambda *tensors: None)
+    found: Tensor = BlockCircularConvolution.forward(forgetful, x, kernel)
+    return found
+
+
+def differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's C3A in float64, with the gradient of its forward: see the test of its own backward below."""
+    monkeypatch.setattr("peft.tuners.c3a.layer.BlockCircularConvolution", SimpleNamespace(apply=circular))
+    monkeypatch.setattr("peft.tuners.c3a.layer.torch", SimpleNamespace(**{**vars(torch), "float32": torch.float64}))
+
+
 CASES = {
     "vera": Case(
         everywhere("vera(rank = 6)"),
@@ -98,6 +127,19 @@ CASES = {
         everywhere("oft(block = 8)"),
         lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=ALL),
         oft,
+    ),
+    "c3a": Case(
+        everywhere("c3a(block = 8)"),
+        lambda: peft.C3AConfig(block_size=8, target_modules=ALL),
+        by_name(w="c3a_kernel"),
+        prepare=differentiated,
+    ),
+    # its spectrum is always float32
+    "fourierft": Case(
+        everywhere("fourierft(frequencies = 50, alpha = 20)"),
+        lambda: peft.FourierFTConfig(n_frequency=50, scaling=20.0, target_modules=ALL),
+        fourierft,
+        1e-5,
     ),
     # where a site has more inputs than outputs peft transposes the whole sum; ours scales the inputs there too
     "randlora": Case(
@@ -128,6 +170,9 @@ CASES = {
         lambda: peft.LoraConfig(r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=ALL),
         kasa,
         1e-5,
+    ),
+    "psoft": Case(
+        everywhere("psoft(rank = 5)"), lambda: peft.PsoftConfig(r=5, psoft_alpha=9, target_modules=ALL), psoft
     ),
     "ia3": Case(
         """adapt bert.encoder.layer.*.attention.self.{key, value} { with ia3() }
@@ -196,8 +241,9 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_equal_peft(name: str) -> None:
+def test_outputs_and_gradients_equal_peft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, example = CASES[name], batch()
+    case.prepare(monkeypatch)
     inputs = {key: value for key, value in example.items() if key != "labels"}
     step, wrapped, layers = sides(case)
     with torch.no_grad():
@@ -224,3 +270,16 @@ def test_outputs_and_gradients_equal_peft(name: str) -> None:
 def gradient_of(parameter: Tensor) -> Tensor:
     """The gradient, zero where there is none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def test_pefts_c3a_passes_a_wrong_gradient_to_its_input() -> None:
+    """Of the kernel it is right; of the input the kernel is read the wrong way round, so layers below learn wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    x, kernel, out = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 16), (4, 2, 8), (3, 32))
+    )
+    x.requires_grad_(), kernel.requires_grad_()
+    own = torch.autograd.grad(BlockCircularConvolution.apply(x, kernel), (x, kernel), out)
+    true = torch.autograd.grad(circular(x, kernel), (x, kernel), out)
+    torch.testing.assert_close(own[1], true[1])
+    assert not torch.allclose(own[0], true[0], rtol=0.1)
