@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.facts import reads_weight
+from surgery.compiler.algebra.facts import reads_weight, tensors_read
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
+from surgery.compiler.algebra.previous import leaves
 from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.structures import Tensor
 from surgery.compiler.kernels.recompute import rebuilt_linear
@@ -122,11 +123,14 @@ def gradient_factors(formula: MethodFormula) -> tuple[Expression, ...] | None:
 
     Nothing at all (an empty tuple) where no tensor gets a gradient; None where there are no such factors.
     """
-    reads = _gradient(formula.expression, formula.trained)
+    earlier = {leaf: name for leaf, (name, _) in leaves(formula).items()}
+    trained = formula.trained | {leaf for leaf, name in earlier.items() if name in formula.trained}
+    reads = _gradient(formula.expression, trained)
     if reads is None:
         return ()
     factors = factor(reads)
-    if factors is None or any(map(reads_weight, factors)):
+    weights = {leaf for leaf, name in earlier.items() if name == "W"}
+    if factors is None or any(reads_weight(side) or weights & tensors_read(side) for side in factors):
         return None
     width = factors[0].shape[-1].whole
     sides = [size.whole or 0 for size in formula.expression.shape]

@@ -204,6 +204,15 @@ def test_factors_are_found_where_the_gradient_is_a_narrow_product(name: str) -> 
         assert factors[0].shape[-1].whole <= 2 * RANK  # type: ignore[operator]
 
 
+def test_tensors_of_earlier_blocks_have_their_gradient() -> None:
+    earlier = Expression("matmul", (tensor("A_earlier_1", OUT, RANK), tensor("B_earlier_1", RANK, IN)), WEIGHT.shape)
+    factors = gradient_factors(formula_of(joined("add", LORS, earlier)))
+    assert factors and factors[0].shape[-1].whole == 2 * RANK
+    assert gradient_factors(formula_of(joined("add", LORS, tensor("frozen_earlier_1", OUT, IN)))) == (LEFT, RIGHT)
+    inside = Expression("matmul", (tensor("W_earlier_1", OUT, IN), tensor("T_earlier_1", IN, RANK)), LEFT.shape)
+    assert gradient_factors(formula_of(Expression("matmul", (inside, RIGHT), WEIGHT.shape))) is None
+
+
 def test_nothing_trained_has_no_factors() -> None:
     assert gradient_factors(formula_of(call("stop", LORS))) == ()
     assert gradient_factors(formula_of(joined("add", WEIGHT, call("mask", PRODUCT)), "weight")) == ()
