@@ -126,7 +126,12 @@ class Quantity:
         return any(atom.opaque for monomial, _ in self.terms for atom, _ in monomial)
 
     def differs_from(self, other: Quantity) -> bool:
-        """Whether the two are certainly not the same size (unknown symbols count as different, opaque parts do not)."""
+        """Whether the two are certainly not the same size.
+
+        Unknown symbols count as different; opaque parts do not, and neither do heads: heads * head_dim may be `out`.
+        """
+        if (self.symbols | other.symbols) & {"heads", "head_dim"}:
+            return False
         return self != other and not self.opaque and not other.opaque
 
     def __add__(self, other: Quantity) -> Quantity:

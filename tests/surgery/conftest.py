@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import surgery
-from surgery.compiler import nodes, p1_parse
+from surgery.compiler import nodes, p1_parse, p5_capture
 from surgery.compiler.library import library
 from surgery.compiler.printer import show
 from surgery.compiler.source import read
@@ -44,21 +45,19 @@ SHAPES = {  # of the perceptron, the first that a method admits
     "divisible and square": (12, 12),
 }
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40, "max_position_embeddings": 24}
-ENCODERS: dict[str, dict[str, Any]] = {  # the first whose modules a spec's patterns find
-    "bert": {**SMALL, "hidden_size": 24, "intermediate_size": 36, "hidden_dropout_prob": 0.0,
-             "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2, "num_labels": 3},
-    "llama": {**SMALL, "hidden_size": 24, "intermediate_size": 36, "num_key_value_heads": 2, "initializer_range": 0.2,
-              "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}  # fmt: skip
-GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 24, "n_inner": 36, "vocab_size": 40,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2,
+BERT = {"model_type": "bert", **SMALL, "hidden_size": 24, "intermediate_size": 36, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2, "num_labels": 3}  # fmt: skip
+LLAMA = {"model_type": "llama", **SMALL, "hidden_size": 24, "intermediate_size": 36, "num_key_value_heads": 2,
+         "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+ENCODERS = (BERT, LLAMA, {**LLAMA, "num_key_value_heads": 4})  # the first whose modules a spec's patterns find
+GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 24, "n_inner": 36,
+        "vocab_size": 40, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2,
         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-# Patterns for a model that a spec does not name, by the class of the modules that it adapts where it does.
+# Patterns for a model that a spec does not name; the first that a method admits.
 PATTERNS = {
-    "mlp": {"Linear": ("blocks.*.{up,down}", "blocks.*.up"), "Norm": ("blocks.*.norm",)},
-    "gpt2": {"Linear": ("transformer.h.*.{attn,mlp}.c_*", "transformer.h.*.attn.c_proj"),
-             "Norm": ("transformer.h.*.ln_*",)},
-}  # fmt: skip
+    "mlp": ("blocks.*.{up,down}", "blocks.*.up", "blocks.*.norm"),
+    "gpt2": ("transformer.h.*.{attn,mlp}.c_*", "transformer.h.*.attn.c_proj", "transformer.h.*.ln_*"),
+}
 
 
 class Block(nn.Module):
@@ -167,7 +166,7 @@ class Reference:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path: what a reference is given
 
     def __post_init__(self) -> None:
-        plan, leaves = self.step.plan, {}
+        plan, leaves = self.step.plan, dict[str, Tensor]()
         for number, site in enumerate(plan.sites):
             for tensor in site.tensors:
                 value = self.step.parameters_by_site[site.path][tensor.name].detach().clone()
@@ -257,6 +256,11 @@ def like(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model predicts the next token."""
+    return type(model).__name__.endswith(("CausalLM", "LMHeadModel"))
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits of a model that returns a tensor, or of one that returns a structure."""
     found: Tensor = output if isinstance(output, Tensor) else output.logits
@@ -271,7 +275,6 @@ class Case:
     kind: str
     model: Any
     program: str
-    folder: Path
 
     def __post_init__(self) -> None:
         self.text = show(nodes.Tree((library()[self.method],)))
@@ -295,7 +298,7 @@ class Case:
             width = self.model.head.in_features
             return {"features": torch.randn(rows, width, generator=generator, dtype=torch.float64), "labels": labels}
         ids = torch.randint(3, 40, (rows, 9), generator=generator)
-        if self.causal:
+        if is_causal(self.model):
             return {"input_ids": ids, "labels": ids.clone()}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -303,15 +306,10 @@ class Case:
         """A batch without its labels."""
         return {name: tensor for name, tensor in self.batch(seed, rows).items() if name != "labels"}
 
-    @property
-    def causal(self) -> bool:
-        """Whether the model predicts the next token."""
-        return type(self.model).__name__.endswith(("CausalLM", "LMHeadModel"))
-
     def loss(self, logits: Tensor) -> Tensor:
         """The mean cross-entropy of the task on `batch()`, written out."""
         labels = self.batch()["labels"]
-        if self.causal:
+        if is_causal(self.model):
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return F.cross_entropy(logits, labels)
 
@@ -362,49 +360,74 @@ class Case:
 
 def build(method: str, kind: str, folder: Path) -> Case:
     """The first shape and pattern that the compiler admits; what it says of the last one is the failure."""
-    checkpoint = str(folder)
     rules = rules_of(method)
-    own = [rule for rule in rules if getattr(_with(rule).value, "function", None) == method]
-    candidates: list[tuple[Callable[[], nn.Module], list[str]]] = []
-    if kind == "encoder":
-        for name, settings in ENCODERS.items():
-            candidates.append((functools.partial(transformer, name, settings), [small(r, checkpoint) for r in rules]))
-    else:
-        makes: list[Callable[[], nn.Module]] = (
-            [functools.partial(transformer, "gpt2", GPT2)]
-            if kind == "gpt2"
-            else [functools.partial(Perceptron, *shape) for shape in SHAPES.values()]
-        )
-        for patterns in PATTERNS[kind].values():
-            for pattern in patterns:
-                candidates += [(make, [small(own[0], checkpoint, pattern)]) for make in makes]
+    own = next(rule for rule in rules if getattr(_with(rule).value, "function", None) == method)
+    texts = [[small(rule, str(folder)) for rule in rules]]
+    if kind in PATTERNS:
+        texts = [[small(own, str(folder), pattern)] for pattern in PATTERNS[kind]]
     refused = None
-    for make, texts in candidates:
-        model = seeded(make)
-        step = f"step {{ optimizer = sgd(lr = {RATE}, momentum = 0.9)  batch = 4  steps = 6  seed = 3  compile = off\n"
-        loss = "causal_lm" if type(model).__name__.endswith(("CausalLM", "LMHeadModel")) else "cross_entropy"
-        program = "\n".join([*texts, f"{step} loss = {loss} }}"])
+    for rule_texts, index in itertools.product(texts, range(len(MODELS[kind]))):
+        model = model_of(kind, index)
+        loss = "causal_lm" if is_causal(model) else "cross_entropy"
+        step = f"optimizer = sgd(lr = {RATE}, momentum = 0.9)  batch = 4  steps = 6  seed = 3  compile = off"
+        program = "\n".join([*rule_texts, f"step {{ {step}  loss = {loss} }}"])
         try:
             surgery.plan(surgery.parse(program), model)
         except surgery.SurgError as error:
             refused = error
             continue
-        return Case(method, kind, model, program, folder)
+        return Case(method, kind, model, program)
     raise AssertionError(f"no shape admits {method}") from refused
 
 
-def transformer(name: str, settings: Mapping[str, Any]) -> nn.Module:
-    """A small model of a transformers architecture."""
-    config = AutoConfig.for_model(name, **settings)
-    auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
-    model: nn.Module = auto.from_config(config)
+def transformer(settings: Mapping[str, Any]) -> nn.Module:
+    """A small model of a transformers architecture that computes all in its weights' dtype."""
+    config = AutoConfig.for_model(**settings)
+    model: nn.Module
+    if config.model_type == "bert":
+        model = AutoModelForSequenceClassification.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):  # transformers' own computes in float32
+            model.set_submodule(path, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
     return model
 
 
+MODELS: dict[str, list[Callable[[], nn.Module]]] = {
+    "mlp": [functools.partial(Perceptron, *shape) for shape in SHAPES.values()],
+    "encoder": [functools.partial(transformer, settings) for settings in ENCODERS],
+    "gpt2": [functools.partial(transformer, GPT2)],
+}
+
+
+@functools.cache
+def model_of(kind: str, index: int) -> nn.Module:
+    """A model that all cases share: nothing that surgery does changes the model that it is given."""
+    return seeded(MODELS[kind][index])
+
+
+_GRAPHS: dict[tuple[int, str | None], Any] = {}
+
+
+def _captured(run: Callable[..., Any], model: nn.Module, examples: dict[str, Tensor], task: str | None) -> Any:
+    """The graph of a shared model: no pass changes what it is given, so one serves all methods."""
+    if (id(model), task) not in _GRAPHS:
+        _GRAPHS[id(model), task] = run(model, examples, task)
+    return _GRAPHS[id(model), task]
+
+
 @pytest.fixture(scope="module")
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     method, kind = request.param
-    return build(method, kind, tmp_path_factory.mktemp("checkpoint"))
+    shared, run = {id(model_of(kind, index)) for index in range(len(MODELS[kind]))}, p5_capture.run
+
+    def once(model: nn.Module, examples: dict[str, Tensor], task: str | None) -> Any:
+        return _captured(run, model, examples, task) if id(model) in shared else run(model, examples, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(p5_capture, "run", once)
+        yield build(method, kind, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

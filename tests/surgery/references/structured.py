@@ -44,7 +44,9 @@ def symmetric_toeplitz(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
 
 
 def toeplitz(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
-    return W + _toeplitz(t["bc"], t["br"]) @ _toeplitz(t["ac"], t["ar"])
+    n = len(W)  # the first n numbers are the first column, the others the first row behind its first entry
+    left, right = (_toeplitz(t[name][:n], torch.cat([t[name][:1], t[name][n:]])) for name in ("b", "a"))
+    return W + left @ right
 
 
 def kronecker(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
