@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.algebra import decompose
-from surgery.compiler.algebra.base import logical
+from surgery.compiler.algebra.base import logical, stacked
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import TensorFormula
@@ -55,18 +55,26 @@ def initialise(plan: Plan, weights: Mapping[str, Tensor], sources: Sources = NOT
     for site in plan.sites:
         formulas = {tensor.name: tensor for tensor in instance(plan, site.formula).tensors}
         begun: dict[str, Tensor] = {}
+        stored = weights[site.parameter] if site.parameter else next(iter(weights.values()))  # an output has no W
         evaluator: _Starts | None = None
         for tensor in site.tensors:
             if tensor.key not in tensors:
                 if evaluator is None:
-                    evaluator = _Starts(plan, site, weights[site.parameter].detach(), begun, sources)
+                    evaluator = _Starts(plan, site, _stored(site, weights), begun, sources)
                 if sources.saved is None:
                     value = _start(plan, tensor, formulas[tensor.name], evaluator)
                 else:
                     value = _saved(sources.saved, tensor)
-                tensors[tensor.key] = value.to(weights[site.parameter].device)
+                tensors[tensor.key] = value.to(evaluator.stored.device)
             begun[tensor.name] = tensors[tensor.key]
     return tensors
+
+
+def _stored(site: Site, weights: Mapping[str, Tensor]) -> Tensor:
+    """W as it is stored; of a module without a weight nothing, in the dtype and on the device of the others."""
+    if site.parameter:
+        return weights[site.parameter].detach()
+    return torch.empty(0, dtype=getattr(torch, site.dtype), device=next(iter(weights.values())).device)
 
 
 def _saved(saved: Mapping[str, Tensor], tensor: TensorPlan) -> Tensor:
@@ -88,8 +96,7 @@ def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _S
         return value.to(dtype).expand(tensor.shape).clone(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
-    shape = tuple(whole_of(size) for size in formula.shape)
-    return draw(start.name, shape, numbers, generator).to(dtype)
+    return draw(start.name, tensor.shape, numbers, generator).to(dtype)
 
 
 def _seed(seed: int, key: str) -> int:
@@ -101,7 +108,7 @@ class _Starts(Evaluator):
     """Values of a site's start expressions over the tensors begun before; one matrix is decomposed once."""
 
     def __init__(self, plan: Plan, site: Site, stored: Tensor, begun: dict[str, Tensor], sources: Sources) -> None:
-        super().__init__(lambda: logical(stored, site), begun, wider(stored.dtype))
+        super().__init__(lambda: logical(stored, site), begun, wider(stored.dtype), stacked=stacked(site))
         self.site, self.stored, self.sources = site, stored, sources
         self.seed = _seed(plan.step.seed, f"{site.path} singular")
         self.decomposed: dict[tuple[str, Expression, int], tuple[Tensor, ...]] = {}

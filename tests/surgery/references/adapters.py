@@ -25,3 +25,7 @@ def surm_adapter(W: Tensor, t: Tensors, p: Parameters) -> Output:
     v, n = t["a"] * t["b"], len(t["a"])
     matrix = torch.stack([v.roll(j) for j in range(n)], dim=1)  # column j is the first one moved down by j
     return lambda x, y: y + _gelu(y @ matrix.T) + t["c"]
+
+
+def adapter(W: Tensor, t: Tensors, p: Parameters) -> Output:
+    return lambda x, y: y + _gelu(y @ t["D"].T + t["d"]) @ t["U"].T + t["u"]
