@@ -11,6 +11,7 @@ from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
 ONE = Quantity.of(1)
+SIDES = frozenset({"in", "out", "max_in", "max_out"})  # a rank that depends on them is no bound worth stating
 ELEMENTWISE = ("add", "subtract", "multiply", "divide", "power")
 
 
@@ -153,7 +154,7 @@ def _least(bounds: list[Quantity]) -> Quantity:
     numbers = [bound for bound in bounds if bound.constant is not None]
     if len(numbers) == len(bounds):
         return min(numbers, key=lambda bound: bound.constant or 0)
-    return min(bounds, key=lambda bound: (bool(bound.symbols & {"in", "out"}), len(bound.terms), str(bound)))
+    return min(bounds, key=lambda bound: (bool(bound.symbols & SIDES), len(bound.terms), str(bound)))
 
 
 def rank_bound(node: Expression) -> Quantity:
@@ -196,7 +197,7 @@ def bounded_rank(formula: MethodFormula) -> Quantity | None:
         return None
     bound = rank_bound(formula.expression)
     if bound.constant is None:
-        return None if bound.symbols & {"in", "out"} else bound
+        return None if bound.symbols & SIDES else bound
     rows, columns = (size.constant or 0 for size in formula.expression.shape)
     return bound if bound.constant < min(rows, columns) else None
 
