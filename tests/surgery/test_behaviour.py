@@ -52,10 +52,19 @@ def test_weight_and_forward_equal_the_reference(case: Any) -> None:
     assert not torch.allclose(adapted, case.base(inputs))
 
 
+def _lacks_a_bias(case: Any, site: Any) -> bool:
+    found = None if site.bias else case.step.effective_bias(site.path)
+    return found is not None and bool(found.any())
+
+
 def test_merging_equals_the_forward_or_is_refused(case: Any) -> None:
     case.disturb()
     if not all(site.facts.merges for site in case.step.plan.sites):
         with pytest.raises(surgery.SurgError, match=case.method):
+            case.step.merge()
+        return
+    if any(_lacks_a_bias(case, site) for site in case.step.plan.sites):
+        with pytest.raises(surgery.SurgError, match="it needs a bias"):
             case.step.merge()
         return
     merged = case.step.merge().eval()
