@@ -8,12 +8,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.evaluate import evaluate
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.evaluate import Evaluator, evaluate
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import reads_rows
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.lower import Adaptation
-from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.plan import Site
 from surgery.compiler.span import Span
@@ -23,8 +22,8 @@ class AdaptedSite(nn.Module):
     """`y = x @ W.T + input @ (W_effective - W).T + b`, or the `output` equation, by the definition, for one use of W.
 
     It holds no parameters: x, W as stored, the bias, `training` and the method's tensors (in the order of `names`, with
-    those and the x of earlier blocks) are arguments, so the graph shows what it reads. `make_base` says how this use reads W, `adaptation` how p7 is to
-    lower it.
+    those and the x of earlier blocks) are arguments, so the graph shows what it reads. `make_base` says how this use
+    reads W, `adaptation` how p7 is to lower it.
     """
 
     def __init__(self, site: Site, adaptation: Adaptation, make_base: Callable[..., Base], span: Span | None) -> None:
@@ -56,7 +55,7 @@ class AdaptedSite(nn.Module):
         leaves |= {name: base.input(values[name]) for name in self.site.earlier_inputs}
         rows = Rows(
             leaves,
-            lambda node: self._evaluated(node, base, values).to(row.dtype),
+            lambda node: self._vector(row, node, base, values),
             lambda part, matrix: self._times(part, matrix, base, values, transposed=False),
             training,
         )
@@ -74,13 +73,20 @@ class AdaptedSite(nn.Module):
         return y
 
     def _evaluated(self, node: Expression, base: Base, values: Mapping[str, Tensor]) -> Tensor:
-        return evaluate(node, base.base_weight(), values)
+        return evaluate(node, base.base_weight(), values, stacked=self.adaptation.stacked)
+
+    def _vector(self, row: Tensor, node: Expression, base: Base, values: Mapping[str, Tensor]) -> Tensor:
+        value = self._evaluated(node, base, values).to(row.dtype)
+        return base.per_row(row, value, node.shape) if self._is_stacked(node) else value
+
+    def _is_stacked(self, node: Expression) -> bool:
+        return Evaluator(lambda: None, {}, self.adaptation.dtype, stacked=self.adaptation.stacked).is_stacked(node)
 
     def _times(
         self, part: Tensor, matrix: Expression, base: Base, values: Mapping[str, Tensor], transposed: bool
     ) -> Tensor:
         dense = self._evaluated(matrix, base, values).to(part.dtype)
-        result: Tensor = base.product(part, dense, transposed=transposed)
+        result: Tensor = base.product(part, dense, transposed=transposed, stacked=self._is_stacked(matrix))
         return result
 
     def _change(self, matrix: Expression) -> Expression:

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from surgery.compiler.algebra.base import logical
+from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.evaluate import Evaluator, wider
+from surgery.compiler.algebra.expression import BEFORE, Expression, Shape
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
@@ -19,8 +20,6 @@ from surgery.compiler.algebra.quantity import Quantity, value_of
 from surgery.compiler.algebra.recorder import Recorder, identifier
 from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
-
-BEFORE = "_before"
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,11 @@ def _program(
     def base() -> Any:
         return logical(cast(torch.Tensor, recorder["W"]), sites[0])
 
-    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]))
-    _write(base() if change.target == "W" else recorder[change.target], change, evaluator)
+    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]), stacked(sites[0]))
+    if change.target == "W":
+        _move(recorder["W"], sites[0], change, formula.shape, evaluator)
+    else:
+        _write(recorder[change.target], change.operator, evaluator(change.value))
     keep = tuple(identifier(name) for name in recorder.inputs if name.endswith(BEFORE))
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
     return EventProgram(
@@ -134,15 +136,29 @@ def _program(
     )  # fmt: skip
 
 
-def _write(target: fx.Proxy, change: ChangeFormula, evaluator: Evaluator) -> None:
-    """A tensor in place; a change of W of bounded rank is one product that adds into it, never a matrix of its own."""
-    adds = change.target == "W" and change.operator == "+=" and not is_scalar(change.value)
-    factors = factor(change.value) if adds else None
-    if factors is not None:
-        target.addmm_(*map(evaluator, factors))
+def _move(stored: fx.Proxy, site: Site, change: ChangeFormula, shape: Shape, evaluator: Evaluator) -> None:
+    """W in place, as it is stored; a sum of bounded rank is one product that adds into it, never a matrix of its own."""
+    value = change.value
+    if site.module_class in ("Conv2d", "Norm"):  # no view of what is stored is W
+        zeros = Expression("filled", (), shape, value=Quantity.of(0))
+        whole = value if value.shape == shape else Expression("add", (zeros, value), shape)
+        _write(stored, change.operator, stored_like(evaluator(whole), site))
         return
-    write = {"=": "copy_", "+=": "add_", "*=": "mul_"}[change.operator]
-    getattr(target, write)(evaluator(change.value))
+    target = logical(cast(torch.Tensor, stored), site)
+    factors = factor(value) if change.operator == "+=" and not is_scalar(value) else None
+    if factors is None:
+        _write(target, change.operator, evaluator.lifted(value, 2))
+    elif site.experts is None:
+        target.addmm_(*map(evaluator, factors))
+    elif all(map(evaluator.is_stacked, factors)):
+        target.baddbmm_(*map(evaluator, factors))
+    else:
+        _write(target, change.operator, evaluator(value))
+
+
+def _write(target: Any, operator: str, value: Any) -> None:
+    """A tensor in place."""
+    getattr(target, {"=": "copy_", "+=": "add_", "*=": "mul_"}[operator])(value)
 
 
 def _dtypes(site: Site) -> dict[str, torch.dtype]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compiler import earlier, nodes
-from surgery.compiler.algebra import compose, instance, telescope
+from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.method import COORDINATES, names_in
 from surgery.compiler.algebra.proved import prove
-from surgery.compiler.algebra.quantity import whole_of
+from surgery.compiler.algebra.quantity import Quantity, whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.fits import why_unfit
 from surgery.compiler.plan import (
@@ -232,7 +232,7 @@ class _Resolver:
             coordinates={name: size for name, size in coordinates.items() if name in reads or "earlier" in name},
             equation="",
         )  # fmt: skip
-        known = f"{index} {weight.layout.module_class} {weight.dtype} {record.model_dump_json()}"
+        known = f"{index} {weight.layout.module_class} {weight.bias} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
             found = self._build(rule, weight, record)
             self._built[known] = None if found is None else self._register(rule, weight, record, *found)
@@ -265,7 +265,7 @@ class _Resolver:
         least = min(weight.outputs, weight.inputs)
         where = Note(f"at `{weight.path}` [{weight.outputs}, {weight.inputs}]", rule.node.pattern.span)
         rank = next((rank for rank in compose.ranks(rule.method, record.arguments) if not 1 <= rank <= least), None)
-        if rank is not None:
+        if rank is not None and (rank < 1 or not self._projects(rule, record, rank)):
             message = f"rank {rank} is out of range: 1 to {least} here"
             self.diagnostics.error("SURG026", message, rule.method_span, notes=[where])
             return None
@@ -299,7 +299,18 @@ class _Resolver:
         known = {**vars(proved), "rank_bound": rank_bound}
         if not weight.parameter:
             known |= {"merges": False, "merge_reason": "the module has no weight to merge into"}
+        elif proved.merges and not weight.bias and affine.effective(formula, biased=False).offset is not None:
+            known |= {"merges": False, "merge_reason": f"it needs a bias, and this {weight.layout.module_class} has none"}
         return None if failed else (formula, Facts(**known))
+
+    def _projects(self, rule: Rule, record: Formula, rank: int) -> bool:
+        """Whether all matrices of that rank are frozen: a random projection may be wider than a weight (VeRA)."""
+        try:
+            tensors = instance.build(rule.method, record).tensors
+        except SurgError:
+            return False
+        of_rank = [tensor for tensor in tensors if len(tensor.shape) > 1 and Quantity.of(rank) in tensor.shape]
+        return bool(of_rank) and all(tensor.role == "frozen" for tensor in of_rank)
 
     def _check_update(self, rule: Rule, weight: Weight, formula: MethodFormula) -> None:
         if not formula.moves_base:
@@ -335,7 +346,8 @@ class _Resolver:
         if tensor.shared_by:
             group = tensor.shared_as or f"rule{index}"
             part = {"model": "", "layer": f".layer{layer}", "kind": f".{kind}"}[tensor.shared_by]
-            key = f"shared.{group}{part}.{tensor.name}"
+            own = tensor.name.rpartition(".")[2] if tensor.shared_as else tensor.name  # one tensor for all that say so
+            key = f"shared.{group}{part}.{own}"
             known, first = self.shared.setdefault(key, (tensor, weight.path))
             known_shape = tuple(whole_of(size) for size in known.shape)
             if known_shape != shape:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.compiler.adapted import AdaptedSite
+from surgery.compiler.algebra.base import stacked
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.diagnostics import Diagnostics
@@ -15,7 +17,7 @@ from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, copy_mod
 from surgery.compiler.graph import tensors as tensors_of
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.span import Span
-from surgery.compiler.uses import Misuse, Use, flipped, inline, uses_of
+from surgery.compiler.uses import Misuse, Use, call_of, flipped, inline, outputs_of, uses_of
 
 PREFIX = "adapted"
 
@@ -41,8 +43,9 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
         span = plan.span(site.place)
         formula = instance(plan, site.formula)
         weight = named.get(site.parameter)
-        if weight is None or not uses[site.path]:
-            diagnostics.error("SURG041", f"`{site.path}` is not used in the graph", span)
+        if not uses[site.path]:
+            reason = "is not used in the graph" if site.parameter else "has no one output tensor in the graph"
+            diagnostics.error("SURG041", f"`{site.path}` {reason}", span)
             continue
         if formula.dropout and training is None:
             help_text = f"give the graph an input `{TRAINING}`, or drop the dropout"
@@ -51,18 +54,20 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
             )
             continue
         moves = site.update == "literal" or formula.corrections
-        if site.untied and moves:  # what moves here must not move its former partner
+        if weight is not None and site.untied and moves:  # what moves here must not move its former partner
             put(twin, site.parameter, nn.Parameter(weight.detach().clone(), weight.requires_grad))
         for tensor in site.tensors:
             put(twin, tensor.key, _stored(tensors[tensor.key], tensor.role))
         dtypes = {tensor.name: tensors[tensor.key].dtype for tensor in site.tensors}
         dtypes |= {name: (tensors if key in tensors else named)[key].dtype for name, key in site.earlier.items()}
-        adaptation = Adaptation(formula, site.strategy or "branch", plan.tokens, weight.dtype, dtypes)
+        strategy = site.strategy or "branch"
+        dtype = getattr(torch, site.dtype) if weight is None else weight.dtype
+        adaptation = Adaptation(formula, strategy, plan.tokens, dtype, dtypes, stacked(site))
         for number, use in enumerate(uses[site.path]):
             if isinstance(use, Misuse):
                 diagnostics.error("SURG041", f"`{site.parameter}` cannot be adapted: {use.reason}", span)
                 continue
-            target = f"{PREFIX}.{site.path}" + (f".use_{number}" if number else "")
+            target = f"{PREFIX}.{site.path}" + (f".use_{number}" if number else "" if site.parameter else ".output")
             own = replace(adaptation, formula=flipped(formula)) if use.flipped else adaptation
             twin.add_submodule(target, AdaptedSite(site, own, use.base, span))
             before = {name: _input_of(uses[path], number, current) for name, path in site.earlier_inputs.items()}
@@ -92,8 +97,10 @@ def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[Use | Misuse]]:
     by_name: dict[str, Site] = {}
     for site in plan.sites:
         same = [] if site.untied or site.parameter not in named else owners[id(named[site.parameter])]
-        by_name |= dict.fromkeys([site.parameter, *same], site)
-    uses: dict[str, list[Use | Misuse]] = {site.path: [] for site in plan.sites}
+        by_name |= dict.fromkeys([site.parameter, *same], site) if site.parameter else {}
+    uses: dict[str, list[Use | Misuse]] = {
+        site.path: [] if site.parameter else list(outputs_of(module.graph, site)) for site in plan.sites
+    }
     for node in list(module.graph.nodes):
         if node.op == "call_module" and f"{node.target}.weight" in by_name:
             inline(module, node)
@@ -132,6 +139,11 @@ def _replace(
             x.meta[HANDED_ON] = True
         new = graph.call_module(target, (x, use.weight, use.bias, live, *tensors, *before.values(), *use.extra))
     new.meta = {**node.meta, "span": span}
+    if node is use.x:  # an output stays, and is what the method reads
+        node.append(new)
+        for user in [user for user in node.users if user is not new and call_of(user, site.path) is None]:
+            user.replace_input_with(node, new)
+        return new
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base, Convolution, Diagonal, Lookup, Output
+from surgery.compiler.algebra.experts import Experts
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula, Term
 from surgery.compiler.plan import Site
@@ -42,6 +43,7 @@ LAYER_NORM: dict[Any, tuple[str, ...]] = dict.fromkeys(
 RMS_NORM: dict[Any, tuple[str, ...]] = dict.fromkeys(
     (aten.rms_norm.default, functional.rms_norm), ("input", "normalized_shape", "weight", "eps")
 )
+GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 TRANSPOSE = (aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t)
 TRANSPOSE_OF_AXES = (aten.transpose.int, torch.transpose)
 
@@ -105,6 +107,8 @@ def _changes_nothing(node: fx.Node, dtype: torch.dtype) -> bool:
 
 def _use(node: fx.Node, weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype) -> Use | Misuse:
     found: Use | str | None = None
+    if site.module_class == "Experts":
+        found = _experts(node, weight, view, swapped, site, dtype)
     for operations, read in READERS.get(site.module_class, MATRIX):
         if node.target in operations:
             found = read(_arguments(node, operations[node.target]), weight, view, swapped, site, dtype, node)
@@ -172,6 +176,24 @@ def _scale(
     return Use(node, x, weight, None, partial(Diagonal, transposed=False, dtype=dtype))
 
 
+def _experts(
+    node: fx.Node, weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype
+) -> Use | str | None:
+    """A grouped product of rows that are sorted by expert."""
+    given = _arguments(node, ("input", "weight", "offs"))
+    x, ends = given.get("input"), given.get("offs")
+    if str(node.target) not in GROUPED or given.get("weight") is not view or set(given) != {"input", "weight", "offs"}:
+        return f"it is used by {node.target}; of the ways to run experts only `grouped_mm` can be adapted"
+    if swapped == site.transposed or not isinstance(x, fx.Node) or not isinstance(ends, fx.Node):
+        return "its experts are used in another orientation than their class says"
+    grouped: Any = node.target
+
+    def base(stored: Tensor, ends: Tensor) -> Base:
+        return Experts(stored, site.transposed, dtype, ends, grouped)
+
+    return Use(node, x, weight, None, base, extra=(ends,))
+
+
 def _norm(
     given: dict[str, Any], weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype, node: fx.Node
 ) -> Use | str | None:
@@ -191,6 +213,7 @@ def _norm(
 
 MATRIX = ((LINEAR, _matrix), (PRODUCT, _matrix), (ADDMM, _matrix), (EMBEDDING, _lookup))
 READERS: dict[str, Any] = {
+    "Experts": (),
     "Conv2d": ((CONVOLUTION, _convolution),),
     "Norm": ((SCALE, _scale), (LAYER_NORM, _norm), (RMS_NORM, _norm)),
 }
@@ -200,9 +223,9 @@ def outputs_of(graph: fx.Graph, site: Site) -> list[Use]:
     """The tensor `[..., out]` that each call of a module gives to others; none at all where one gives several."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        call = _call_of(node, site.path)
+        call = call_of(node, site.path)
         value = node.meta.get("val")
-        if call is None or not isinstance(value, Tensor) or all(_call_of(user, site.path) for user in node.users):
+        if call is None or not isinstance(value, Tensor) or all(call_of(user, site.path) for user in node.users):
             continue
         if value.is_floating_point() and value.dim() > 1 and value.shape[-1] == site.shape[0]:
             calls.setdefault(call, []).append(node)
@@ -214,7 +237,7 @@ def outputs_of(graph: fx.Graph, site: Site) -> list[Use]:
     ]
 
 
-def _call_of(node: fx.Node, path: str) -> str | None:
+def call_of(node: fx.Node, path: str) -> str | None:
     """Which call of a module a node belongs to; None for one outside of it."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((key for key, (owner, _) in stack.items() if owner == path), None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from surgery.compiler.algebra.expression import Shape
 from surgery.compiler.algebra.inputs import Image, Input, Tokens
 from surgery.compiler.algebra.structures import Tensor
 from surgery.compiler.plan import Site
@@ -33,6 +34,13 @@ def stored_like(weight: Tensor, site: Site) -> Tensor:
         case "Norm":
             return torch.diagonal(weight, dim1=-2, dim2=-1)
     return weight.transpose(-1, -2) if site.transposed else weight
+
+
+def stacked(site: Site) -> frozenset[str]:
+    """The names, W among them, of what has a leading axis for a site's experts: all that is the site's own."""
+    if site.experts is None:
+        return frozenset()
+    return frozenset({"W", *(tensor.name for tensor in site.tensors if not tensor.key.startswith("shared."))})
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,18 @@ class Base:
         """The site's own operation on its own x with another weight `[..., out, in]` in W's place (fold)."""
         return functional.linear(x, weight, bias)
 
-    def product(self, x: Tensor | Input, matrix: Tensor, *, transposed: bool) -> Tensor:
-        """Rows `x @ matrix.T`, or `x @ matrix` if not transposed, for a dense matrix of the method."""
+    def product(self, x: Tensor | Input, matrix: Tensor, *, transposed: bool, stacked: bool = False) -> Tensor:
+        """Rows `x @ matrix.T`, or `x @ matrix` if not transposed, for a dense matrix of the method.
+
+        One that is `stacked` has a leading axis for the experts, as W has.
+        """
         if isinstance(x, Input):
             return x.product(matrix if transposed else matrix.transpose(-1, -2))
         return functional.linear(x, matrix) if transposed else torch.matmul(x, matrix)
+
+    def per_row(self, x: Tensor, value: Tensor, shape: Shape) -> Tensor:
+        """A number or vector of every expert, of `shape` without their axis, as entries for the rows of x."""
+        return value
 
 
 @dataclass(frozen=True)

@@ -66,22 +66,34 @@ class Branch:
         self, x: Tensor, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int
     ) -> Tensor:
         if first < last:
-            return self.base.product(x, self._matrix(factors, order, first, last), transposed=False)
+            stacked = any(self.evaluator.is_stacked(factor.node) for factor in factors[first - 1 : last])
+            matrix = self._matrix(factors, order, first, last)
+            return self.base.product(x, matrix, transposed=False, stacked=stacked)
         factor = factors[first - 1]
         node = factor.node
         if node.operation == "weight":
             return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
-        if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product and not isinstance(x, Input):
-            return self._structured(x, factor)
+        stacked = self.evaluator.is_stacked(node)
+        if node.operation in STRUCTURES and not isinstance(x, Input):
+            structure = STRUCTURES[node.operation]
+            if structure.has_product and (structure.entrywise or not stacked):
+                return self._structured(x, factor)
         if _distributes(node):
             return self._sum(x, factor)
-        return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed)
+        return self.base.product(
+            x, self.cast(node, factor.stopped), transposed=factor.transposed, stacked=stacked
+        )
+
+    def vector(self, x: Tensor, node: Expression, stopped: bool = False) -> Tensor:
+        """A number or a vector for the rows of x."""
+        value = self.cast(node, stopped)
+        return self.base.per_row(x, value, node.shape) if self.evaluator.is_stacked(node) else value
 
     def _structured(self, x: Tensor, factor: Factor) -> Tensor:
         """A structure's own product, in the dtype that it needs."""
         node, structure = factor.node, STRUCTURES[factor.node.operation]
         if not structure.wide or self.evaluator.dtype == self.dtype:
-            values = [self.cast(part, factor.stopped) for part in node.arguments]
+            values = [self.vector(x, part, factor.stopped) for part in node.arguments]
             return structure.product(node, x, factor.transposed, *values)
         values = [self.evaluator(part, factor.stopped) for part in node.arguments]
         return structure.product(node, x.to(self.evaluator.dtype), factor.transposed, *values).to(self.dtype)
@@ -108,7 +120,7 @@ class Branch:
     def _scaled(self, x: Tensor, scale: Scale) -> Tensor:
         if scale.number != 1:
             x = x * scale.number
-        return reduce(lambda product, factor: product * self.cast(*factor), scale.tensors, x)
+        return reduce(lambda product, factor: product * self.vector(product, *factor), scale.tensors, x)
 
 
 def _distributes(node: Expression) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.expression import BEFORE, MARK, Expression, Range
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
@@ -25,13 +25,15 @@ def wider(dtype: torch.dtype, other: torch.dtype = torch.float32) -> torch.dtype
 class Evaluator:
     """Values of expressions for one site: `weight` `[out, in]` and the method's tensors, all cast to `dtype`.
 
-    `weight` is a function so that W is read through one place and only where an equation needs it dense.
+    `weight` is a function so that W is read through one place and only where an equation needs it dense. What is named
+    in `stacked`, and all that is computed from it, has a leading axis more than its shape says: that of the experts.
     """
 
     weight: Callable[[], Tensor]
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    stacked: frozenset[str] = frozenset()
     _known: dict[tuple[int, bool], tuple[Expression, Tensor]] = field(default_factory=dict)
 
     def __call__(self, node: Expression, stopped: bool = False) -> Tensor:
@@ -40,6 +42,27 @@ class Evaluator:
         if key not in self._known:
             self._known[key] = (node, self._value(node, stopped))  # the node is kept, so its id stays taken
         return self._known[key][1]
+
+    def is_stacked(self, node: Expression) -> bool:
+        """Whether a value has the axis of the experts in front."""
+        if not self.stacked:
+            return False
+        if node.operation in ("tensor", "weight"):
+            return node.name.partition(MARK)[0].removesuffix(BEFORE) in self.stacked
+        return any(map(self.is_stacked, node.arguments))
+
+    def _aligned(self, node: Expression, stopped: bool) -> tuple[Tensor, ...]:
+        """The operands of an elementwise operation: axes that one lacks are put in behind that of the experts."""
+        rank = len(node.shape)
+        return tuple(self.lifted(part, rank, stopped) for part in node.arguments)
+
+    def lifted(self, node: Expression, rank: int, stopped: bool = False) -> Tensor:
+        """The value as one operand among others of `rank` axes."""
+        value = self(node, stopped)
+        if self.is_stacked(node):
+            for _ in range(rank - len(node.shape)):
+                value = value.unsqueeze(1)
+        return value
 
     def leaf(self, node: Expression, stopped: bool) -> Tensor:
         """A tensor of the method as it is stored; its copy from before the step is called NAME_before."""
@@ -81,21 +104,27 @@ class Evaluator:
             case "transpose":
                 return self(parts[0], stopped).transpose(-1, -2)
             case "slice":
-                return self(parts[0], stopped)[_index(node)]
+                leading = (slice(None),) if self.is_stacked(parts[0]) else ()
+                return self(parts[0], stopped)[(*leading, *_index(node))]
             case "negate":
                 return -self(parts[0], stopped)
             case "add":
-                return self(parts[0], stopped) + self(parts[1], stopped)
+                left, right = self._aligned(node, stopped)
+                return left + right
             case "subtract":
-                return self(parts[0], stopped) - self(parts[1], stopped)
+                left, right = self._aligned(node, stopped)
+                return left - right
             case "multiply" if parts[0].value == Quantity.of(1) and not parts[0].shape:
                 return self(parts[1], stopped)
             case "multiply":
-                return self(parts[0], stopped) * self(parts[1], stopped)
+                left, right = self._aligned(node, stopped)
+                return left * right
             case "divide":
-                return self(parts[0], stopped) / self(parts[1], stopped)
+                left, right = self._aligned(node, stopped)
+                return left / right
             case "power":
-                return self(parts[0], stopped) ** self(parts[1], stopped)
+                left, right = self._aligned(node, stopped)
+                return left ** right
         structure = STRUCTURES[node.operation]
         like = (self.like(),) if structure.constant else ()
         return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
@@ -109,7 +138,7 @@ class Evaluator:
         """A chain of products in its cheapest order."""
         factors = chain(node)
         if len(factors) == 2 or any(len(part.shape) != 2 for part in factors):
-            return torch.matmul(self(node.arguments[0], stopped), self(node.arguments[1], stopped))
+            return self._matmul(node, stopped)
         sizes = [whole_of(factors[0].shape[-2]), *(whole_of(part.shape[-1]) for part in factors)]
         order = multiplication_order(sizes)
 
@@ -120,6 +149,19 @@ class Evaluator:
             return torch.matmul(product(first, split), product(split + 1, last))
 
         return product(0, len(factors) - 1)
+
+
+    def _matmul(self, node: Expression, stopped: bool) -> Tensor:
+        """One product; a stacked vector is a matrix of one row, or of one column."""
+        left, right = node.arguments
+        rank = max(len(left.shape), len(right.shape), 2)
+        row = len(left.shape) == 1 and self.is_stacked(left)
+        column = len(right.shape) == 1 and self.is_stacked(right)
+        first = self(left, stopped).unsqueeze(-2) if row else self.lifted(left, rank, stopped)
+        second = self(right, stopped).unsqueeze(-1) if column else self.lifted(right, rank, stopped)
+        product = torch.matmul(first, second)
+        product = product.squeeze(-1) if column else product
+        return product.squeeze(-2 if not column else -1) if row else product
 
 
 def chain(node: Expression) -> list[Expression]:
@@ -136,7 +178,7 @@ def _has_tensors(node: Expression) -> bool:
 def _before(node: Expression) -> Expression:
     """The expression over the copies that were kept at the start of the step; W's too."""
     if node.operation in ("tensor", "weight"):
-        return Expression("tensor", (), node.shape, name=f"{node.name}_before")
+        return Expression("tensor", (), node.shape, name=f"{node.name}{BEFORE}")
     parts = tuple(_before(part) for part in node.arguments)
     return Expression(node.operation, parts, node.shape, node.name, node.value, node.index)
 
@@ -152,11 +194,12 @@ def _index(node: Expression) -> tuple[slice | int | None, ...]:
 
 
 def evaluate(
-    node: Expression, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> torch.Tensor:
+    node: Expression, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None,
+    stacked: frozenset[str] = frozenset(),
+) -> torch.Tensor:  # fmt: skip
     """The dense value of an expression at a site, in `dtype` (default: float32 or the weight's, if wider).
 
-    `weight` is `[out, in]`. This is the reference: float64 arguments give a float64 answer.
+    `weight` is `[out, in]`; what is `stacked` has the experts' axis in front. This is the reference: float64 arguments give a float64 answer.
     """
-    value = Evaluator(lambda: weight, tensors, dtype or wider(weight.dtype))(node)
+    value = Evaluator(lambda: weight, tensors, dtype or wider(weight.dtype), stacked=stacked)(node)
     return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=dtype or wider(weight.dtype))

@@ -12,6 +12,8 @@ from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
 
 Shape = tuple[Quantity, ...]
+BEFORE = "_before"  # behind the name of a copy from before the optimizer step
+MARK = "_earlier_"  # in the name of what belongs to the site some blocks earlier
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 

@@ -10,13 +10,12 @@ import torch
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, Affine, NotAffine, effective
-from surgery.compiler.algebra.base import logical
+from surgery.compiler.algebra.base import logical, stacked
 from surgery.compiler.algebra.build import Value, number
 from surgery.compiler.algebra.compose import compose, formula_of
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.expression import MARK, Expression, Shape
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.telescope import telescoped
 from surgery.compiler.diagnostics import fail
@@ -97,7 +96,7 @@ def _effective(
         tensors[BIAS] = weights[bias_name(site)].detach()
     if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
         return tensors[BIAS]
-    return Evaluator(lambda: base, tensors, wider(base.dtype))(node)
+    return Evaluator(lambda: base, tensors, wider(base.dtype), stacked=stacked(site))(node)
 
 
 def bias_name(site: Site) -> str:

@@ -14,9 +14,8 @@ import torch
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.branch import Branch
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import MethodFormula, reads_rows
-from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.recompute import checkpointed, gradient_factors, rebuilt
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.algebra.structures import Tensor
@@ -31,6 +30,7 @@ class Adaptation:
     rows: int
     dtype: torch.dtype  # of the activation and of W
     adapter_dtypes: Mapping[str, torch.dtype]
+    stacked: frozenset[str] = frozenset()  # what has the axis of the experts in front
 
     def __call__(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
@@ -44,7 +44,7 @@ class Adaptation:
 
     def _evaluator(self, base: Base, tensors: Mapping[str, Tensor]) -> Evaluator:
         dtypes = {**self.adapter_dtypes, "W": base.dtype}
-        return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes)
+        return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes, self.stacked)
 
     def _weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
         """The effective weight `[out, in]` by the method's expression, rounded once."""
@@ -69,7 +69,7 @@ class Adaptation:
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
         row = base.input(x)
         leaves = {"x": row} | {name: base.input(tensors[name]) for name in tensors if name.startswith(f"x{MARK}")}
-        rows = Rows(leaves, branch.cast, lambda part, matrix: branch.product(part, matrix, False), training)
+        rows = Rows(leaves, lambda node: branch.vector(x, node), lambda part, matrix: branch.product(part, matrix, False), training)
         if formula.form == "output":
             if reads_rows(formula.expression, "y"):
                 leaves["y"] = base.base_linear(row, bias)

@@ -10,7 +10,7 @@ from torch import nn
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
 from surgery.compiler.algebra.condition import ALWAYS, Condition
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import (
     AT_START,
     TOKENS,
@@ -23,7 +23,7 @@ from surgery.compiler.algebra.formula import (
     reads_rows,
     rows,
 )  # fmt: skip
-from surgery.compiler.algebra.previous import MARK, coordinate, without_zeros
+from surgery.compiler.algebra.previous import coordinate, without_zeros
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
 from surgery.compiler.algebra.sources import SOURCES, check_not_start
@@ -120,6 +120,7 @@ class _Reader:
     result_span: Span | None = None
     equation: str = ""
     rows: Expression | None = None
+    input_equation: str = ""
     requirements: list[tuple[Condition, Span | None]] = field(default_factory=list)
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -252,6 +253,9 @@ class _Reader:
         if self.rows is not None:
             raise fail("SURG009", "`input` is bound twice", node.span)
         self.rows = self.activation("input", node, "in", ("x",))
+        dropped = self.rows.arguments[0] if self.rows.operation == "dropout" else self.rows
+        if dropped.operation != "x":  # dropout is no part of the equation that people compare
+            self.input_equation = f"; input = {show(node.value)}"
 
     def activation(self, name: str, node: nodes.Bind, size: str, leaves: tuple[str, ...]) -> Expression:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
@@ -385,7 +389,7 @@ def elaborate(
     rank = names.get("rank")
     return MethodFormula(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
-        tuple(reader.requirements), tuple(reader.events), reader.equation,
+        tuple(reader.requirements), tuple(reader.events), reader.equation + reader.input_equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
         frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_")), method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import fail
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from surgery.compiler.algebra.build import Builder
     from surgery.compiler.algebra.formula import MethodFormula
 
-MARK = "_earlier_"
 BY_BLOCK = frozenset(["layer", "site", "heads", "head_dim"])  # what may differ from block to block
 ZERO = Quantity.of(0)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.facts import reads_weight, tensors_read
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula, Term, rows
 from surgery.compiler.algebra.low_rank import factor
-from surgery.compiler.algebra.previous import MARK
 from surgery.compiler.algebra.quantity import Quantity
 
 SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from surgery.compiler.algebra.base import logical, stored_like
+from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.evaluate import evaluate, wider
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import fail
@@ -33,7 +33,7 @@ def corrected(plan: Plan, site: Site, stored: Tensor, tensors: Mapping[str, Tens
     weight = logical(stored.detach(), site).to(wider(stored.dtype))
     values = {tensor.name: tensors[tensor.key].detach() for tensor in site.tensors}
     for change in instance(plan, site.formula).corrections:
-        weight = evaluate(change.result, weight, values, weight.dtype)
+        weight = evaluate(change.result, weight, values, weight.dtype, stacked(site))
     moved: Tensor = stored_like(weight, site)
     if not torch.equal(logical(moved, site), weight):
         message = f"the event at the start leaves no weight that a {site.module_class} could hold"

@@ -34,6 +34,7 @@ class Structure(ABC):
     sizes: tuple[int, ...] = ()  # positions of the arguments that are sizes: whole numbers of at least 1
     has_product = False
     wide = False  # whether the product runs in the dtype of weight algebra, float32 at least
+    entrywise = False  # whether the product multiplies entry by entry, so that every row may have values of its own
     rowwise = False  # whether it treats every row of an activation by itself
     constant = False  # its dtype follows from no argument, so that it must be told dtype and device
     internal = False  # made by the compiler alone, no function of the language

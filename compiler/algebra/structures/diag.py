@@ -14,6 +14,7 @@ class Diagonal(Structure):
     """`[n] -> [n, n]`; its product scales columns, so no matrix is formed."""
 
     has_product = True
+    entrywise = True
 
     def shape(self, *arguments: Expression) -> Shape:
         vector = arguments[0].shape
