@@ -92,7 +92,7 @@ def calibrate(plan: Plan, graph: Graph, batches: Sequence[Mapping[str, Tensor]])
                 output = output[loss.output]
             total = loss.total(output, entries[loss.labels]) / labels
             if not torch.isfinite(total):
-                raise fail("SURG053", f"the loss of the calibration data is {float(total)}")
+                raise fail("SURG053", f"the loss of the calibration data is {float(total.detach())}")
             if total.requires_grad:
                 torch.autograd.backward(total)
     for site in plan.sites:

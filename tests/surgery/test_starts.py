@@ -27,14 +27,14 @@ def method(body: str, parameters: str = "rank: int = 3") -> str:
     return f"method m({parameters}) {{\n{body}\nZ = train zeros[out, in]\ndelta = Z\n}}\nadapt 0 {{ with m() }}\n{STEP}"
 
 
-def linear(inputs: int = 7, outputs: int = 5, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def linear(inputs: int = 7, outputs: int = 5, dtype: torch.dtype = torch.float64) -> Any:
     """One Linear layer, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(inputs, outputs)).to(dtype)
 
 
-def starts(body: str, model: nn.Module | None = None, folder: Path | None = None) -> dict[str, Tensor]:
+def starts(body: str, model: Any = None, folder: Path | None = None) -> dict[str, Tensor]:
     """The starts of the tensors of `body` by name."""
     model = linear() if model is None else model
     step = surgery.compile(surgery.parse(method(body), folder), model, {"input": torch.randn(4, 7).double()})
@@ -111,7 +111,9 @@ def low_rank(rows: int, columns: int, decay: float) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     left = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64)).Q
-    return left * (torch.arange(1, columns + 1, dtype=torch.float64) ** -decay) @ right
+    values = torch.arange(1, columns + 1, dtype=torch.float64).pow(-decay)
+    found: Tensor = left * values @ right
+    return found
 
 
 def test_a_large_matrix_is_decomposed_only_as_far_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +131,7 @@ def test_a_large_matrix_is_decomposed_only_as_far_as_asked_for(monkeypatch: pyte
     assert torch.equal(decompose.singular(matrix, 4, seed=5)[0], left)
     flat = torch.randn(600, 520, generator=torch.Generator().manual_seed(2), dtype=torch.float64)  # no gaps at all
     best = torch.linalg.svdvals(flat)[:4].square().sum()
-    assert float((decompose.singular(flat, 4)[1].square().sum() / best)) > 0.99
+    assert float(decompose.singular(flat, 4)[1].square().sum() / best) > 0.99
 
 
 def test_a_matrix_that_is_not_finite_is_refused() -> None:
@@ -147,7 +149,7 @@ def test_a_matrix_that_is_not_finite_is_refused() -> None:
 def test_onehot_rows_and_choice() -> None:
     found = starts("H = frozen onehot_rows[rank, in]\nc = frozen choice(in)[4]\nall = frozen choice(out)[out]")
     assert torch.equal(found["H"].sum(1), torch.ones(3).double()) and float(found["H"].sum(0).max()) == 1
-    assert set(found["H"].unique().tolist()) == {0.0, 1.0}
+    assert set(found["H"].flatten().tolist()) == {0.0, 1.0}
     assert found["c"].dtype == torch.int64 and len(set(found["c"].tolist())) == 4
     assert sorted(found["all"].tolist()) == list(range(5)) and found["all"].tolist() != list(range(5))
     again = starts("c = frozen choice(in)[4]")
@@ -170,7 +172,7 @@ def test_positions_stay_whole_numbers(tmp_path: Path) -> None:
     batch = {"input": torch.randn(4, 7), "labels": torch.randn(4, 5)}
     before = step.weights["0.c"].clone()
     step(batch)
-    changed = (step.effective_weight("0") != step.model[0].weight).any(0)
+    changed = (step.effective_weight("0") != step.model.get_parameter("0.weight")).any(0)
     assert sorted(changed.nonzero().flatten().tolist()) == sorted(before.tolist())
     step.save(tmp_path / "run")
     assert load_file(tmp_path / "run" / "adapters.safetensors")["0.c"].dtype == torch.int64
@@ -268,9 +270,9 @@ def test_the_start_equals_peft(name: str, family: str) -> None:
     model = chosen.model()
     targets = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}[family]
     step = surgery.compile(surgery.parse(chosen.spec(f"{name}(rank = 4, alpha = 6)")), model)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=name,
-                             fan_in_fan_out=family == "gpt2")  # fmt: skip
-    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    settings: Any = {"init_lora_weights": name, "fan_in_fan_out": family == "gpt2"}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **settings)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config)
     assert len(step.plan.sites) == sum(path.endswith("lora_A") for path, _ in theirs.named_modules())
     for site in step.plan.sites:
         layer: Any = theirs.base_model.model.get_submodule(site.path)
@@ -327,7 +329,8 @@ def test_w_is_corrected_in_the_step_alone(family: str, tmp_path: Path) -> None:
 def test_an_untied_head_is_corrected_alone(tmp_path: Path) -> None:
     chosen = ARCHITECTURES["qwen2"]
     model = chosen.model()
-    text = f'model "given" {{ task = causal_lm }}\n{RESIDUAL}adapt lm_head {{ with residual()  untie }}\nstep {{ steps = 4 }}'
+    rule = "adapt lm_head { with residual()  untie }\nstep { steps = 4 }"
+    text = f'model "given" {{ task = causal_lm }}\n{RESIDUAL}{rule}'
     step = surgery.compile(surgery.parse(text), model)
     assert torch.equal(step.weights["model.embed_tokens.weight"], model.get_parameter("model.embed_tokens.weight"))
     assert not torch.equal(step.weights["lm_head.weight"], model.get_parameter("lm_head.weight"))
