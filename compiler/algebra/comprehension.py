@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
+from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.diagnostics import SurgError, fail
 from surgery.compiler.printer import show
@@ -98,9 +98,10 @@ def _empty(builder: Builder, node: nodes.Call, over: nodes.Comprehension, bounds
 def _repeated(builder: Builder, node: nodes.Call, over: nodes.Comprehension, count: Quantity) -> Expression:
     term = _symbolic(builder, node, over)
     if term.value is not None and not term.shape:
+        total = count * term.value
         if over.variable in term.value.symbols:
-            raise ArithmeticProblem("the ends of a range over which numbers are summed must be known")
-        return Expression("number", value=count * term.value, span=node.span)
+            total = Quantity.unknown(show(node), count, term.value)
+        return Expression("number", value=total, span=node.span)
     if node.function != "sum" and len(term.shape) < 2:
         raise fail("SURG005", f"{node.function} takes matrices", node.span)
     parts = (term, Expression("number", value=count))

@@ -80,7 +80,8 @@ class Quantity:
         return Quantity(((((Atom(name, frozenset([name]), False), 1),), 1),))
 
     @staticmethod
-    def _opaque(text: str, *parts: Quantity) -> Quantity:
+    def unknown(text: str, *parts: Quantity) -> Quantity:
+        """A number that is computed from others in a way that has no canonical form; `text` tells two of them apart."""
         if len(text) > LONGEST_ATOM:
             raise ArithmeticProblem("the expression has too many parts")
         symbols = frozenset[str]().union(*(part.symbols for part in parts))
@@ -88,7 +89,7 @@ class Quantity:
 
     def _operation(self, sign: str, other: Quantity) -> Quantity:
         left, right = (f"({part})" if len(part.terms) > 1 else str(part) for part in (self, other))
-        return self._opaque(f"({left} {sign} {right})", self, other)
+        return self.unknown(f"({left} {sign} {right})", self, other)
 
     @staticmethod
     def _sum(terms: dict[Monomial, Constant]) -> Quantity:
@@ -218,7 +219,7 @@ class Quantity:
             symbols = frozenset[str]().union(*(argument.symbols for argument in arguments))
             if symbols & CLOCK and name not in ("abs", "min", "max", "round"):  # what Python itself has, in the run
                 raise ArithmeticProblem(f"{name} of the step is not built yet; abs, min, max and round are")
-            return cls._opaque(f"{name}({', '.join(map(str, arguments))})", *arguments)
+            return cls.unknown(f"{name}({', '.join(map(str, arguments))})", *arguments)
         try:
             return cls.of(cls.FUNCTIONS[name](*values))
         except (ValueError, OverflowError) as problem:
