@@ -248,7 +248,8 @@ class _Resolver:
         if update == "telescope":
             record = record.model_copy(update={"telescope": True})
             formula = telescope.telescoped(formula)
-        read = {name: size for name, size in record.coordinates.items() if "earlier" not in name or name in formula.coordinates}
+        known = record.coordinates.items()
+        read = {name: size for name, size in known if "earlier" not in name or name in formula.coordinates}
         record = record.model_copy(update={"equation": formula.equation, "coordinates": read})
         key = next((key for key, other in self.formulas.items() if other == record), None)
         if key is None:
@@ -258,8 +259,8 @@ class _Resolver:
         return key, formula, proved, update
 
     def _coordinates(self, rule: Rule) -> list[str]:
-        texts = [*rule.method.statements, *([rule.method.expression] if isinstance(rule.method, compose.Composed) else [])]
-        return sorted(COORDINATES & set().union(*map(names_in, texts)))
+        joined = [rule.method.expression] if isinstance(rule.method, compose.Composed) else []
+        return sorted(COORDINATES & set().union(*map(names_in, [*rule.method.statements, *joined])))
 
     def _build(self, rule: Rule, weight: Weight, record: Formula) -> tuple[MethodFormula, Facts] | None:
         least = min(weight.outputs, weight.inputs)
