@@ -32,9 +32,9 @@ class Operand(Node):
         if isinstance(other, int | float) and not isinstance(other, bool) and other >= 0:
             other = Number(repr(other))
         if not isinstance(other, Operand | Number):
-            return NotImplemented
-        sides = (other, self) if swapped else (self, other)
-        return Binary(operator, *sides)  # type: ignore[arg-type]
+            raise TypeError(f"{other!r} cannot be joined with a method by `{operator}`")
+        left, right = (other, self) if swapped else (self, other)
+        return Binary(operator, left, right)  # type: ignore[arg-type]
 
     def __add__(self, other: object) -> Binary:
         return self._joined("+", other)

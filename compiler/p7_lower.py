@@ -65,7 +65,7 @@ def _lower(module: fx.GraphModule, node: fx.Node, owner: AdaptedSite) -> None:
     dtype = _dtype_of(node.args[0], owner.adaptation.dtype)
     adaptation = replace(owner.adaptation, dtype=dtype)
     with graph.inserting_before(node):
-        base, values = owner.read(weight, tensors)
+        base, values = owner.read(weight, tensors)  # type: ignore[arg-type]
         y = adaptation(x, base, bias, values, training)
     assert isinstance(y, fx.Proxy)
     if "val" in node.meta:

@@ -135,8 +135,8 @@ def _sum(node: Expression, shape: Shape, biased: bool) -> Affine:
         second = _scaled(second, Expression("number", value=Quantity.of(-1)), node)
     size = node.shape[-1]
     offsets = [offset for offset in (first.offset, second.offset) if offset is not None]
-    offset = _add(*offsets) if len(offsets) == 2 else (*offsets, None)[0]
-    return Affine(_add(first.weight(size), second.weight(size)), offset)
+    joined = _add(*offsets) if len(offsets) == 2 else (*offsets, None)[0]
+    return Affine(_add(first.weight(size), second.weight(size)), joined)
 
 
 def _product(node: Expression, shape: Shape, biased: bool) -> Affine:
@@ -211,5 +211,3 @@ def _row_times(row: Expression, matrix: Expression) -> Expression:
     lifted = Expression("slice", (row,), (Quantity.of(1), *row.shape), index=(None,))
     product = Expression("matmul", (lifted, matrix), (Quantity.of(1), matrix.shape[-1]))
     return Expression("slice", (product,), (matrix.shape[-1],), index=(Quantity.of(0),))
-
-

@@ -1,4 +1,4 @@
-"""Methods composed: `mask(W) * lora(rank = 16) + circulant()` as one formula, each part with its own input and events."""
+"""Methods composed, `mask(W) * lora(rank = 16) + circulant()`: one formula, each part with its own input and events."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Composed(nodes.Method):
-    """A composition as a method: its name is its text, with all arguments written out, its statements are the parts'."""
+    """A composition as a method: its name is its text with all arguments, its statements are those of its parts."""
 
     expression: nodes.Expr = nodes.Number("0")  # the `with` expression, each call replaced by the part's name
     parts: tuple[Part, ...] = ()
@@ -43,9 +43,9 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
     parts: list[Part] = []
 
     def replaced(node: Any) -> Any:
-        name = node.function if isinstance(node, nodes.Call) else node.name if isinstance(node, nodes.Name) else None
-        if name in methods:
-            call = node if isinstance(node, nodes.Call) else nodes.Call(methods[name].name, (), span=node.span)
+        name = node.function if isinstance(node, nodes.Call) else getattr(node, "name", "")
+        if isinstance(node, nodes.Call | nodes.Name) and name in methods:
+            call = node if isinstance(node, nodes.Call) else nodes.Call(name, (), span=node.span)
             try:
                 parts.append(_part(call, methods[name], parts))
             except SurgError as error:
@@ -171,6 +171,8 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
     plain = rows("x", sizes["in"])
     terms: list[Term] = []
     for matrix, origin in _terms(method.expression, builder, found, plain):
+        if matrix.shape != value.shape:
+            raise fail("SURG005", f"a summand is {spelt(matrix.shape)}, the sum {spelt(value.shape)}", method.span)
         same = next((number for number, term in enumerate(terms) if term.input == origin), None)
         if same is None:
             terms.append(Term(matrix, origin))
@@ -260,7 +262,10 @@ def renamed(formula: MethodFormula, prefix: str) -> MethodFormula:
 
     def named(node: Expression) -> Expression:
         if id(node) not in known:
-            known[id(node)] = (node, with_names(node, lambda name: name if name.startswith(f"W{MARK}") else prefix + name))
+            known[id(node)] = (
+                node,
+                with_names(node, lambda name: name if name.startswith(f"W{MARK}") else prefix + name),
+            )
         return known[id(node)][1]
 
     def tensor(entry: TensorFormula) -> TensorFormula:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -69,7 +68,9 @@ def effective_weight(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]
 
     Raises SURG055 if what it computes is no such product.
     """
-    return _effective(plan, site, weights, lambda found, shape: found.weight(shape[0]))
+    weight = _effective(plan, site, weights, lambda found, shape: found.weight(shape[0]))
+    assert weight is not None
+    return weight
 
 
 def effective_bias(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -79,7 +80,7 @@ def effective_bias(plan: Plan, site: Site, weights: Mapping[str, torch.Tensor]) 
 
 def _effective(
     plan: Plan, site: Site, weights: Mapping[str, torch.Tensor], part: Callable[[Affine, Shape], Expression | None]
-) -> Any:
+) -> torch.Tensor | None:
     formula = instance(plan, site.formula)
     try:
         node = part(effective(formula, site.bias), formula.shape)
@@ -95,7 +96,8 @@ def _effective(
     if site.bias:
         tensors[BIAS] = weights[bias_name(site)].detach()
     if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
-        return tensors[BIAS]
+        bias: torch.Tensor = tensors[BIAS]
+        return bias
     return Evaluator(lambda: base, tensors, wider(base.dtype), stacked=stacked(site))(node)
 
 

@@ -35,7 +35,7 @@ class Adaptation:
     def __call__(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
     ) -> Tensor:
-        """The site's output for `x` `[..., in]`; `tensors` are the method's by name, with what it reads of earlier blocks."""
+        """The site's output for `x` `[..., in]`; `tensors` are those that its method reads, by name."""
         if self.strategy == "fold":
             return base.linear(x, self._weight(base, tensors, self.formula.expression), bias)
         if self.strategy == "recompute":
@@ -69,7 +69,12 @@ class Adaptation:
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
         row = base.input(x)
         leaves = {"x": row} | {name: base.input(tensors[name]) for name in tensors if name.startswith(f"x{MARK}")}
-        rows = Rows(leaves, lambda node: branch.vector(x, node), lambda part, matrix: branch.product(part, matrix, False), training)
+        rows = Rows(
+            leaves,
+            lambda node: branch.vector(x, node),
+            lambda part, matrix: branch.product(part, matrix, False),
+            training,
+        )
         if formula.form == "output":
             if reads_rows(formula.expression, "y"):
                 leaves["y"] = base.base_linear(row, bias)

@@ -168,7 +168,8 @@ class _Reader:
         if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
             raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
         if MARK in name:
-            raise fail("SURG003", f"`{name}` is how a site calls a tensor of an earlier block, and cannot be bound", span)
+            message = f"`{name}` is how a site calls a tensor of an earlier block, and cannot be bound"
+            raise fail("SURG003", message, span)
         if name.endswith("_before"):
             raise fail("SURG003", f"`{name}` is how the step calls what `prev` reads, and cannot be bound", span)
         if name.endswith(KEPT):
@@ -246,7 +247,9 @@ class _Reader:
         shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
         if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
             message = f"`{node.name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
-            raise fail("SURG005", message, node.value.span)
+            square = value.shape in (shape[:1] * 2, shape[1:] * 2)
+            advice = "a method for square weights alone says `requires in == out`" if square else None
+            raise fail("SURG005", message, node.value.span, help=advice)
         return value
 
     def input(self, node: nodes.Bind) -> None:
@@ -261,7 +264,7 @@ class _Reader:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
         sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
         more = {leaf: rows(leaf, length) for leaf, length in sizes.items() if length is not None}
-        value = without_zeros(self.builder(**more).expression(node.value))
+        value = without_zeros(self.builder(False, **more).expression(node.value))
         wanted = self.names[size]
         assert isinstance(wanted, Expression) and wanted.value is not None
         shape = (TOKENS, wanted.value)
@@ -387,11 +390,12 @@ def elaborate(
     expression = replace(expression)
     terms = () if form == "output" else (Term(expression, reader.rows or rows("x", inside.value)),)
     rank = names.get("rank")
+    coordinates = frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_"))
     return MethodFormula(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
         tuple(reader.requirements), tuple(reader.events), reader.equation + reader.input_equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
-        frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_")), method.span, (out.value, inside.value),
+        coordinates, method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip
 
 

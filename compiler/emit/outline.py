@@ -229,7 +229,8 @@ def _block(place: _Place, nodes: list[fx.Node]) -> Block:
                 inputs[needed] = None
     outputs = [node for node in nodes if any(user not in inside for user in node.users) or node.meta.get(HANDED_ON)]
     outputs.sort(key=lambda node: bool(node.meta.get(HANDED_ON)))
-    return Block(place[0], place[1], _class_name(nodes, f"{place[0]}.{place[1]}"), tuple(nodes), tuple(inputs), tuple(outputs))
+    class_name = _class_name(nodes, f"{place[0]}.{place[1]}")
+    return Block(place[0], place[1], class_name, tuple(nodes), tuple(inputs), tuple(outputs))
 
 
 def _class_name(nodes: list[fx.Node], path: str) -> str:

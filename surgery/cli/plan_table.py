@@ -73,7 +73,7 @@ def facts_text(facts: Facts) -> str:
     words = [
         "identity at start" if facts.identity_at_start else "changes the model at the start",
         f"rank <= {facts.rank_bound}" if facts.rank_bound is not None else "full rank",
-        "merges" if facts.merges else "does not merge",
+        "merges" if facts.merges else f"does not merge: {facts.merge_reason}",
     ]
     optional = {
         "exports as LoRA": facts.exports_as_lora,
