@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -35,8 +36,8 @@ KINDS = ("mlp", "encoder", "gpt2")
 RATE = 0.05
 # Small numbers for parameters by their names; any other parameter keeps its default.
 ARGUMENTS = {
-    "rank": "3", "groups": "3", "k": "3", "block": "3", "outer": "5", "dropout": "0", "start": "1", "factor": "3",
-    "second": "2", "frequencies": "20",
+    "rank": "3", "groups": "3", "k": "3", "block": "3", "factor": "3", "outer": "5", "bottleneck": "5", "second": "2",
+    "frequencies": "20", "dropout": "0", "start": "1",
 }  # fmt: skip
 SHAPES = {  # of the perceptron, the first that a method admits
     "odd": (7, 13),
@@ -135,17 +136,20 @@ def _with(rule: nodes.Adapt) -> nodes.With:
     return next(clause for clause in rule.clauses if isinstance(clause, nodes.With))
 
 
-def small(rule: nodes.Adapt, checkpoint: str, pattern: str | None = None) -> str:
-    """A rule with small arguments; `pattern` replaces its own and everything that narrows it."""
+def small(rule: nodes.Adapt, folder: Path, pattern: str | None = None) -> str:
+    """A rule with small arguments; `pattern` replaces its own and everything that narrows it.
+
+    A text that has to be given names a checkpoint: a folder of its name in `folder`.
+    """
     call = _with(rule).value
     assert isinstance(call, nodes.Call)
     given = {argument.name: argument for argument in call.arguments}
     arguments = []
     for parameter in library()[call.function].parameters:
-        if parameter.name in ARGUMENTS:
+        if parameter.name in ARGUMENTS and parameter.kind in ("int", "real"):
             arguments.append(nodes.Argument(nodes.Number(ARGUMENTS[parameter.name]), parameter.name))
         elif parameter.kind == "text" and parameter.default is None:
-            arguments.append(nodes.Argument(nodes.String(checkpoint), parameter.name))
+            arguments.append(nodes.Argument(nodes.String(str(folder / parameter.name)), parameter.name))
         elif parameter.default is None:
             arguments.append(given[parameter.name])
     clauses = [clause for clause in rule.clauses if not isinstance(clause, nodes.With | nodes.Expect)]
@@ -199,6 +203,7 @@ class Reference:
             "head_dim": config.hidden_size // heads,
             "max_in": max(other.shape[1] for other in sites), "max_out": max(other.shape[0] for other in sites),
             "start": {tensor.name: self.start[tensor.key] for tensor in site.tensors},
+            "weight_of": functools.partial(_stored, site),
             "earlier": [self.records[path] for path in reversed(same[: same.index(site.path)])],
         }  # fmt: skip
 
@@ -243,6 +248,12 @@ class Reference:
         return result(args[0], output)
 
 
+def _stored(site: Any, folder: str) -> Tensor:
+    """A site's W in another checkpoint."""
+    found = load_file(Path(folder) / "model.safetensors")[site.parameter]
+    return found.T if site.module_class == "Conv1D" else found
+
+
 def block_and_kind(path: str) -> tuple[int, str]:
     """The first number in a path, and what stands below it."""
     parts = path.split(".")
@@ -284,7 +295,10 @@ class Case:
 
     def compile(self, model: nn.Module) -> Any:
         """A step of the program on a model, with calibration data where the plan asks for it."""
-        program = surgery.parse(self.program)
+        text = self.program
+        if next(model.parameters()).dtype is torch.bfloat16:  # where updates in place are refused
+            text = text.replace("update = literal", "")
+        program = surgery.parse(text)
         calibration = None
         if any(site.facts.needs_calibration for site in surgery.plan(program, model).sites):
             calibration = [like(model, self.batch(seed)) for seed in (20, 21)]
@@ -358,13 +372,24 @@ class Case:
         self.step.load_state_dict(copy.deepcopy(self.start))
 
 
+def save_other(model: nn.Module, folder: Path) -> None:
+    """Another checkpoint of a model: every parameter moved a little, in a way of the folder's name."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(len(folder.name))
+    moved = {
+        name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for name, tensor in model.named_parameters()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in moved.items()}, folder / "model.safetensors")
+
+
 def build(method: str, kind: str, folder: Path) -> Case:
     """The first shape and pattern that the compiler admits; what it says of the last one is the failure."""
     rules = rules_of(method)
     own = next(rule for rule in rules if getattr(_with(rule).value, "function", None) == method)
-    texts = [[small(rule, str(folder)) for rule in rules]]
+    texts = [[small(rule, folder) for rule in rules]]
     if kind in PATTERNS:
-        texts = [[small(own, str(folder), pattern)] for pattern in PATTERNS[kind]]
+        texts = [[small(own, folder, pattern)] for pattern in PATTERNS[kind]]
     refused = None
     for rule_texts, index in itertools.product(texts, range(len(MODELS[kind]))):
         model = model_of(kind, index)
@@ -376,6 +401,9 @@ def build(method: str, kind: str, folder: Path) -> Case:
         except surgery.SurgError as error:
             refused = error
             continue
+        for parameter in library()[method].parameters:
+            if parameter.kind == "text" and parameter.default is None:
+                save_other(model, folder / parameter.name)
         return Case(method, kind, model, program)
     raise AssertionError(f"no shape admits {method}") from refused
 

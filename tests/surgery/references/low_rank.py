@@ -56,3 +56,35 @@ def lora_xs(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     r = p["rank"]
     flip = (U[:, :r].T @ t["U"]).diagonal().sign()  # a pair of singular vectors has no sign
     return W + p["alpha"] / r * (U[:, :r] * flip) @ t["R"] @ (flip[:, None] * S[:r, None] * Vh[:r])
+
+
+def pissa(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    """W less its principal part, plus the factors, which start as that part."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    r = p["rank"]
+    scale = p["alpha"] / r
+    torch.testing.assert_close(scale * p["start"]["B"] @ p["start"]["A"], (U[:, :r] * S[:r]) @ Vh[:r], rtol=0, atol=1e-5)
+    return (U[:, r:] * S[r:]) @ Vh[r:] + scale * t["B"] @ t["A"]
+
+
+def olora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    """W less the leading part of its QR decomposition, plus the factors, which start as that part."""
+    Q, R = torch.linalg.qr(W)
+    r = p["rank"]
+    scale = p["alpha"] / r
+    torch.testing.assert_close(p["start"]["B"] @ p["start"]["A"], Q[:, :r] @ R[:r], rtol=0, atol=1e-5)
+    return W - scale * Q[:, :r] @ R[:r] + scale * t["B"] @ t["A"]
+
+
+def eva(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    A = p["start"]["A"]
+    torch.testing.assert_close(A @ A.T, torch.eye(p["rank"], dtype=A.dtype))
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]
+
+
+def cora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    """B spans the leading left singular vectors of both checkpoints side by side."""
+    both = torch.cat([p["weight_of"](p[name]) for name in ("first", "second")], dim=1)
+    U = torch.linalg.svd(both, full_matrices=False).U[:, : p["rank"]]
+    flip = (U.T @ t["B"].detach()).diagonal().sign()
+    return W + p["alpha"] / p["rank"] * (U * flip) @ t["A"]
