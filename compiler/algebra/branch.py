@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import Evaluator
@@ -14,7 +15,8 @@ from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.order import multiplication_order
-from surgery.compiler.algebra.quantity import value_of
+from surgery.compiler.algebra.price import bounds, is_parted, price
+from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 
 
@@ -57,9 +59,7 @@ class Branch:
 
     def _cost(self, factors: list[Factor], sizes: list[int], first: int, split: int, last: int) -> int:
         if first == 0 and split + 1 == last:
-            node = factors[last - 1].node
-            if node.operation in STRUCTURES and STRUCTURES[node.operation].has_product:
-                return STRUCTURES[node.operation].product_cost(node, sizes[0])
+            return price(factors[last - 1].node, sizes[0])
         return 2 * sizes[first] * sizes[split + 1] * sizes[last + 1]
 
     def _apply(
@@ -80,9 +80,9 @@ class Branch:
                 return self._structured(x, factor)
         if _distributes(node):
             return self._sum(x, factor)
-        return self.base.product(
-            x, self.cast(node, factor.stopped), transposed=factor.transposed, stacked=stacked
-        )
+        if not stacked and not isinstance(x, Input) and is_parted(node, self.rows):
+            return self._piece(x, factor) if node.operation == "slice" else self._stack(x, factor)
+        return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed, stacked=stacked)
 
     def vector(self, x: Tensor, node: Expression, stopped: bool = False) -> Tensor:
         """A number or a vector for the rows of x."""
@@ -97,6 +97,26 @@ class Branch:
             return structure.product(node, x, factor.transposed, *values)
         values = [self.evaluator(part, factor.stopped) for part in node.arguments]
         return structure.product(node, x.to(self.evaluator.dtype), factor.transposed, *values).to(self.dtype)
+
+    def _stack(self, x: Tensor, factor: Factor) -> Tensor:
+        """A product with matrices side by side or one above the other: results side by side, or their sum."""
+        node = factor.node
+        if (node.operation == "vstack") == factor.transposed:
+            return torch.cat([self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments], -1)
+        first, second = node.arguments
+        widths = [whole_of(part.shape[-2 if node.operation == "vstack" else -1]) for part in node.arguments]
+        left = self.product(x.narrow(-1, 0, widths[0]), first, factor.transposed, factor.stopped)
+        return left + self.product(x.narrow(-1, *widths), second, factor.transposed, factor.stopped)
+
+    def _piece(self, x: Tensor, factor: Factor) -> Tensor:
+        """A product with rows and columns of a structure: x stands in zeros, and a part of the result is taken."""
+        within, inner = bounds(factor.node), factor.node.arguments[0]
+        assert within is not None
+        taken, given = within if factor.transposed else within[::-1]
+        length = whole_of(inner.shape[-1 if factor.transposed else -2])
+        if given != (0, length):
+            x = functional.pad(x, (given[0], length - given[1]))
+        return self.product(x, inner, factor.transposed, factor.stopped).narrow(-1, taken[0], taken[1] - taken[0])
 
     def _matrix(self, factors: list[Factor], order: Mapping[tuple[int, int], int], first: int, last: int) -> Tensor:
         if first == last:

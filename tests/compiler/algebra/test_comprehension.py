@@ -1,4 +1,4 @@
-"""Sums and stacks over ranges: written out at a site, one term with a symbol before; facts of methods with structures."""
+"""Sums and stacks over ranges: written out at a site, one term with a symbol before; facts of structures."""
 
 from __future__ import annotations
 
@@ -196,7 +196,8 @@ def test_a_whole_step_of_structures_agrees_in_both_strategies() -> None:
 
     class Loss(_Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(torch.tanh(self.first(x))).square().mean()
+            loss: torch.Tensor = self.second(torch.tanh(self.first(x))).square().mean()
+            return loss
 
     torch.manual_seed(0)
     model = Loss().double()

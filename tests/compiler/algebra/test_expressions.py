@@ -137,7 +137,8 @@ class Grower:
         square = ["circ", "skewcirc", "symtoeplitz", "eye"] + ["cayley", "skew"] * (rows > 1)
         square += ["rotary"] * (rows % 2 == 0)
         kinds = ["toeplitz", "kron", "khatri_rao", "blockdiag", "grid", "tile", "wrap", "select", "selection",
-                 "scatter", "ifft2", "topk_mask", "where", "hadamard"]  # fmt: skip
+                 "scatter", "ifft2", "topk_mask", "where", "hadamard", "piece"]  # fmt: skip
+        kinds += ["vstack"] * (rows > 1) + ["hstack"] * (columns > 1)
         kind = self.draw(st.sampled_from(kinds + square))
         a, b = (self.draw(st.sampled_from([k for k in range(1, n + 1) if n % k == 0])) for n in (rows, columns))
         few, length = self.draw(st.sampled_from([1, 2])), self.draw(SIZES)
@@ -173,6 +174,16 @@ class Grower:
             case "where":
                 chosen = call("mask", self.tensor(rows, columns))
                 return call(kind, chosen, self.matrix(rows, columns, depth), of(0))
+            case "vstack":
+                upper = self.draw(st.integers(1, rows - 1))
+                return call(kind, self.matrix(upper, columns, depth), self.matrix(rows - upper, columns, depth))
+            case "hstack":
+                left = self.draw(st.integers(1, columns - 1))
+                return call(kind, self.matrix(rows, left, depth), self.matrix(rows, columns - left, depth))
+            case "piece":
+                whole = call(self.draw(st.sampled_from(["tile", "wrap"])), of(rows + 2), of(columns + few))
+                index = (Range(size(1), size(rows + 1)), Range(size(few), size(columns + few)))
+                return Expression("slice", (whole,), (size(rows), size(columns)), index=index)
             case "hadamard":
                 left, right = (product(self.tensor(rows, few), self.tensor(few, columns)) for _ in range(2))
                 return Expression("multiply", (left, right), left.shape)

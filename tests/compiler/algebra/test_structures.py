@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.branch import Branch
 from surgery.compiler.algebra.evaluate import Evaluator, evaluate
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import rank_bound
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity, size
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.algebra.structures.displacement import smooth_length
 
-Loop = Callable[..., np.ndarray]
+Array = NDArray[Any]
+Loop = Callable[..., Array]
 
 
 def of(value: float) -> Expression:
@@ -37,80 +39,81 @@ def call(name: str, *arguments: Expression) -> Expression:
     return Expression(name, arguments, STRUCTURES[name].shape(*arguments))
 
 
-def filled(rows: int, columns: int, entry: Callable[[int, int], float]) -> np.ndarray:
+def filled(rows: int, columns: int, entry: Callable[[int, int], float]) -> Array:
     return np.array([[entry(i, j) for j in range(columns)] for i in range(rows)], dtype=np.float64)
 
 
 # --- the definitions, entry by entry ----------------------------------------------------------------------------------
 
 
-def circ(v: np.ndarray) -> np.ndarray:
+def circ(v: Array) -> Array:
     return filled(len(v), len(v), lambda i, j: v[(i - j) % len(v)])
 
 
-def skewcirc(v: np.ndarray) -> np.ndarray:
+def skewcirc(v: Array) -> Array:
     return filled(len(v), len(v), lambda i, j: v[(i - j) % len(v)] * (-1 if j > i else 1))
 
 
-def toeplitz(column: np.ndarray, row: np.ndarray) -> np.ndarray:
+def toeplitz(column: Array, row: Array) -> Array:
     return filled(len(column), len(row), lambda i, j: column[i - j] if i >= j else row[j - i])
 
 
-def symtoeplitz(v: np.ndarray) -> np.ndarray:
+def symtoeplitz(v: Array) -> Array:
     return filled(len(v), len(v), lambda i, j: v[abs(i - j)])
 
 
-def kron(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def kron(p: Array, q: Array) -> Array:
     (a, b), (c, d) = p.shape, q.shape
     return filled(a * c, b * d, lambda i, j: p[i // c, j // d] * q[i % c, j % d])
 
 
-def khatri_rao(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def khatri_rao(p: Array, q: Array) -> Array:
     d = len(q)
     return filled(len(p) * d, p.shape[1], lambda i, k: p[i // d, k] * q[i % d, k])
 
 
-def blockdiag(t: np.ndarray) -> np.ndarray:
+def blockdiag(t: Array) -> Array:
     g, m, n = t.shape
     return filled(g * m, g * n, lambda i, j: t[i // m, i % m, j % n] if i // m == j // n else 0)
 
 
-def grid(t: np.ndarray) -> np.ndarray:
+def grid(t: Array) -> Array:
     p, q, m, n = t.shape
     return filled(p * m, q * n, lambda i, j: t[i // m, j // n, i % m, j % n])
 
 
-def grid_left(t: np.ndarray) -> np.ndarray:
+def grid_left(t: Array) -> Array:
     p, q, m, r = t.shape
     return filled(p * m, p * q * r,
                   lambda i, j: t[i // m, j // r % q, i % m, j % r] if i // m == j // (q * r) else 0)  # fmt: skip
 
 
-def grid_right(t: np.ndarray) -> np.ndarray:
+def grid_right(t: Array) -> Array:
     p, q, r, n = t.shape
     return filled(p * q * r, q * n,
                   lambda i, j: t[i // (q * r), j // n, i % r, j % n] if i // r % q == j // n else 0)  # fmt: skip
 
 
-def tile(n: int, q: int) -> np.ndarray:
+def tile(n: int, q: int) -> Array:
     return filled(n, q, lambda i, j: float(i % q == j))
 
 
-def wrap(n: int, q: int) -> np.ndarray:
+def wrap(n: int, q: int) -> Array:
     padded = math.ceil(n / q) * q
     return filled(n, q, lambda c, j: float(sum(p % n == c and p % q == j for p in range(padded))))
 
 
-def rotary(j: int, q: int) -> np.ndarray:
+def rotary(j: int, q: int) -> Array:
     """Column k is what the rotation makes of the k-th unit vector."""
     half = q // 2
     angle = np.array([j * 10000 ** (-2 * (k % half) / q) for k in range(q)])
     units = np.eye(q)
     turned = np.stack([np.concatenate([-x[half:], x[:half]]) for x in units])
-    return (units * np.cos(angle) + turned * np.sin(angle)).T
+    matrix: Array = (units * np.cos(angle) + turned * np.sin(angle)).T
+    return matrix
 
 
-def skew(v: np.ndarray) -> np.ndarray:
+def skew(v: Array) -> Array:
     side = (1 + math.isqrt(1 + 8 * len(v))) // 2
     matrix, place = np.zeros((side, side)), iter(v)
     for i in range(side):
@@ -120,29 +123,31 @@ def skew(v: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def cayley(s: np.ndarray) -> np.ndarray:
-    return (np.eye(len(s)) + s) @ np.linalg.inv(np.eye(len(s)) - s)
+def cayley(s: Array) -> Array:
+    matrix: Array = (np.eye(len(s)) + s) @ np.linalg.inv(np.eye(len(s)) - s)
+    return matrix
 
 
-def ifft2(s: np.ndarray) -> np.ndarray:
+def ifft2(s: Array) -> Array:
     m, n = s.shape
     return filled(m, n, lambda a, b: sum(
         s[k, h] * math.cos(2 * math.pi * (a * k / m + b * h / n)) for k in range(m) for h in range(n)) / (m * n)
     )  # fmt: skip
 
 
-def select(index: np.ndarray, n: int) -> np.ndarray:
+def select(index: Array, n: int) -> Array:
     return filled(len(index), n, lambda i, j: float(index[i] == j))
 
 
-def scatter(v: np.ndarray, index: np.ndarray, m: int, n: int) -> np.ndarray:
+def scatter(v: Array, index: Array, m: int, n: int) -> Array:
     return filled(m, n, lambda i, j: sum(v[k] for k in range(len(v)) if index[k] == i * n + j))
 
 
-def topk_mask(score: np.ndarray, share: float) -> np.ndarray:
+def topk_mask(score: Array, share: float) -> Array:
     order = sorted(range(score.size), key=lambda place: (-score.flat[place], place))
     kept = set(order[: round(share * score.size)])
-    return filled(*score.shape, lambda i, j: float(i * score.shape[1] + j in kept))
+    rows, columns = score.shape
+    return filled(rows, columns, lambda i, j: float(i * columns + j in kept))
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ def test_tile_and_wrap_are_the_sharing_of_mora(inside: int, out: int, q: int) ->
     x, matrix = torch.randn(3, inside, dtype=torch.float64), torch.randn(q, q, dtype=torch.float64)
     groups = math.ceil(inside / q)
     padded = torch.cat([x, x[..., : groups * q - inside]], -1)
-    chunks = torch.nn.functional.linear(padded.unflatten(-1, (groups, q)).sum(-2), matrix)
+    chunks = torch.nn.functional.linear(padded.reshape(-1, groups, q).sum(-2), matrix)
     expected = chunks.repeat(1, math.ceil(out / q))[..., :out]
     left, right = (evaluate(call(*pair), WEIGHT, {"like": x}) for pair in
                    (("tile", of(out), of(q)), ("wrap", of(inside), of(q))))  # fmt: skip
@@ -299,7 +304,9 @@ def test_skew_and_cayley_are_those_of_peft() -> None:
 class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest tensor that any operation makes."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
@@ -324,6 +331,11 @@ def products() -> dict[str, Expression]:
         "blockdiag": call("blockdiag", matmul(tensor("BB", 5, 8, 1), tensor("BA", 5, 1, 6))),
         "grid": call("grid", matmul(tensor("GB", 2, 2, 20, 1), tensor("GA", 2, 2, 1, 15))),
         "kron": call("kron", tensor("KB", 10, 3), tensor("KA", 4, 10)),
+        "stack": call("vstack", matmul(tensor("B1", 20, 2), q), call("hstack",
+                      matmul(tensor("B2", 20, 1), tensor("A2", 1, 10)),
+                      matmul(tensor("B3", 20, 3), tensor("A3", 3, 20)))),
+        "piece": matmul(tensor("PM", 40, 3), Expression("slice", (call("wrap", of(50), of(30)),), (size(3), size(30)),
+                        index=(Range(size(20), size(23)), Range(size(0), size(30))))),
         "tile": matmul(matmul(call("tile", of(40), of(6)), tensor("M", 6, 6)),
                        Expression("transpose", (call("wrap", of(30), of(6)),), (size(6), size(30)))),
     }  # fmt: skip
