@@ -80,20 +80,26 @@ def checkpointed(
     formula: MethodFormula, weight: WeightOf, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]
 ) -> Tensor:
     """The site as fold computes it, run a second time in the backward; every kind of weight can."""
-    name = "bias"
-    while name in tensors:
-        name += "_"
-    own: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(base)}
-    own = {key: value for key, value in own.items() if key != "stored" and isinstance(value, torch.Tensor | fx.Proxy)}
-    given = {**own, **tensors, "x": x, "W": base.stored, name: bias}
+    own: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(base) if field.name != "stored"}
+    own = {name: value for name, value in own.items() if isinstance(value, torch.Tensor | fx.Proxy)}
+    names = {name: _free(name, tensors) for name in (*own, "bias")}
+    given = {**tensors, "x": x, "W": base.stored, **{names[name]: value for name, value in own.items()}}
+    given[names["bias"]] = bias
     recorder = Recorder(tensors)
     row = recorder["x"]
-    changes: dict[str, Any] = {key: recorder[key] for key in own}
+    changes: dict[str, Any] = {name: recorder[names[name]] for name in own}
     inner = replace(base, stored=recorder["W"], **changes)
     matrix = weight(inner, recorder, formula.expression)
-    function = recorder.finish(inner.linear(row, matrix, None if bias is None else recorder[name]))
+    function = recorder.finish(inner.linear(row, matrix, None if bias is None else recorder[names["bias"]]))
     owner = Checkpointed(f"{formula.name}_linear", function)
     return _call(owner, *(given[name] for name in recorder.inputs))
+
+
+def _free(name: str, taken: Mapping[str, Tensor]) -> str:
+    """A name for what is the site's own: a method may call a tensor so."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _call(owner: Recomputed, *arguments: Tensor | None) -> Tensor:

@@ -17,7 +17,9 @@ from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.instance import instance
 
 LORA, FOLD = "lora(rank = 3)", "lora(rank = 3)  strategy = fold"
-METHODS = (LORA, FOLD, "dora(rank = 3)", "delta_lora(rank = 3, start = 0)  update = literal")
+RECOMPUTE = "lora(rank = 3)  strategy = recompute"
+METHODS = (LORA, FOLD, RECOMPUTE, "dora(rank = 3)", "delta_lora(rank = 3, start = 0)  update = literal")
+FORCED = ("scaling()  strategy = fold", "scaling()  strategy = recompute")
 SCALING = "method scaling() { requires in == out;  v = train zeros[in];  delta = diag(v) }\n"
 
 
@@ -42,9 +44,9 @@ CASES = {
     "tied_embedding": Case("gpt2", "adapt transformer.wte {{ with {method}  tie }}"),
     "convolution": Case("vit", "adapt vit.embeddings.patch_embeddings.projection {{ with {method} }}"),
     "layer_norm": Case("bert", "adapt bert.encoder.layer.*.output.LayerNorm {{ with {method} }}",
-                       ("scaling()", "scaling()  strategy = fold"), also=SCALING, sites=2),
+                       ("scaling()", *FORCED), also=SCALING, sites=2),
     "rms_norm": Case("llama", "adapt model.layers.*.input_layernorm {{ with {method} }}",
-                     ("scaling()", "scaling()  strategy = fold"), also=SCALING, sites=2),
+                     ("scaling()", *FORCED), also=SCALING, sites=2),
     "parameter": Case("qwen3_moe", "adapt model.layers.*.mlp.gate {{ with {method} }}", sites=2),
 }  # fmt: skip
 PAIRS = [(name, method) for name, case in CASES.items() for method in case.methods]
