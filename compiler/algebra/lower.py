@@ -37,7 +37,7 @@ class Adaptation:
     ) -> Tensor:
         """The site's output for `x` `[..., in]`; `tensors` are those that its method reads, by name."""
         if self.strategy == "fold":
-            return base.linear(x, self._weight(base, tensors, self.formula.expression), bias)
+            return base.linear(x, self.weight(base, tensors, self.formula.expression), bias)
         if self.strategy == "recompute":
             return self._recompute(x, base, bias, tensors)
         return self._branch(x, base, bias, tensors, training)
@@ -46,7 +46,7 @@ class Adaptation:
         dtypes = {**self.adapter_dtypes, "W": base.dtype}
         return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes, self.stacked)
 
-    def _weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
+    def weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
         """The effective weight `[out, in]` by the method's expression, rounded once."""
         evaluator = self._evaluator(base, tensors)
         value = evaluator(expression)
@@ -57,10 +57,10 @@ class Adaptation:
     def _recompute(self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         factors = gradient_factors(self.formula) if base.is_matrix else None
         if factors is None:
-            return checkpointed(self.formula, self._weight, x, base, bias, tensors)
+            return checkpointed(self.formula, self.weight, x, base, bias, tensors)
         branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
         sides = tuple(map(branch.cast, factors))
-        return rebuilt(self.formula, self._weight, sides, x, base, bias, tensors)
+        return rebuilt(self.formula, self.weight, sides, x, base, bias, tensors)
 
     def _branch(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool

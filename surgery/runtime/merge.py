@@ -71,10 +71,14 @@ def _because(site: Site) -> str:
 
 
 def _merge_site(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) -> None:
-    module = model.get_submodule(site.path)
-    weight = module.get_parameter("weight")
+    module = model.get_submodule(site.parameter.rpartition(".")[0])
+    weight = model.get_parameter(site.parameter)
     effective = step.effective_weight(site.path)
-    rounded = stored_like(effective, site).to(weight.dtype)
+    stored = stored_like(effective, site)
+    if site.module_class == "Norm" and bool((effective - torch.diag_embed(stored)).any()):
+        _refuse(found, step, site, f"its effective weight is no diagonal matrix, which a {site.module_class} holds")
+        return
+    rounded = stored.to(weight.dtype)
     if not torch.isfinite(rounded).all():
         reason = "is not finite" if not torch.isfinite(effective).all() else f"does not fit {weight.dtype}"
         _refuse(found, step, site, f"its effective weight {reason}")

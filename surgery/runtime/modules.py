@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,23 @@ from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.initialise import Sources, initialise
+from surgery.runtime.owners import (
+    AdaptedOwner,
+    Lowered,
+    changed_output,
+    computed_parameter,
+    lower_output,
+    lower_parameter,
+)
 from surgery.runtime.run_folder import load_state
 
 SHARED = "surgery_shared"  # the module on the root that holds tensors of several sites
-Lowered = tuple[fx.GraphModule, tuple[str, ...]]  # a computation, and the names of the tensors that it takes
+# What others read of a module beside its weight and bias.
+SIZES = (
+    "in_features", "out_features", "nf", "nx", "num_embeddings", "embedding_dim", "padding_idx", "in_channels",
+    "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "normalized_shape", "eps",
+    "variance_epsilon",
+)  # fmt: skip
 
 
 class Adapted(nn.Module):
@@ -40,9 +54,11 @@ class Adapted(nn.Module):
         self.weight = original.weight
         self.__sizes = f"weight={tuple(original.get_parameter('weight').shape)}"
         self.bias = getattr(original, "bias", None)
-        for name in ("in_features", "out_features", "nf", "nx"):
+        for name in SIZES:
             if hasattr(original, name) and name not in names:
                 setattr(self, name, getattr(original, name))
+        for name, buffer in original.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         self.train(original.training)
         self.__names, self.__shared = names, shared
         object.__setattr__(self, "_Adapted__lowered", lowered)  # no submodule: it has nothing to save or to train
@@ -56,8 +72,12 @@ class Adapted(nn.Module):
     def __value(self, name: str) -> Any:
         if name in self.__shared:
             holder, attribute = self.__shared[name]
-            return getattr(holder, attribute)
+            return attrgetter(attribute)(holder)
         return attrgetter(name)(self)
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """Where the tensor of a name is: the module and its name there."""
+        return self.__shared.get(name, (self, name))
 
     def extra_repr(self) -> str:
         """Sizes and tensor names, for `print(model)`."""
@@ -94,7 +114,8 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
         for site in plan.sites:
             if (site.untied or site in own_weights) and site.parameter in saved:  # it moved, and nothing else did
                 own = nn.Parameter(named[site.parameter].detach().clone(), requires_grad=False)
-                attached.get_submodule(site.path).weight = named[site.parameter] = own
+                put(attached, site.parameter, own)
+                named[site.parameter] = own
         for name in saved.keys() - wanted:
             named[name].copy_(saved[name])
     return attached
@@ -102,7 +123,7 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
 
 def _refuse_adapted(model: nn.Module) -> None:
     """A second program would freeze what the first one trains."""
-    if any(isinstance(module, Adapted) for module in model.modules()):
+    if any(isinstance(module, Adapted | AdaptedOwner) for module in model.modules()):
         raise fail("SURG060", "the model is adapted already", help="put all rules into one program")
 
 
@@ -132,17 +153,23 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
     holder = nn.Module()
     known: dict[tuple[object, ...], Lowered] = {}  # sites that compute alike share one graph: it has no state
     replacements, moved = [], corrected_sites(plan)
+    changes: list[Callable[[], None]] = []
     for site in plan.sites:
-        module = model.get_submodule(site.path)
-        key: tuple[object, ...] = (type(module), site.formula, site.strategy, site.dtype, site.bias)
-        key += tuple(values[tensor.key].dtype for tensor in site.tensors)
-        if key not in known:
-            known[key] = _lowered(plan, site, module, values)
-        replacement = _adapted(site, module, known[key], values, holder)
-        if site in moved:  # the module's own from here on: the model's weight may be used elsewhere
-            weight = corrected(plan, site, module.get_parameter("weight"), values)
-            replacement.weight = nn.Parameter(weight, requires_grad=False)
-        replacements.append((module, replacement))
+        if site.module_class in ("Experts", "Parameter", "Module"):
+            changes.append(_changed(plan, site, model, values, holder))
+            continue
+        first: Adapted | None = None
+        for module in _modules_of(model, site):
+            key: tuple[object, ...] = (type(module), repr(module), site.formula, site.strategy, site.dtype, site.bias)
+            key += tuple(values[tensor.key].dtype for tensor in site.tensors)
+            if key not in known:
+                known[key] = _lowered(plan, site, module, values)
+            replacement = _adapted(site, module, known[key], values, holder, first)
+            if site in moved:  # the module's own from here on: the model's weight may be used elsewhere
+                weight = corrected(plan, site, module.get_parameter("weight"), values)
+                replacement.weight = first.weight if first else nn.Parameter(weight, requires_grad=False)
+            replacements.append((module, replacement))
+            first = first or replacement
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -151,30 +178,86 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
     for original, replacement in replacements:
         for parent, name in owners[id(original)]:
             setattr(parent, name, replacement)
+    for change in changes:
+        change()
     if holder._parameters or holder._buffers:
         model.add_module(SHARED, holder)
     return model
 
 
-def _adapted(site: Site, module: nn.Module, lowered: Lowered, values: dict[str, Tensor], holder: nn.Module) -> Adapted:
-    owner: nn.Module
+def _modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
+    """The modules that use a site's weight, its own first: more than one where a rule says `tie`."""
+    module = model.get_submodule(site.path)
+    if site.untied:
+        return [module]
+    weight = module.get_parameter("weight")
+    return [
+        module,
+        *(other for other in model.modules() if other is not module and other._parameters.get("weight") is weight),
+    ]
+
+
+def _adapted(
+    site: Site, module: nn.Module, lowered: Lowered, values: dict[str, Tensor], holder: nn.Module, first: Adapted | None
+) -> Adapted:
+    """The replacement of a module; one that is tied to the `first` reads the tensors there."""
     shared: dict[str, tuple[nn.Module, str]] = {}
     adapted = Adapted(module, *lowered, shared)
+    if first is None:
+        shared |= {name: place for name, place in _placed(site, adapted, values, holder).items() if place[0] is holder}
+    else:
+        shared |= {tensor.name: first.place(tensor.name) for tensor in site.tensors}
+    return adapted
+
+
+def _placed(
+    site: Site, home: nn.Module, values: dict[str, Tensor], holder: nn.Module
+) -> dict[str, tuple[nn.Module, str]]:
+    """Register a site's tensors below `home`, or on the root those of several sites; where each of them is, by name."""
+    places: dict[str, tuple[nn.Module, str]] = {}
     for tensor in site.tensors:
         value = values[tensor.key]
-        owner, name = adapted, tensor.name
+        owner, name = home, tensor.name
         if tensor.key.startswith("shared."):
             owner, name = holder, tensor.key.replace(".", "_")
-            shared[tensor.name] = (holder, name)
-        if owner is adapted or not hasattr(owner, name):
+        if owner is home or not hasattr(owner, name):
             put(owner, name, nn.Parameter(value) if tensor.role == "train" else value)
-    return adapted
+        places[tensor.name] = (owner, name)
+    return places
+
+
+def _changed(
+    plan: Plan, site: Site, model: nn.Module, values: dict[str, Tensor], holder: nn.Module
+) -> Callable[[], None]:
+    """What adapts a parameter of another class, or an output, when it is called."""
+    if site.module_class == "Module":
+        module, output = model.get_submodule(site.path), lower_output(plan, site, values)
+        return lambda: changed_output(module, site.shape[0], output, _placed(site, module, values, holder))
+    path, _, name = site.parameter.rpartition(".")
+    owner, lowered = model.get_submodule(path), lower_parameter(plan, site, values)
+
+    def change() -> None:
+        home = owner
+        if site.path == site.parameter:
+            home = nn.Module()
+            owner.add_module(f"{name}_adapter", home)
+        computed_parameter(owner, name, lowered, _placed(site, home, values, holder))
+
+    return change
 
 
 def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor]) -> Lowered:
     """The site's computation as a graph whose inputs are x, training, and then the tensors of the names given."""
-    traced = fx.symbolic_trace(module)
-    first = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    span = plan.span(site.place)
+    try:
+        traced = fx.symbolic_trace(module)
+    except Exception as error:  # a forward may raise anything on proxies
+        message = f"`{site.path}` cannot be replaced: the forward of {type(module).__name__} has no graph of its own"
+        raise fail("SURG060", message, span, help="use surgery.compile, which captures the whole model") from error
+    first, *more = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    if more:
+        message = f"`{site.path}` cannot be replaced: the forward of {type(module).__name__} takes more than x"
+        raise fail("SURG060", message, span, help="use surgery.compile, which captures the whole model")
     with traced.graph.inserting_after(first):
         traced.graph.placeholder(TRAINING)
     local = {tensor.name: values[tensor.key] for tensor in site.tensors}
