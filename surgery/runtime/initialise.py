@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,6 @@ def initialise(plan: Plan, weights: Mapping[str, Tensor], sources: Sources = NOT
     for site in plan.sites:
         formulas = {tensor.name: tensor for tensor in instance(plan, site.formula).tensors}
         begun: dict[str, Tensor] = {}
-        stored = weights[site.parameter] if site.parameter else next(iter(weights.values()))  # an output has no W
         evaluator: _Starts | None = None
         for tensor in site.tensors:
             if tensor.key not in tensors:
@@ -96,7 +96,10 @@ def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _S
         return value.to(dtype).expand(tensor.shape).clone(memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
-    return draw(start.name, tensor.shape, numbers, generator).to(dtype)
+    shape = tuple(whole_of(size) for size in formula.shape)
+    leading = tensor.shape[: len(tensor.shape) - len(shape)]  # each expert has a draw of its own
+    draws = [draw(start.name, shape, numbers, generator) for _ in range(math.prod(leading))]
+    return torch.stack(draws).reshape(tensor.shape).to(dtype)
 
 
 def _seed(seed: int, key: str) -> int:

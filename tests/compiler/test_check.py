@@ -76,6 +76,7 @@ GOOD: list[tuple[str, str, dict[str, Any]]] = [
     ("data", 'text = "{a}" label = "a kind"', {"label": "a kind"}),
     ("data", 'text = "{a}" max_length = 64', {"max_length": 64}),
     ("data", 'text = "{a}" holdout = 0.2', {"holdout": 0.2}),
+    ("data", 'text = "{a}" calibrate = 64', {"calibrate": 64}),
     ("data", 'text = "{a}" eval = "other.jsonl"', {"eval": "other.jsonl"}),
     ("train", "lr = 5e-3", {"lr": 5e-3, "weight_decay": None}),
     ("train", "weight_decay = 0", {"weight_decay": 0}),

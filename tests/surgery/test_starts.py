@@ -392,3 +392,34 @@ def test_two_methods_with_one_event_at_the_start() -> None:
     torch.testing.assert_close(step.effective_weight("0"), model[0].weight.detach())
     with pytest.raises(surgery.SurgError, match="SURG035"):
         surgery.parse(f"adapt 0 {{ with 2 * pissa(rank = 2) }}\n{STEP}")
+
+
+def test_every_expert_has_its_own_start() -> None:
+    chosen = ARCHITECTURES["qwen3_moe"]
+    text = """
+    method m(rank: int = 3) {
+        A = train sqrt(singular_values(W, rank))[:, None] * right_singular(W, rank)
+        B = train left_singular(W, rank) * sqrt(singular_values(W, rank))
+        c = frozen choice(in)[20]
+        x1 = frozen xavier[in]
+        delta = B @ A
+        at start { W -= delta }
+    }
+    model "given" { task = causal_lm }
+    adapt model.layers.*.mlp.experts.gate_up_proj { with m() }
+    """
+    model = chosen.model()
+    step = surgery.compile(surgery.parse(text), model)
+    for site in step.plan.sites:
+        own, w = step.parameters_by_site[site.path], model.get_parameter(site.parameter).detach()
+        assert own["c"].shape == (4, 20) and all(len(set(row.tolist())) == 20 for row in own["c"])
+        assert not torch.equal(own["c"][0], own["c"][1])
+        for number in range(4):
+            left, values, right = torch.linalg.svd(w[number], full_matrices=False)
+            best = left[:, :3] * values[:3] @ right[:3]
+            torch.testing.assert_close((own["B"] @ own["A"])[number].detach(), best, rtol=1e-4, atol=1e-5)
+            residual = step.weights[site.parameter][number].detach()
+            torch.testing.assert_close(residual, w[number] - best, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        expected = model(**chosen.inputs()).logits
+        torch.testing.assert_close(step.forward(**chosen.inputs()).logits, expected, rtol=1e-4, atol=1e-5)
