@@ -11,6 +11,7 @@ from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
 ONE = Quantity.of(1)
 SIDES = frozenset({"in", "out", "max_in", "max_out"})  # a rank that depends on them is no bound worth stating
+COORDINATES = frozenset({"heads", "head_dim", "layers", "slots", "sites", "max_in", "max_out", "max_heads"})
 ELEMENTWISE = ("add", "subtract", "multiply", "divide", "power")
 
 
@@ -153,7 +154,15 @@ def _least(bounds: list[Quantity]) -> Quantity:
     numbers = [bound for bound in bounds if bound.constant is not None]
     if len(numbers) == len(bounds):
         return min(numbers, key=lambda bound: bound.constant or 0)
-    return min(bounds, key=lambda bound: (bool(bound.symbols & SIDES), len(bound.terms), str(bound)))
+    return min(bounds, key=_size_of)
+
+
+def _size_of(bound: Quantity) -> tuple[bool, int, int, int, float, str]:
+    """What orders bounds that hold symbols: those of a site's sizes last, then by terms, degree and factor."""
+    degree = max((sum(exponent for _, exponent in monomial) for monomial, _ in bound.terms), default=0)
+    factor = sum(abs(float(factor)) for _, factor in bound.terms)
+    of_sites = len(bound.symbols & COORDINATES)
+    return bool(bound.symbols & SIDES), of_sites, len(bound.terms), degree, factor, str(bound)
 
 
 def rank_bound(node: Expression) -> Quantity:
