@@ -63,14 +63,14 @@ def batch(seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
 
 def step_of(
     method: str, options: str = "", model: nn.Module | None = None, optimizer: str = "adamw(lr = 1e-2)",
-    compiled: str = "off",
+    compiled: str = "off", more: str = "",
 ) -> Any:  # fmt: skip
     """A step on the sparse model."""
     model = model or Model()
     program = surgery.parse(f"""
         adapt {{up,down}} {{ with {method}  {options} }}
         step {{ optimizer = {optimizer}  batch = {ROWS}  steps = 30  loss = mse  adapter_dtype = float64
-                compile = {compiled} }}
+                compile = {compiled}  {more} }}
     """)
     dtype = next(model.parameters()).dtype
     calibration = [batch(seed, dtype) for seed in (5, 6)] if method.startswith("lors") else None
@@ -218,6 +218,15 @@ def test_recompute_trains_as_fold_does(method: str, dtype: torch.dtype) -> None:
         losses.append([float(step(batch(dtype=dtype)).loss) for _ in range(6)])
     exact = dtype == torch.float64
     assert losses[0] == pytest.approx(losses[1], rel=1e-12 if exact else 3e-2)
+
+
+@pytest.mark.parametrize("method", ["lors(rank = 4)", "sqft(rank = 4)"])
+def test_recompute_under_autocast_is_close_to_fold(method: str) -> None:
+    losses = []
+    for strategy in ("fold", "recompute"):
+        step = step_of(method, f"strategy = {strategy}", Model(dtype=torch.float32), more="precision = bfloat16")
+        losses.append([float(step(batch(dtype=torch.float32)).loss) for _ in range(6)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[1][-1] < losses[1][0]
 
 
 @pytest.mark.parametrize("method", ["lors(rank = 4)", "sqft(rank = 4)"])
