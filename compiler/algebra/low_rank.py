@@ -105,9 +105,11 @@ def _if_narrow(node: Expression, left: Expression, right: Expression) -> Factors
 
 
 def split(node: Expression) -> Expression | None:
-    """The matrix as a product that needs fewer operations than the matrix itself, where its sizes are known."""
+    """The matrix in a form whose product needs fewer operations than the matrix itself, where its sizes are known."""
     if node.operation not in ("multiply", "blockdiag", "grid"):
         return None
+    if node.operation == "grid" and (blocks := _circulants(node.arguments[0])):
+        return blocks
     factors = factor(node)
     if factors is None:
         return None
@@ -120,6 +122,15 @@ def split(node: Expression) -> Expression | None:
     if value_of(width * (rows + columns)) >= value_of(rows * columns):
         return None
     return _matmul(*factors)
+
+
+def _circulants(blocks: Expression) -> Expression | None:
+    """The grid of circulant blocks, or of transposed ones, as one structure."""
+    turned = blocks.operation == "transpose"
+    inner = blocks.arguments[0] if turned else blocks
+    if inner.operation != "circ" or len(inner.shape) != 4:
+        return None
+    return _call("grid_circ_turned" if turned else "grid_circ", inner.arguments[0])
 
 
 def _call(name: str, *arguments: Expression) -> Expression:
