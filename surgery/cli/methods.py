@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,14 +18,15 @@ from surgery.method_info import SIZE, MethodInfo
 
 EXAMPLE = "Example: surgery methods delta_lora"
 NEEDS_ARGUMENTS = False
+NARROW = 140  # columns; below, a list says the same as the table
 RANK = 20  # columns of a rank bound before it is wrapped
 MARKS = {  # what is said of a method in the table: the fact, the value that is worth a word, and the word
     "identity_at_start": (False, "moved at start"),
-    "merges": (False, "no merge"),
-    "exports_as_lora": (True, "LoRA"),
+    "merges": (False, "does not merge"),
+    "exports_as_lora": (True, "exports as LoRA"),
     "keeps_zeros": (True, "keeps zeros"),
     "moves_base": (True, "moves W"),
-    "needs_calibration": (True, "data"),
+    "needs_calibration": (True, "needs data"),
 }
 FACTS = (
     "identity_at_start",
@@ -87,6 +89,20 @@ def _write(methods: list[MethodInfo], folder: Path, specs: Path) -> None:
 
 def _print_all(methods: list[MethodInfo]) -> None:
     console = output()
+    if console.width < NARROW:
+        for method in methods:
+            bound = f"rank at most {method.rank_bound}" if method.rank_bound else "full rank"
+            console.print(Text.assemble((method.name, "bold"), f": {method.what}"))
+            said = ", ".join([bound, f"{method.trained:,} trained", *_marks(method)])
+            for text, style in (*((part, "") for part in method.equation.split("; ")), (said, "dim")):
+                console.print(Padding(Text(text, style=style), (0, 0, 0, 4)))
+    else:
+        console.print(_table(methods))
+    console.print(Text(f"trained: numbers at one Linear of {SIZE} x {SIZE}, with the defaults"))
+    console.print(Text("surgery methods NAME shows one, with its source"))
+
+
+def _table(methods: list[MethodInfo]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
     table.add_column("what it is, and what it computes", overflow="fold")
@@ -94,14 +110,14 @@ def _print_all(methods: list[MethodInfo]) -> None:
     table.add_column("trained", justify="right")
     table.add_column("facts", overflow="fold")
     for method in methods:
-        marks = [mark for fact, (value, mark) in MARKS.items() if getattr(method, fact) is value]
-        equation = Text(method.equation.replace("; ", "\n"), style="dim")
-        about = Text.assemble(method.what, "\n", equation)
-        trained = f"{method.trained:,}"
-        table.add_row(Text(method.name, style="bold"), about, method.rank_bound or "full", trained, ", ".join(marks))
-    console.print(table)
-    console.print(Text(f"trained: numbers at one Linear of {SIZE} x {SIZE}, with the defaults"))
-    console.print(Text("surgery methods NAME shows one, with its source"))
+        about = Text.assemble(method.what, "\n", (method.equation.replace("; ", "\n"), "dim"))
+        name = Text(method.name, style="bold")
+        table.add_row(name, about, method.rank_bound or "full", f"{method.trained:,}", ", ".join(_marks(method)))
+    return table
+
+
+def _marks(method: MethodInfo) -> list[str]:
+    return [mark for fact, (value, mark) in MARKS.items() if getattr(method, fact) is value]
 
 
 def _print_one(method: MethodInfo) -> None:
