@@ -216,7 +216,8 @@ class Reference:
         site = next(site for site in self.step.plan.sites if site.path == path)
         result, bias = self._result(path), getattr(self.model.get_submodule(path), "bias", None)
         if isinstance(result, Tensor):
-            return result.detach(), None if bias is None else bias.detach()
+            weight = torch.diag(result) if result.dim() == 1 else result  # a norm's is a vector
+            return weight.detach(), None if bias is None else bias.detach()
         if not site.facts.merges or site.module_class not in ("Linear", "Conv1D"):
             return None
         W = self.records[path]["W"]
@@ -243,6 +244,8 @@ class Reference:
         record = self.records[path]
         record["x"] = args[0] if args else None
         result = self._result(path)
+        if isinstance(result, Tensor) and result.dim() == 1:  # a norm's
+            return F.layer_norm(args[0], result.shape, result, module.bias, module.eps)
         if isinstance(result, Tensor):
             return F.linear(args[0], result, getattr(module, "bias", None))
         return result(args[0], output)

@@ -108,6 +108,11 @@ def differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft.tuners.c3a.layer.torch", SimpleNamespace(**{**vars(torch), "float32": torch.float64}))
 
 
+def ln_tuning(layer: Any, part: Part) -> dict[str, Tensor]:
+    norm = layer.ln_tuning_layers["default"]
+    return {"g": part(norm.weight) - part(layer.base_layer.weight), "bias": part(norm.bias)}
+
+
 CASES = {
     "vera": Case(
         everywhere("vera(rank = 6)"),
@@ -188,6 +193,12 @@ CASES = {
         lambda: peft.BeftConfig(target_modules=["query", "value"]),
         lambda layer, part: {"b": part(layer.beft_bias["default"])[0]},
     ),
+    "ln_tuning": Case(
+        """adapt bert.encoder.layer.**.LayerNorm { with ln_tuning() }
+           train bert.encoder.layer.**.LayerNorm.bias""",
+        lambda: peft.LNTuningConfig(target_modules=r".*layer.*LayerNorm"),
+        ln_tuning,
+    ),
 }
 
 
@@ -228,10 +239,16 @@ def sides(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     with torch.no_grad():
         for path, layer in layers.items():
             for name, value in case.layout(layer, lambda tensor: tensor.detach()).items():
-                ours = step.parameters_by_site[path][name]
+                ours = tensor_of(step, path, name)
                 assert ours.shape == value.shape, f"{path}.{name}"
                 ours.copy_(value)
     return step, wrapped, layers
+
+
+def tensor_of(step: Any, path: str, name: str) -> Tensor:
+    """A tensor of the site's method, or a parameter of its module that is trained as it is."""
+    found: Tensor = step.parameters_by_site[path].get(name, step.weights.get(f"{path}.{name}"))
+    return found
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
@@ -253,7 +270,8 @@ def test_outputs_and_gradients_equal_peft(name: str, monkeypatch: pytest.MonkeyP
         close(step.merge().eval()(**inputs).logits, theirs, case.tolerance, "logits after merging")
 
     trained = {(site.path, t.name) for site in step.plan.sites for t in site.tensors if t.role == "train"}
-    before = {key: step.parameters_by_site[key[0]][key[1]].detach().clone() for key in trained}
+    trained |= {tuple(entry.name.rsplit(".", 1)) for entry in step.plan.trained}
+    before = {key: tensor_of(step, *key).detach().clone() for key in trained}
     F.cross_entropy(wrapped(**inputs).logits, example["labels"]).backward()  # type: ignore[no-untyped-call]
     step(example)
     counted = 0
@@ -261,7 +279,7 @@ def test_outputs_and_gradients_equal_peft(name: str, monkeypatch: pytest.MonkeyP
         for tensor, gradient in case.layout(layer, gradient_of).items():
             if (path, tensor) not in trained:
                 continue
-            moved = (before[path, tensor] - step.parameters_by_site[path][tensor].detach()) / RATE
+            moved = (before[path, tensor] - tensor_of(step, path, tensor).detach()) / RATE
             close(moved, gradient, case.tolerance, f"gradient of {path}.{tensor}")
             counted += 1
     assert counted == len(trained)

@@ -131,4 +131,4 @@ def bitfit(W: Tensor, t: Tensors, p: Parameters) -> Output:
 
 
 def ln_tuning(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
-    return W + t["g"]  # of a norm, W is its vector
+    return W + (t["g"] if W.dim() == 1 else torch.diag(t["g"]))  # of a norm, W is its vector
