@@ -207,7 +207,7 @@ class _Reader:
                 node.span,
                 help=help_text,
             )
-        start, shape = read_start(node, self.builder())
+        start, shape = read_start(node, replace(self.builder(), earlier=None))
         tensor = TensorFormula(
             node.name, node.role, shape.shape, start, node.shared_by, node.shared_as,
             options.get("lr"), options.get("weight_decay"), node.span,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.expression import MARK, Expression, Range
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import fail
@@ -54,7 +54,9 @@ def _misread(node: Expression) -> str:
         return "the base output of an earlier block is not kept, only its x and its tensors are"
     if MARK in node.name:
         return "`previous` of `previous` is not built yet"
-    numbers = [node.value, *(part for part in node.index if isinstance(part, Quantity))]
+    numbers = [node.value]
+    for part in node.index:
+        numbers += [part.start, part.stop] if isinstance(part, Range) else [part]
     read = BY_BLOCK & frozenset[str]().union(*(number.symbols for number in numbers if number is not None))
     if read:
         return f"it reads `{min(read)}`, which differs from block to block"
