@@ -1,0 +1,102 @@
+"""The method library as a whole: one method a file, short, none twice, and none of their names in Python."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.structures import STRUCTURES
+from surgery.compiler.library import library
+from surgery.compiler.printer import show
+from surgery.compiler.span import Source
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "surgery" / "methods").glob("*.surg"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_method_is_a_short_file_of_its_name(path: Path) -> None:
+    method = library()[path.stem]
+    lines = path.read_text().splitlines()
+    code = [line for line in lines if line and not line.startswith("#")]
+    assert len(code) <= 12
+    assert show(nodes.Tree((method,))) == path.read_text(), "write it as `surgery fmt` does"
+
+
+def _renamed(node: Any, names: dict[str, str]) -> Any:
+    """A part of a tree with its own names numbered in their order, and every number and text the same."""
+    if isinstance(node, tuple):
+        return tuple(_renamed(part, names) for part in node)
+    if not isinstance(node, nodes.Node):
+        return node
+    parts = {field.name: _renamed(getattr(node, field.name), names) for field in fields(node) if field.init}
+    match node:
+        case nodes.Number():
+            parts["text"] = "0"
+        case nodes.String():
+            parts["value"] = ""
+        case nodes.Name(name=name) if name in names:
+            parts["name"] = names[name]
+    return replace(node, **parts)
+
+
+def _body(method: nodes.Method) -> str:
+    """What a method says, up to the names of its parameters and tensors, to numbers and to comments."""
+    own = [parameter.name for parameter in method.parameters]
+    own += [item.name for item in method.statements if isinstance(item, nodes.Tensor | nodes.Bind)]
+    results = {"delta", "weight", "output", "input"}
+    names = {name: f"n{number}" for number, name in enumerate(own) if name not in results}
+    lines = []
+    for statement in method.statements:
+        made = _renamed(replace(statement, comments=()), names)
+        if isinstance(made, nodes.Tensor | nodes.Bind):
+            made = replace(made, name=names.get(made.name, made.name))
+        lines.append(show(made))
+    return "\n".join(line for line in lines if not line.startswith("input = dropout(x, "))
+
+
+def test_no_method_repeats_another() -> None:
+    first: dict[str, str] = {}
+    for name, method in library().items():
+        other = first.setdefault(_body(method), name)
+        assert other == name, f"{name} is {other} with other numbers: a parameter would do"
+
+
+def _spelt(tree: ast.AST) -> Iterator[str]:
+    """Every identifier and every text of a file, but for its docstrings."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    skipped = {id(node.body[0].value) for node in ast.walk(tree)  # type: ignore[attr-defined]
+               if isinstance(node, documented) and ast.get_docstring(node) is not None}  # fmt: skip
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if id(node) not in skipped:
+                yield text
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+
+
+def test_no_python_knows_a_method() -> None:
+    methods = set(library()) - set(STRUCTURES)  # `toeplitz` is a function of the language as well
+    for folder in ("surgery", "compiler", "grammar"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found = methods & set(_spelt(ast.parse(path.read_text())))
+            assert not found, f"{path.relative_to(ROOT)} knows {', '.join(sorted(found))}"
+
+
+def test_a_copy_with_other_names_and_numbers_would_be_found() -> None:
+    text = """
+        method copy(size: int = 5, weight_of_it: real = 3) {
+            P = train kaiming_uniform[size, in]
+            Q = train zeros[out, size]
+            delta = (weight_of_it / size) * Q @ P
+        }
+    """
+    (copied,) = p1_parse.run(Source("<text>", text)).items
+    assert isinstance(copied, nodes.Method) and _body(copied) == _body(library()["lora"])
+    assert _body(copied) != _body(library()["rslora"])
