@@ -149,7 +149,7 @@ CASES: dict[str, tuple[str, str]] = {
     "a remainder by zero": ("SURG004", method(f"{LOW_RANK}delta = (in % (rank - 4)) * B @ A")),
     "a name by itself": ("SURG002", method(f"n = n + 1\n{LOW_RANK}delta = n * B @ A")),
     "a default by itself": ("SURG002", method(f"{LOW_RANK}delta = B @ A", "rank: int = rank")),
-    "a comprehension": ("SURG008", method(f"{LOW_RANK}delta = sum(B @ A for i in 0..10 ** 9)")),
+    "a comprehension": ("SURG010", method(f"{LOW_RANK}delta = sum(B @ A for i in 0..10 ** 9)")),
     "a text for a number": ("SURG004", method(f"{LOW_RANK}delta = B @ A", call='rank = "four"')),
     "an unknown kind": ("SURG004", method(f"{LOW_RANK}delta = B @ A", "rank: shape = 4")),
     "a name doubled line by line": (
