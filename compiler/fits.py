@@ -10,7 +10,7 @@ from surgery.compiler.weights import Weight
 def why_unfit(formula: MethodFormula, weight: Weight, tied: bool) -> str | None:
     """Why a method cannot adapt a weight, for people; None if it can. `tied`: the weight is used by several modules."""
     if weight.layout.module_class == "Norm" and formula.form != "output" and not is_diagonal(formula.expression):
-        return "a norm's weight is a vector, whose W is its diagonal matrix, and this change of it is not diagonal"
+        return "W of a norm is the diagonal matrix of its vector, and this change of it is not diagonal"
     if tied and formula.form == "output":
         return "the uses of a tied weight have outputs of different sizes, so an `output` equation does not fit both"
     if tied and any(not _is_plain(term.input) for term in formula.terms):

@@ -31,7 +31,7 @@ from surgery.compiler.plan import (
 )  # fmt: skip
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
-from surgery.compiler.select import Selection, select_parameters, select_sites
+from surgery.compiler.select import Selection, listed, select_parameters, select_sites
 from surgery.compiler.settings import place
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Weight
@@ -165,6 +165,8 @@ class _Resolver:
     events: list[EventPlan] = field(default_factory=list)
     shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
     _built: dict[str, Built | None] = field(default_factory=dict)
+    _unfit: dict[str, str] = field(default_factory=dict)  # why a formula does not fit its kind of weight
+    _refused: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
 
     def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
         """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
@@ -191,6 +193,12 @@ class _Resolver:
                 **self.skeleton.heads(weight.path), **earlier.coordinates(before.get(weight.path, {})),
             }  # fmt: skip
             self.site(index, rule, weight, kind, layer, coordinates, before.get(weight.path, {}))
+        for (number, reason), paths in self._refused.items():
+            if number == index:
+                message = f"`{rule.method.name}` cannot adapt {listed(paths)}: {reason}"
+                where = Note("the weights", rule.node.pattern.span)
+                help_text = "adapt them with another method, or subtract them with `except`"
+                self.diagnostics.error("SURG025", message, rule.method_span, notes=[where], help=help_text)
 
     def site(
         self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int],
@@ -235,7 +243,12 @@ class _Resolver:
         known = f"{index} {weight.layout.module_class} {weight.bias} {weight.dtype} {record.model_dump_json()}"
         if known not in self._built:
             found = self._build(rule, weight, record)
+            if found is not None and (reason := why_unfit(found[0], weight, tied=rule.alias == "tie")):
+                self._unfit[known] = reason
+                found = None
             self._built[known] = None if found is None else self._register(rule, weight, record, *found)
+        if known in self._unfit:
+            self._refused.setdefault((index, self._unfit[known]), []).append(weight.path)
         return self._built[known]
 
     def _register(self, rule: Rule, weight: Weight, record: Formula, formula: MethodFormula, proved: Facts) -> Built:
@@ -290,10 +303,6 @@ class _Resolver:
                 message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
                 required = Note("the requirement", condition_span)
                 self.diagnostics.error("SURG028", message, rule.method_span, notes=[required, where])
-        if reason := why_unfit(formula, weight, tied=rule.alias == "tie"):
-            message = f"`{formula.name}` cannot adapt `{weight.path}`: {reason}"
-            self.diagnostics.error("SURG025", message, rule.method_span, notes=[where])
-            return None
         proved = prove(formula)
         self._check_update(rule, weight, formula)
         rank_bound = None if proved.rank_bound is None else whole_of(proved.rank_bound)

@@ -63,9 +63,10 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
         strategy = site.strategy or "branch"
         dtype = getattr(torch, site.dtype) if weight is None else weight.dtype
         adaptation = Adaptation(formula, strategy, plan.tokens, dtype, dtypes, stacked(site))
+        for reason in dict.fromkeys(use.reason for use in uses[site.path] if isinstance(use, Misuse)):
+            diagnostics.error("SURG041", f"`{site.parameter}` cannot be adapted: {reason}", span)
         for number, use in enumerate(uses[site.path]):
             if isinstance(use, Misuse):
-                diagnostics.error("SURG041", f"`{site.parameter}` cannot be adapted: {use.reason}", span)
                 continue
             target = f"{PREFIX}.{site.path}" + (f".use_{number}" if number else "" if site.parameter else ".output")
             own = replace(adaptation, formula=flipped(formula)) if use.flipped else adaptation

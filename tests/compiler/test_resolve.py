@@ -271,7 +271,10 @@ def test_one_of_a_tied_pair_needs_untie(architectures: Any) -> None:
     assert refused("adapt lm_head { with m }", model) == ["SURG024"]
     (site,) = planned("adapt lm_head { with m  untie }", model).sites
     assert site.untied and site.path == "lm_head"
-    assert refused("adapt lm_head { with m  tie }", model) == ["SURG008"]
+    for path in ("lm_head", "model.embed_tokens"):  # one site, in the head's orientation
+        (site,) = planned(f"adapt {path} {{ with m  tie }}", model).sites
+        assert not site.untied and site.path == "lm_head" and site.shape == (97, 32)
+    assert refused("adapt model.layers.0.mlp.up_proj { with m  tie }", model) == ["SURG024"]
 
 
 def test_freeze_takes_away_from_train(architectures: Any) -> None:
