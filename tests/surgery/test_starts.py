@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.compiler.algebra import decompose
 from surgery.compiler.graph import tensors
+from surgery.compiler.pipeline import rewrite
 from surgery.runtime.initialise import initialise
 from tests.models import ARCHITECTURES
 
@@ -383,6 +384,20 @@ def test_bfloat16_weights_may_be_corrected() -> None:
     model = linear(dtype=torch.bfloat16)
     step = surgery.compile(surgery.parse(text), model, {"input": torch.randn(4, 7).bfloat16()})
     torch.testing.assert_close(step.effective_weight("0"), model[0].weight.detach().float(), rtol=0, atol=2**-10)
+
+
+def test_a_graph_of_ones_own_is_corrected() -> None:
+    model, x = linear(), torch.randn(4, 7).double()
+    graph = torch.fx.symbolic_trace(model)
+    plan = surgery.plan(surgery.parse(f"adapt 0 {{ with pissa(rank = 2) }}\n{STEP}"), model)
+    rewritten = rewrite(graph, plan)
+    torch.testing.assert_close(rewritten(x), model(x))
+    assert graph.get_parameter("0.weight") is model[0].weight
+    with torch.no_grad():
+        rewritten.get_parameter("0.B").zero_()
+    values = torch.linalg.svdvals(model[0].weight.detach())
+    own = rewritten.get_parameter("corrected.0.weight").detach()
+    torch.testing.assert_close(torch.linalg.svdvals(own)[:3], values[2:])
 
 
 def test_two_methods_with_one_event_at_the_start() -> None:
