@@ -124,7 +124,7 @@ class Evaluator:
                 return left / right
             case "power":
                 left, right = self._aligned(node, stopped)
-                return left ** right
+                return left**right
         structure = STRUCTURES[node.operation]
         like = (self.like(),) if structure.constant else ()
         return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
@@ -149,7 +149,6 @@ class Evaluator:
             return torch.matmul(product(first, split), product(split + 1, last))
 
         return product(0, len(factors) - 1)
-
 
     def _matmul(self, node: Expression, stopped: bool) -> Tensor:
         """One product; a stacked vector is a matrix of one row, or of one column."""
@@ -199,7 +198,8 @@ def evaluate(
 ) -> torch.Tensor:  # fmt: skip
     """The dense value of an expression at a site, in `dtype` (default: float32 or the weight's, if wider).
 
-    `weight` is `[out, in]`; what is `stacked` has the experts' axis in front. This is the reference: float64 arguments give a float64 answer.
+    `weight` is `[out, in]`; what is `stacked` has the experts' axis in front. This is the reference: float64 arguments
+    give a float64 answer.
     """
     value = Evaluator(lambda: weight, tensors, dtype or wider(weight.dtype), stacked=stacked)(node)
     return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=dtype or wider(weight.dtype))

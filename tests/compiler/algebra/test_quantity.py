@@ -108,7 +108,9 @@ def test_functions_of_the_step_are_those_that_python_has(name: str) -> None:
 def test_functions_of_numbers_are_those_of_tensors(name: str) -> None:
     for value in (0.25, 2.0, 300.0):
         known = Quantity.function(name, Quantity.of(value)).constant
-        expected = STRUCTURES[name].evaluate(Expression(name, (Expression("number"),)), torch.tensor(value, dtype=torch.float64))
+        expected = STRUCTURES[name].evaluate(
+            Expression(name, (Expression("number"),)), torch.tensor(value, dtype=torch.float64)
+        )
         assert known is not None and float(known) == pytest.approx(float(expected))
 
 
