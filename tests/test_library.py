@@ -29,36 +29,42 @@ def test_a_method_is_a_short_file_of_its_name(path: Path) -> None:
     assert show(nodes.Tree((method,))) == path.read_text(), "write it as `surgery fmt` does"
 
 
-def _renamed(node: Any, names: dict[str, str]) -> Any:
-    """A part of a tree with its own names numbered in their order, and every number and text the same."""
+class _Names(dict[str, str]):
+    """A method's own names, numbered as they come."""
+
+    def __init__(self, method: nodes.Method) -> None:
+        self.own = {parameter.name for parameter in method.parameters}
+        self.own |= {item.name for item in method.statements if isinstance(item, nodes.Tensor | nodes.Bind)}
+        self.own -= {"delta", "weight", "output", "input"}
+
+    def of(self, name: str) -> str:
+        return self.setdefault(name, f"n{len(self)}") if name in self.own else name
+
+
+def _renamed(node: Any, names: _Names) -> Any:
+    """A part of a tree with its own names numbered, every number and text the same, and no comments."""
     if isinstance(node, tuple):
         return tuple(_renamed(part, names) for part in node)
     if not isinstance(node, nodes.Node):
         return node
+    known: dict[type, dict[str, Any]] = {nodes.Number: {"text": "0"}, nodes.String: {"value": ""}}
     parts = {field.name: _renamed(getattr(node, field.name), names) for field in fields(node) if field.init}
-    match node:
-        case nodes.Number():
-            parts["text"] = "0"
-        case nodes.String():
-            parts["value"] = ""
-        case nodes.Name(name=name) if name in names:
-            parts["name"] = names[name]
-    return replace(node, **parts)
+    if isinstance(node, nodes.Line):
+        parts["comments"] = ()
+    if isinstance(node, nodes.Name | nodes.Tensor | nodes.Bind):
+        parts["name"] = names.of(node.name)
+    return replace(node, **{**parts, **known.get(type(node), {})})
 
 
 def _body(method: nodes.Method) -> str:
-    """What a method says, up to the names of its parameters and tensors, to numbers and to comments."""
-    own = [parameter.name for parameter in method.parameters]
-    own += [item.name for item in method.statements if isinstance(item, nodes.Tensor | nodes.Bind)]
-    results = {"delta", "weight", "output", "input"}
-    names = {name: f"n{number}" for number, name in enumerate(own) if name not in results}
-    lines = []
-    for statement in method.statements:
-        made = _renamed(replace(statement, comments=()), names)
-        if isinstance(made, nodes.Tensor | nodes.Bind):
-            made = replace(made, name=names.get(made.name, made.name))
-        lines.append(show(made))
-    return "\n".join(line for line in lines if not line.startswith("input = dropout(x, "))
+    """What a method says, up to the names of its parameters and tensors, to numbers, comments and a dropout."""
+    names = _Names(method)
+    lines = [show(_renamed(statement, names)) for statement in method.statements if not _drops(statement)]
+    return "\n".join(lines)
+
+
+def _drops(statement: nodes.Statement) -> bool:
+    return show(replace(statement, comments=())).startswith("input = dropout(x, ")
 
 
 def test_no_method_repeats_another() -> None:
