@@ -1,51 +1,24 @@
-"""The neighbour methods against peft 0.21: the same tensors give the same outputs and the same gradients.
-
-In float64, so that 1e-10 is left, except where peft itself computes in float32. A gradient is read off one step of
-plain SGD, as in test_parity_peft.py.
-"""
+"""The neighbour methods against peft 0.21: the same tensors give the same outputs and the same gradients."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from peft.tuners.c3a.utils import BlockCircularConvolution
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from torch import Tensor
 
-import surgery
+from tests.surgery.peft_parity import Case, Part, by_name, compare
 
-RATE = 1e5
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
-Part = Callable[[Tensor], Tensor]  # a parameter itself, or its gradient
-
-
-@dataclass(frozen=True)
-class Case:
-    """One method on both sides; `layout` gives peft's parameters (or gradients) of a layer as ours, by name."""
-
-    rules: str
-    config: Callable[[], peft.PeftConfig]
-    layout: Callable[[Any, Part], dict[str, Tensor]]
-    tolerance: float = 1e-10
-    prepare: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # what of peft is replaced
 
 
 def everywhere(call: str, where: str = "") -> str:
     """One rule for all linears of the encoder."""
     return f"adapt bert.encoder.layer.** : Linear {where} {{ with {call} }}"
-
-
-def by_name(**names: str) -> Callable[[Any, Part], dict[str, Tensor]]:
-    """The layout where peft's tensors have our shapes: our name = its name."""
-    return lambda layer, part: {ours: part(getattr(layer, theirs)["default"]) for ours, theirs in names.items()}
 
 
 def loha(layer: Any, part: Part) -> dict[str, Tensor]:
@@ -137,7 +110,6 @@ CASES = {
         everywhere("c3a(block = 8)"),
         lambda: peft.C3AConfig(block_size=8, target_modules=ALL),
         by_name(w="c3a_kernel"),
-        prepare=differentiated,
     ),
     # its spectrum is always float32
     "fourierft": Case(
@@ -202,92 +174,11 @@ CASES = {
 }
 
 
-def build() -> nn.Module:
-    """A small BERT whose sizes all blocks divide, drawn in float32 and widened to float64."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
-        initializer_range=0.1,
-    )  # fmt: skip
-    model: nn.Module = BertForSequenceClassification(config)
-    return model.double()
-
-
-def batch() -> dict[str, Tensor]:
-    """Four rows of 12 tokens, the last one padded."""
-    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[3, 8:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
-
-
-def sides(case: Case) -> tuple[Any, Any, dict[str, Any]]:
-    """Our step and peft's model with equal tensors, none of them at its start; peft's layers by path."""
-    model = build()
-    inputs = {key: value for key, value in batch().items() if key != "labels"}
-    wrapped = peft.get_peft_model(copy.deepcopy(model).float(), case.config()).double()  # loses nothing: see `build`
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    settings = f"optimizer = sgd(lr = {RATE})  batch = 4  steps = 1  loss = cross_entropy  compile = off"
-    program = surgery.parse(f"{case.rules} step {{ {settings} }}")
-    step = surgery.compile(program, model=model, example_inputs=inputs)
-    layers = {path: wrapped.base_model.model.get_submodule(path) for path in step.parameters_by_site}
-    with torch.no_grad():
-        for path, layer in layers.items():
-            for name, value in case.layout(layer, lambda tensor: tensor.detach()).items():
-                ours = tensor_of(step, path, name)
-                assert ours.shape == value.shape, f"{path}.{name}"
-                ours.copy_(value)
-    return step, wrapped, layers
-
-
-def tensor_of(step: Any, path: str, name: str) -> Tensor:
-    """A tensor of the site's method, or a parameter of its module that is trained as it is."""
-    found: Tensor = step.parameters_by_site[path].get(name, step.weights.get(f"{path}.{name}"))
-    return found
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
-    """Equal to `tolerance` of the largest entry."""
-    error = float((ours - theirs).abs().max())
-    assert error <= tolerance * float(theirs.abs().max()), f"{what}: off by {error}"
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_equal_peft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, example = CASES[name], batch()
-    case.prepare(monkeypatch)
-    inputs = {key: value for key, value in example.items() if key != "labels"}
-    step, wrapped, layers = sides(case)
-    with torch.no_grad():
-        theirs = wrapped.eval()(**inputs).logits
-        assert not torch.allclose(theirs, build().eval()(**inputs).logits)
-        close(step.forward(**inputs).logits, theirs, case.tolerance, "logits")
-        close(step.merge().eval()(**inputs).logits, theirs, case.tolerance, "logits after merging")
-
-    trained = {(site.path, t.name) for site in step.plan.sites for t in site.tensors if t.role == "train"}
-    trained |= {tuple(entry.name.rsplit(".", 1)) for entry in step.plan.trained}
-    before = {key: tensor_of(step, *key).detach().clone() for key in trained}
-    F.cross_entropy(wrapped(**inputs).logits, example["labels"]).backward()  # type: ignore[no-untyped-call]
-    step(example)
-    counted = 0
-    for path, layer in layers.items():
-        for tensor, gradient in case.layout(layer, gradient_of).items():
-            if (path, tensor) not in trained:
-                continue
-            moved = (before[path, tensor] - tensor_of(step, path, tensor).detach()) / RATE
-            close(moved, gradient, case.tolerance, f"gradient of {path}.{tensor}")
-            counted += 1
-    assert counted == len(trained)
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient, zero where there is none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if name == "c3a":
+        differentiated(monkeypatch)
+    compare(CASES[name])
 
 
 def test_pefts_c3a_passes_a_wrong_gradient_to_its_input() -> None:
