@@ -49,9 +49,10 @@ def test_the_method_of_the_guide_is_a_method() -> None:
 
 
 def test_the_blocks_of_the_language_page_are_checked_and_planned() -> None:
-    spec, method = blocks("surg", "docs/language.md")
+    spec, method, composed = blocks("surg", "docs/language.md")
     assert [site.update for site in surgery.plan(surgery.parse(spec)).sites] == ["literal"] * 10
     surgery.parse(method)
+    surgery.parse(composed)
 
 
 def test_the_language_page_names_every_start_and_function() -> None:

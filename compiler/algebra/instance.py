@@ -98,7 +98,8 @@ def _effective(
     if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
         bias: torch.Tensor = tensors[BIAS]
         return bias
-    return Evaluator(lambda: base, tensors, wider(base.dtype), stacked=stacked(site))(node)
+    value: torch.Tensor = Evaluator(lambda: base, tensors, wider(base.dtype), stacked=stacked(site))(node)
+    return value
 
 
 def bias_name(site: Site) -> str:
