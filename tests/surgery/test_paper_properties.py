@@ -208,6 +208,18 @@ def test_kasa_drops_the_smallest_singular_values() -> None:
     torch.testing.assert_close(torch.linalg.svdvals(after), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_delora_has_a_strength_that_no_factor_changes() -> None:
+    model, step = adapted("delora(rank = 4)", 12, 8)
+    tensors = step.parameters_by_site["blocks.0"]
+    before = change(model, step)
+    with torch.no_grad():
+        tensors["A"].mul_(7)
+        tensors["B"].mul_(-0.1)
+    torch.testing.assert_close(change(model, step), -before)
+    columns = model.get_parameter("blocks.0.weight").detach().norm(dim=0)
+    assert float((before / columns).norm()) <= float(tensors["s"])
+
+
 def test_sbora_changes_as_many_columns_as_its_rank() -> None:
     model, step = adapted("sbora(rank = 3)", 20, 28)
     assert int((change(model, step).abs().amax(dim=0) > 0).sum()) == 3

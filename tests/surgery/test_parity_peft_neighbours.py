@@ -148,6 +148,11 @@ CASES = {
         kasa,
         1e-5,
     ),
+    "delora": Case(
+        everywhere("delora(rank = 4, strength = 3)"),
+        lambda: peft.DeloraConfig(r=4, delora_lambda=3, target_modules=ALL),
+        by_name(A="delora_A", B="delora_B", s="delora_lambda", w="delora_w_norm"),
+    ),
     "psoft": Case(
         everywhere("psoft(rank = 5)"), lambda: peft.PsoftConfig(r=5, psoft_alpha=9, target_modules=ALL), psoft
     ),

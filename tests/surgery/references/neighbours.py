@@ -38,6 +38,16 @@ def hira(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W + W * sum(torch.outer(t["B"][:, k], t["A"][k]) for k in range(p["rank"]))
 
 
+def delora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    """Every term is a matrix of unit norm, times the strength; no norm is taken below 1e-4."""
+    columns = W.square().sum(dim=0).sqrt()
+    total = torch.zeros_like(W)
+    for k in range(p["rank"]):
+        a, b = (v.square().sum().sqrt().clamp(min=1e-4) for v in (t["A"][k], t["B"][:, k]))
+        total = total + torch.outer(t["B"][:, k] / b, t["A"][k] / a * columns)
+    return W + t["s"] / p["rank"] * total
+
+
 def lokr(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     """Block (i, j) of a factor x factor grid is C[i, j] times one low-rank matrix."""
     block = t["B"] @ t["A"]
