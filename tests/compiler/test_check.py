@@ -202,8 +202,8 @@ def test_all_is_collected() -> None:
         ("adapt a { expect 1 }", ["SURG004"]),
         ("adapt a { with lara }", ["SURG002"]),
         ("adapt a { with 3 }", ["SURG004"]),
-        ("adapt a { with lora + dora }", ["SURG008"]),
-        ("adapt a { with 2 * lora }", ["SURG008"]),
+        ("adapt a { with lora + dora }", ["SURG035"]),
+        ("adapt a { with 2 * lora(rank = 0) }", ["SURG026"]),
         ("adapt a { with lora  strategy = fast }", ["SURG002"]),
         ("adapt a { with lora  update = literal }", ["SURG032"]),
         ("adapt a { with lora  active = random(2, every = 3) }", ["SURG008"]),
@@ -238,6 +238,6 @@ def test_a_misspelt_name_gets_the_nearest() -> None:
     with pytest.raises(surgery.SurgError, match="did you mean `batch`"):
         parsed("step { bach = 2 }")
     with pytest.raises(surgery.SurgError, match="did you mean `lora`"):
-        parsed("adapt a { with lor }")
+        parsed("adapt a { with loraa }")
     with pytest.raises(surgery.SurgError, match="did you mean `alpha`"):
         parsed("adapt a { with lora(alpa = 2) }")
