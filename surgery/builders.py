@@ -40,7 +40,7 @@ def call(function: str, *arguments: Any, **named: Any) -> nodes.Call:
 def method(name: str, *arguments: Any, **named: Any) -> nodes.Call:
     """A method of the library or of the program, with its parameters: `method("lora", rank = 8)`.
 
-    Unlike `call`, a text stays a text.
+    Unlike `call`, a text stays a text. Methods of the form `delta` compose: `method("lora") + 2 * method("vera")`.
     """
     quoted = {key: nodes.String(value) if isinstance(value, str) else value for key, value in named.items()}
     return call(name, *(nodes.String(value) if isinstance(value, str) else value for value in arguments), **quoted)
