@@ -9,11 +9,11 @@ from pathlib import Path
 
 import surgery
 from surgery.compiler.diagnostics import SurgError, render
+from surgery.runtime.calibrate import calibration_batches
 from surgery.runtime.data import load_data, steps_of
 from surgery.runtime.devices import why_not
 from surgery.runtime.models import load_tokenizer
 from surgery.runtime.run_folder import load_state
-from surgery.runtime.step import TrainingStep
 from surgery.runtime.train import train
 
 
@@ -39,14 +39,18 @@ def main(path: str, arguments: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path, file: str | None, output: str | None, device: str | None) -> None:
     state = load_state(folder)
-    step = surgery.load(folder, device=device)
-    # The file itself runs, also when somebody has edited it. Made from the graph, a step is at the start of its run.
-    step = TrainingStep(step.plan, step.graph, step.model, folder=step.folder, device=step.device, source=state.source)
-    if state.step == 0:
-        step.load_state_dict(state.state)
-    tokenizer = load_tokenizer(step.plan.model, state.folder)
-    data = load_data(step.plan, state.folder, tokenizer, file, tuple(state.extra.get("labels", ())))
+    tokenizer = load_tokenizer(state.plan.model, state.folder)
+    data = load_data(state.plan, state.folder, tokenizer, file, tuple(state.extra.get("labels", ())))
     print(data.summary(), file=sys.stderr)
+    if state.step == 0:
+        step = surgery.load(folder, device=device)
+    else:  # a trained run holds its end: the start is made again
+        program = surgery.parse(state.spec, state.folder, state.plan.file)
+        reads_data = any(site.facts.needs_calibration for site in state.plan.sites)
+        batches = calibration_batches(state.plan, data) if reads_data else None
+        step = surgery.compile(program, device=device, calibration=batches)
+    # The file itself runs, also when somebody has edited it.
+    step.use_source(state.source)
     step.steps = steps_of(step.plan, len(data.train))
     run = None if output is None else Path(output)
     outcome = train(step, data, run, log=lambda text: print(text, flush=True))
