@@ -23,14 +23,13 @@ from torch import Tensor, fx, nn
 
 from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit
 from surgery.compiler.diagnostics import fail
-from surgery.compiler.graph import Graph, put, tensors
+from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 
 PASSES: tuple[ModuleType, ...] = (
     p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit,
 )  # fmt: skip
-CORRECTED = "corrected"
 
 
 def resolve(program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
@@ -48,7 +47,7 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
     Raises SURG041 for a weight of the plan that the graph does not use, TypeError for what is no graph.
     """
-    from surgery.runtime.correct import corrected, corrected_sites
+    from surgery.runtime.correct import correct_graph
     from surgery.runtime.initialise import initialise
 
     if not isinstance(graph_module, fx.GraphModule):
@@ -59,13 +58,4 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if site.parameter and site.parameter not in present:
             raise fail("SURG041", f"the graph has no `{site.parameter}`", help="it is the graph of another model")
     values = initialise(plan, present)
-    twin = p6_rewrite.rewrite_module(graph_module, plan, values)
-    named = tensors(twin)
-    for site in corrected_sites(plan):
-        own = corrected(plan, site, named[site.parameter], values)
-        name = f"{CORRECTED}.{site.parameter}"  # beside the modules of the graph given, which the twin shares
-        put(twin, name, nn.Parameter(own, requires_grad=False))
-        for node in twin.graph.nodes:
-            if node.op == "get_attr" and named.get(str(node.target)) is named[site.parameter]:
-                node.target = name
-    return p7_lower.lower_module(twin)
+    return p7_lower.lower_module(correct_graph(plan, p6_rewrite.rewrite_module(graph_module, plan, values), values))

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.evaluate import evaluate, wider
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import fail
+from surgery.compiler.graph import put
+from surgery.compiler.graph import tensors as tensors_of
 from surgery.compiler.plan import Plan, Site
+
+CORRECTED = "corrected"  # where a graph of one's own keeps the weights that were corrected
 
 
 def corrected_sites(plan: Plan) -> list[Site]:
@@ -39,3 +43,16 @@ def corrected(plan: Plan, site: Site, stored: Tensor, tensors: Mapping[str, Tens
         message = f"the event at the start leaves no weight that a {site.module_class} could hold"
         raise fail("SURG032", message, plan.span(site.place), help=f"adapt `{site.path}` with another method")
     return moved.to(stored.dtype).contiguous()
+
+
+def correct_graph(plan: Plan, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A rewritten graph whose sites read their corrected weights; `module`'s own nodes are changed, its tensors not."""
+    named = tensors_of(module)
+    for site in corrected_sites(plan):
+        own = corrected(plan, site, named[site.parameter], tensors)
+        name = f"{CORRECTED}.{site.parameter}"  # beside the modules of the graph given, which this one shares
+        put(module, name, nn.Parameter(own, requires_grad=False))
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and named.get(str(node.target)) is named[site.parameter]:
+                node.target = name
+    return module
