@@ -27,9 +27,7 @@ from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 
-PASSES: tuple[ModuleType, ...] = (
-    p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit,
-)  # fmt: skip
+PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit)
 
 
 def resolve(program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
