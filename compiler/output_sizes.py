@@ -1,4 +1,4 @@
-"""How wide the outputs of a model's modules are: one forward of its skeleton on the meta device, without any weight."""
+"""How wide the outputs of a model's modules are: one forward of its skeleton, with sizes and without any weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 
@@ -30,17 +32,23 @@ def output_sizes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, in
 
         return hook
 
-    meta = {name: tensor.detach().to("meta") for name, tensor in model.named_parameters()}
-    meta |= {name: tensor.to("meta") for name, tensor in model.named_buffers()}
+    # sizes without values, which transformers takes for tracing: it then looks into no mask
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def skeleton_of(tensor: Tensor) -> Tensor:
+        """Of a narrow dtype, which every operation takes: some have no skeleton of a wide one."""
+        found: Tensor = fake.from_tensor(tensor.detach(), static_shapes=True)
+        return found.to(torch.bfloat16) if found.is_floating_point() else found
+
+    skeleton = {name: skeleton_of(tensor) for name, tensor in held.items()}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     hooks = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
-    given = {name: value.to("meta") for name, value in inputs.items()}
-    unmasked = {name: value for name, value in given.items() if not name.endswith("mask")}  # masks are looked into
+    device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
+    given = {name: skeleton_of(value.to(device)) for name, value in inputs.items()}
     try:
-        for attempt in (given, unmasked):
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
-                functional_call(model, meta, (), {**attempt, **options})
-                break
+        with fake, torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
+            functional_call(model, skeleton, (), {**given, **options})
     finally:
         for handle in hooks:
             handle.remove()

@@ -138,10 +138,8 @@ def _lookup(
     given: dict[str, Any], weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype, node: fx.Node
 ) -> Use | str | None:
     x = given["input"]
-    if given["weight"] is not view or swapped or not isinstance(x, fx.Node):
+    if given["weight"] is not view or swapped or not isinstance(x, fx.Node) or given.get("max_norm") is not None:
         return None
-    if given.get("max_norm") is not None:
-        return "an embedding with `max_norm` changes its weight as it reads it"
     base = partial(Lookup, transposed=True, dtype=dtype, vocabulary=site.shape[1 if site.transposed else 0])
     return Use(node, x, weight, None, base, flipped=not site.transposed)
 

@@ -60,6 +60,8 @@ def module_layout(module: nn.Module) -> Layout | str | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' linear layer of GPT-2
         return Layout("Conv1D", sizes[1], sizes[0], transposed=True)
     if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "an embedding with `max_norm` changes its weight as it reads it"
         return Layout("Embedding", sizes[1], sizes[0], transposed=True)
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:

@@ -47,8 +47,8 @@ def fold(sites: Iterable[Site]) -> list[list[Site]]:
     """Groups of sites that differ in nothing but numbers in their paths, in the order of their first site."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.shape, site.method, site.rank,
-               site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.experts, site.shape, site.method,
+               site.rank, site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 
@@ -103,13 +103,19 @@ def _cells(group: list[Site]) -> dict[str, str]:
         "path": folded_path([member.path for member in group]),
         "sites": str(len(group)),
         "kind": site.kind,
-        "shape": f"{site.shape[0]} x {site.shape[1]}" + (" (Conv1D)" if site.transposed else ""),
+        "shape": shape_text(site),
         "method": site.method.partition("(")[0],
         "rank": "full" if site.rank is None else str(site.rank),
         "trained": f"{sum(member.trainable for member in group):,}",
         "frozen": f"{sum(member.frozen for member in group):,}",
         "strategy": site.strategy if site.update == "none" else f"{site.strategy}, {site.update}",
     }
+
+
+def shape_text(site: Site) -> str:
+    """W's sizes, `[experts, ] out x in`, and its kind where that is no Linear."""
+    sizes = " x ".join(str(size) for size in (site.experts, *site.shape) if size is not None)
+    return sizes if site.module_class == "Linear" else f"{sizes} ({site.module_class})"
 
 
 def _sites(groups: list[list[Site]], width: int) -> Table:
