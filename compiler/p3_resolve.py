@@ -340,10 +340,11 @@ class _Resolver:
         for event in original:
             moves = any(isinstance(change, nodes.Change) and change.target == "W" for change in event.changes)
             once = event.phase == "at"
+            kind = "once" if once else update if moves else "assign"
             self.events.append(
                 EventPlan(
                     formula=key, text=show(event), phase="at start" if once else "after step",
-                    update="once" if once else update if moves else "assign", place=place(event.span),  # type: ignore[arg-type]
+                    update=kind, place=place(event.span),  # type: ignore[arg-type]
                 )
             )  # fmt: skip
 
