@@ -118,12 +118,10 @@ CASES = {
         fourierft,
         1e-5,
     ),
-    # where a site has more inputs than outputs peft transposes the whole sum; ours scales the inputs there too
     "randlora": Case(
-        everywhere("randlora(rank = 5, alpha = 7)", "where in <= out"),
-        lambda: peft.RandLoraConfig(
-            r=5, randlora_alpha=7, target_modules=r".*(query|key|value|attention\.output\.dense|intermediate\.dense)"
-        ),
+        everywhere("randlora(rank = 5, alpha = 7)", "where in <= out")
+        + everywhere("randlora_wide(rank = 5, alpha = 7)", "where in > out"),
+        lambda: peft.RandLoraConfig(r=5, randlora_alpha=7, target_modules=ALL),
         randlora,
     ),
     "miss": Case(

@@ -117,15 +117,23 @@ def fourierft(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W
 
 
-def randlora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+def _random_sum(t: Tensors, p: Parameters, large: int, small: int) -> Tensor:
     """The sum over terms of B_j diag(l_j) A diag(g_j); column k of B_j is column k * terms + j of what is stored."""
-    (out, inside), rank = W.shape, p["rank"]
-    terms = math.ceil(min(out, inside) / rank)
+    rank, total = p["rank"], torch.zeros(large, small, dtype=t["A"].dtype)
+    terms = math.ceil(small / rank)
     for j in range(terms):
         own = [k * terms + j for k in range(rank)]
-        left, right = t["B"].detach()[:out, own], t["A"].detach()[:, :inside]
-        W = W + p["alpha"] / rank * (left * t["l"][own]) @ right * t["g"][j]
-    return W
+        left, right = t["B"].detach()[:large, own], t["A"].detach()[:, :small]
+        total = total + (left * t["l"][own]) @ right * t["g"][j]
+    return p["alpha"] / rank * total
+
+
+def randlora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + _random_sum(t, p, *W.shape)
+
+
+def randlora_wide(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + _random_sum(t, p, *W.T.shape).T
 
 
 def ia3(W: Tensor, t: Tensors, p: Parameters) -> Output:
