@@ -168,4 +168,8 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
 
 def _names(recorder: Recorder, site: Site) -> dict[str, str]:
     keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter} | site.earlier
-    return {identifier(name): keys[name] for name in recorder.inputs if not name.endswith(BEFORE)}
+    found = {}
+    for name, proxy in recorder.inputs.items():
+        target = identifier(name.removesuffix(BEFORE)) if name.endswith(BEFORE) else str(proxy.node.target)
+        found[target] = keys[name.removesuffix(BEFORE)]
+    return found

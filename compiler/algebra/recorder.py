@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
@@ -9,8 +10,9 @@ from torch import fx
 
 
 def identifier(name: str) -> str:
-    """A tensor's name as Python may have it: those of a composition have a point."""
-    return name.replace(".", "_")
+    """A tensor's name as Python may have it: those of a composition have a point, and some are words of Python."""
+    name = name.replace(".", "_")
+    return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
 
 
 class Recorder(Mapping[str, fx.Proxy]):
