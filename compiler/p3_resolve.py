@@ -289,20 +289,16 @@ class _Resolver:
             used = Note("used by this rule", rule.method_span)
             said = {(found.code, found.span) for found in self.diagnostics.found}
             for found in error.diagnostics:
+                if found.code == "SURG028":  # the requirement is right, the rule is not
+                    required = [Note("the requirement", found.span), where]
+                    self.diagnostics.error(found.code, found.message, rule.method_span, notes=required)
+                    continue
                 if (found.code, found.span) in said:  # said for another size already
                     continue
                 self.diagnostics.error(
                     found.code, found.message, found.span, notes=[*found.notes, where, used], help=found.help
                 )
             return None
-        failed = False
-        for condition, condition_span in formula.requirements:
-            if condition.value is not True:
-                failed = True
-                text = condition_span.text if condition_span else "its requirement"
-                message = f"`{formula.name}` requires {text}, but here in = {weight.inputs} and out = {weight.outputs}"
-                required = Note("the requirement", condition_span)
-                self.diagnostics.error("SURG028", message, rule.method_span, notes=[required, where])
         proved = prove(formula)
         self._check_update(rule, weight, formula)
         rank_bound = None if proved.rank_bound is None else whole_of(proved.rank_bound)
@@ -310,8 +306,9 @@ class _Resolver:
         if not weight.parameter:
             known |= {"merges": False, "merge_reason": "the module has no weight to merge into"}
         elif proved.merges and not weight.bias and affine.effective(formula, biased=False).offset is not None:
-            known |= {"merges": False, "merge_reason": f"it needs a bias, and this {weight.layout.module_class} has none"}
-        return None if failed else (formula, Facts(**known))
+            reason = f"it needs a bias, and this {weight.layout.module_class} has none"
+            known |= {"merges": False, "merge_reason": reason}
+        return formula, Facts(**known)
 
     def _projects(self, rule: Rule, record: Formula, rank: int) -> bool:
         """Whether all matrices of that rank are frozen: a random projection may be wider than a weight (VeRA)."""

@@ -183,7 +183,6 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
     return MethodFormula(
         "_".join(found), tuple(tensor for part in parts for tensor in part.tensors), "delta",
         value if len(terms) > 1 else terms[0].matrix, tuple(terms),
-        tuple(entry for part in parts for entry in part.requirements),
         tuple(event for part in parts for event in part.events), f"delta = {method.name}", None,
         frozenset[str]().union(*(part.coordinates for part in parts)), method.span, shape,
     )  # fmt: skip

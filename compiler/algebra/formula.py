@@ -131,7 +131,6 @@ class MethodFormula:
     form: str
     expression: Expression
     terms: tuple[Term, ...]
-    requirements: tuple[tuple[Condition, Span | None], ...]
     events: tuple[EventFormula, ...]
     equation: str
     rank: int | None = None

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
-from surgery.compiler.algebra.condition import ALWAYS, Condition
+from surgery.compiler.algebra.condition import ALWAYS
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import (
     AT_START,
@@ -39,7 +39,8 @@ _RESERVED = """
 RESERVED = frozenset(_RESERVED.split())
 FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
-COORDINATES = frozenset("layer layers slot slots site sites heads head_dim max_in max_out max_heads".split())
+_COORDINATES = "layer layers slot slots site sites heads head_dim max_in max_out max_heads"
+COORDINATES = frozenset(_COORDINATES.split())
 KEPT = "_at_start"  # behind the name of a tensor: as it was when the step was made
 KINDS = ("int", "real", "text", "bool")
 
@@ -121,7 +122,6 @@ class _Reader:
     equation: str = ""
     rows: Expression | None = None
     input_equation: str = ""
-    requirements: list[tuple[Condition, Span | None]] = field(default_factory=list)
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] = lambda back: True  # whether there is a site so many blocks earlier
@@ -141,6 +141,9 @@ class _Reader:
                 readers[type(statement)](statement)
             except SurgError as error:
                 self.diagnostics.found += error.diagnostics
+                if error.diagnostics[0].code == "SURG028":  # what does not fit here need not have a shape here
+                    self.result_span = self.result_span or statement.span
+                    return
                 if isinstance(statement, nodes.Bind | nodes.Tensor):  # later uses of the name are no second error
                     self.derived.setdefault(statement.name, statement.span)
                     self.poison(statement.name)
@@ -281,8 +284,11 @@ class _Reader:
         return value
 
     def require(self, node: nodes.Require) -> None:
-        if not self.skips(node.condition):
-            self.requirements.append((self.builder().condition(node.condition), node.condition.span))
+        if self.skips(node.condition) or self.builder().condition(node.condition).value is not False:
+            return
+        out, inside = self.names["W"].shape  # type: ignore[union-attr]
+        message = f"`{self.method.name}` requires {show(node.condition)}, but here in = {inside} and out = {out}"
+        raise fail("SURG028", message, node.condition.span)
 
     def event(self, node: nodes.Event) -> None:
         if (node.phase, node.point) == ("at", "start"):
@@ -393,7 +399,7 @@ def elaborate(
     coordinates = frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_"))
     return MethodFormula(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
-        tuple(reader.requirements), tuple(reader.events), reader.equation + reader.input_equation,
+        tuple(reader.events), reader.equation + reader.input_equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
         coordinates, method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip
