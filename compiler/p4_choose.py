@@ -32,7 +32,7 @@ def run(plan: Plan) -> Plan:
     known: dict[tuple[str, ...], tuple[str, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
-        key = (site.formula, site.dtype, site.strategy, site.module_class)
+        key = (site.formula, site.dtype, site.strategy, site.module_class, str(site.experts))
         if key not in known:
             known[key] = chooser.choose(site)
         strategy, reason, candidates = known[key]
@@ -88,13 +88,14 @@ class _Chooser:
         adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.dtype != "int64"), site.dtype)
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
-        kind = site.module_class
-        key = (formula.form, self._number(formula.expression), terms, tensors, site.dtype, adapter_dtype, kind)
+        kind, stored = site.module_class, (site.dtype, adapter_dtype, site.module_class, site.experts)
+        key = (formula.form, self._number(formula.expression), terms, tensors, stored)
         if key not in self._costs:
-            tokens = min(self.plan.tokens, MOST_TOKENS)
+            experts = site.experts or 1  # each has its share of the tokens
+            tokens = max(1, min(self.plan.tokens, MOST_TOKENS) // experts)
             dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
             legal = STRATEGIES if folds else ("branch",)
-            costs = {strategy: measure(formula, strategy, tokens, *dtypes, kind) for strategy in legal}
+            costs = {strategy: measure(formula, strategy, tokens, *dtypes, kind) * experts for strategy in legal}
             self._costs[key] = costs, folds and branch_is_dense(formula, tokens)
         return self._costs[key]
 

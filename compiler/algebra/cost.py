@@ -43,6 +43,9 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.flops - other.flops, self.bytes - other.bytes, self.kept - other.kept)
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.bytes * times, self.kept * times)
+
 
 def _fourier(factor: float) -> Callable[..., int]:
     """The usual count of a fast Fourier transform, `factor` times n log2 n for each row of n."""

@@ -47,8 +47,8 @@ def fold(sites: Iterable[Site]) -> list[list[Site]]:
     """Groups of sites that differ in nothing but numbers in their paths, in the order of their first site."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), site.module_class, site.experts, site.shape, site.method,
-               site.rank, site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), shape_text(site), site.method, site.rank,
+               site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 

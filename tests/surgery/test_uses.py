@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,6 +201,22 @@ def same_in_place(model: Any, program: surgery.Program, step: Any, inputs: dict[
         torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in trained) == step.plan.totals.trainable
+
+
+@pytest.mark.parametrize("name", ["experts", "tied", "convolution"])
+def test_a_run_is_saved_and_attached(name: str, architectures: Any, tmp_path: Path) -> None:
+    architecture, model, program = build(architectures, name, MOVING)
+    inputs = inputs_of(architecture)
+    step = surgery.compile(program, model=model, example_inputs=inputs)
+    for _ in range(3):
+        step({**inputs, "labels": architecture.labels()})
+    assert not torch.equal(step.weights[step.plan.sites[0].parameter], model.state_dict()[step.plan.sites[0].parameter])
+    step.save(tmp_path / "run")
+    expected = step.forward(**inputs).logits
+    loaded = surgery.load(tmp_path / "run", model=copy.deepcopy(model))
+    torch.testing.assert_close(loaded.forward(**inputs).logits, expected)
+    attached: Any = surgery.apply(tmp_path / "run", copy.deepcopy(model))
+    torch.testing.assert_close(attached(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("module", ["bert.encoder.layer.*.attention", "bert.embeddings.dropout", "bert.encoder"])
