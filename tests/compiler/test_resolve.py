@@ -197,6 +197,9 @@ def test_heads_are_those_of_keys_and_values_for_k_and_v(architectures: Any) -> N
     heads = {site.kind: found["heads"] for site, found in zip(plan.sites, coordinates(plan), strict=True)}
     assert heads == {"self_attn.q_proj": 4, "self_attn.k_proj": 2, "self_attn.v_proj": 2}
     assert all(found["head_dim"] == 8 for found in coordinates(plan))
+    most = body.replace("heads *", "max_heads *").replace("delta = B @ A", "delta = (B @ A)[0:out, 0:in]")
+    plan = planned("adapt **.{q_proj,k_proj,v_proj} { with m }", architectures["llama"].model(), most)
+    assert all(found["max_heads"] == 4 for found in coordinates(plan))
     wide = planned("adapt encoder.**.q { with m }", architectures["t5"].model(d_kv=16), body)
     assert {found["head_dim"] for found in coordinates(wide)} == {16}
     assert refused("adapt 0 { with m }", nn.Sequential(nn.Linear(4, 4)), body)[0] == "SURG033"
@@ -378,7 +381,8 @@ def test_a_strategy_can_be_forced(strategy: str) -> None:
 def test_the_strategy_is_the_cheaper_legal_one() -> None:
     wide = nn.Sequential(nn.Linear(512, 512))
     (site,) = planned("adapt 0 { with m(rank = 2) }", wide).sites
-    costs = {found.strategy: found.flops + 15 * found.bytes for found in site.candidates}
+    free = [found for found in site.candidates if not found.reason]  # the others only when the spec asks for them
+    costs = {found.strategy: found.flops + 15 * (found.bytes + found.kept) for found in free}
     assert site.strategy == min(costs, key=lambda name: costs[name]) and "times as much" in site.reason
     (site,) = planned("adapt a { with m }", Linears(torch.bfloat16)).sites
     assert site.strategy == "branch" and "rounding" in site.reason
@@ -388,7 +392,7 @@ def test_fold_is_not_legal_under_dropout() -> None:
     rule = "adapt a {{ with lora(rank = 2, dropout = 0.1)  {} }}"
     assert refused(rule.format("strategy = fold"), Linears(torch.float32)) == ["SURG032"]
     (site,) = planned(rule.format(""), Linears(torch.float32)).sites
-    assert site.strategy == "branch" and [found.legal for found in site.candidates] == [True, False]
+    assert site.strategy == "branch" and [found.legal for found in site.candidates] == [True, False, False]
 
 
 def test_adapter_dtype() -> None:
