@@ -13,6 +13,7 @@ from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import reads_rows
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.lower import Adaptation
+from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.plan import Site
 from surgery.compiler.span import Span
@@ -86,7 +87,10 @@ class AdaptedSite(nn.Module):
         self, part: Tensor, matrix: Expression, base: Base, values: Mapping[str, Tensor], transposed: bool
     ) -> Tensor:
         dense = self._evaluated(matrix, base, values).to(part.dtype)
-        result: Tensor = base.product(part, dense, transposed=transposed, stacked=self._is_stacked(matrix))
+        rows, columns = (whole_of(size) for size in matrix.shape)
+        sides = (columns, rows) if transposed else (rows, columns)
+        stack = sides if self._is_stacked(matrix) else None
+        result: Tensor = base.product(part, dense, transposed=transposed, stack=stack)
         return result
 
     def _change(self, matrix: Expression) -> Expression:

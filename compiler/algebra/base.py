@@ -90,10 +90,12 @@ class Base:
         """The site's own operation on its own x with another weight `[..., out, in]` in W's place (fold)."""
         return functional.linear(x, weight, bias)
 
-    def product(self, x: Tensor | Input, matrix: Tensor, *, transposed: bool, stacked: bool = False) -> Tensor:
+    def product(
+        self, x: Tensor | Input, matrix: Tensor, *, transposed: bool, stack: tuple[int, int] | None = None
+    ) -> Tensor:
         """Rows `x @ matrix.T`, or `x @ matrix` if not transposed, for a dense matrix of the method.
 
-        One that is `stacked` has a leading axis for the experts, as W has.
+        `stack` is for one that has a leading axis for the experts, as W has: how many columns x and the result have.
         """
         if isinstance(x, Input):
             return x.product(matrix if transposed else matrix.transpose(-1, -2))

@@ -67,8 +67,8 @@ class Branch:
     ) -> Tensor:
         if first < last:
             stacked = any(self.evaluator.is_stacked(factor.node) for factor in factors[first - 1 : last])
-            matrix = self._matrix(factors, order, first, last)
-            return self.base.product(x, matrix, transposed=False, stacked=stacked)
+            stack = (factors[first - 1].sides[0], factors[last - 1].sides[1]) if stacked else None
+            return self.base.product(x, self._matrix(factors, order, first, last), transposed=False, stack=stack)
         factor = factors[first - 1]
         node = factor.node
         if node.operation == "weight":
@@ -82,7 +82,8 @@ class Branch:
             return self._sum(x, factor)
         if not stacked and not isinstance(x, Input) and is_parted(node, self.rows):
             return self._piece(x, factor) if node.operation == "slice" else self._stack(x, factor)
-        return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed, stacked=stacked)
+        value, stack = self.cast(node, factor.stopped), factor.sides if stacked else None
+        return self.base.product(x, value, transposed=factor.transposed, stack=stack)
 
     def vector(self, x: Tensor, node: Expression, stopped: bool = False) -> Tensor:
         """A number or a vector for the rows of x."""

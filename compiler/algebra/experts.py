@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.expression import Shape
@@ -38,10 +39,24 @@ class Experts(Base):
         y = self.grouped(x, weight.transpose(-1, -2), self.ends)
         return y if bias is None else y + bias
 
-    def product(self, x: Tensor | Input, matrix: Tensor, *, transposed: bool, stacked: bool = False) -> Tensor:
-        if not stacked:
+    def product(
+        self, x: Tensor | Input, matrix: Tensor, *, transposed: bool, stack: tuple[int, int] | None = None
+    ) -> Tensor:
+        if stack is None:
             return super().product(x, matrix, transposed=transposed)
-        return self.grouped(x, matrix.transpose(-1, -2) if transposed else matrix, self.ends)
+        assert not isinstance(x, Input)
+        turned = matrix.transpose(-1, -2) if transposed else matrix
+        if self.grouped is not torch.ops.aten._grouped_mm.default:
+            return self.grouped(x, turned, self.ends)
+        # torch's kernel takes rows of whole 16 bytes only: narrow sides are filled up with zeros
+        step = 16 // self.dtype.itemsize
+        inner, outer = (-size % step for size in stack)
+        if inner:
+            x = functional.pad(x, (0, inner))
+        if inner or outer:
+            turned = functional.pad(turned, (0, outer, 0, inner))
+        y = self.grouped(x, turned, self.ends)
+        return y[:, : stack[1]] if outer else y
 
     def per_row(self, x: Tensor, value: Tensor, shape: Shape) -> Tensor:
         numbers = torch.ones_like(x[:, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)  # row i is number i + 1

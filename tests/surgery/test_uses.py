@@ -15,6 +15,7 @@ from torch.func import functional_call
 import surgery
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.evaluate import Evaluator
+from surgery.compiler.algebra.experts import Experts
 from surgery.compiler.algebra.instance import instance
 
 LORA, FOLD, DORA = "lora(rank = 3)  strategy = branch", "lora(rank = 3)  strategy = fold", "dora(rank = 3)"
@@ -201,6 +202,26 @@ def same_in_place(model: Any, program: surgery.Program, step: Any, inputs: dict[
         torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in trained) == step.plan.totals.trainable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_grouped_product_takes_any_rank(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel wants rows of whole 16 bytes, which a rank of 3 is not."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    experts, ends = torch.randn(3, 16, 8, dtype=dtype), torch.tensor([2, 3, 7], dtype=torch.int32)
+    base = Experts(experts, False, dtype, ends, torch.ops.aten._grouped_mm.default)
+    x, owners = torch.randn(7, 8, dtype=dtype), torch.tensor([0, 0, 1, 2, 2, 2, 2])
+    A = torch.randn(3, 3, 8, dtype=dtype, requires_grad=True)
+    B = torch.randn(3, 16, 3, dtype=dtype, requires_grad=True)
+    found = base.product(base.product(x, A, transposed=True, stack=(8, 3)), B, transposed=True, stack=(3, 16))
+    narrow = torch.einsum("si,sri->sr", x.float(), A[owners].float()).to(dtype).float()
+    expected = torch.einsum("sr,sor->so", narrow, B[owners].float())
+    share = 1e-5 if dtype is torch.float32 else 0.02  # of the largest entry: bfloat16 has 8 bits
+    ours = (found, *torch.autograd.grad(found.float().square().sum(), (A, B)))
+    theirs = (expected, *torch.autograd.grad(expected.square().sum(), (A, B)))
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).abs().max()) <= share * float(other.abs().max())
 
 
 @pytest.mark.parametrize("name", ["experts", "tied", "convolution"])
