@@ -137,7 +137,7 @@ def _program(
 
 
 def _move(stored: fx.Proxy, site: Site, change: ChangeFormula, shape: Shape, evaluator: Evaluator) -> None:
-    """W in place, as it is stored; a sum of bounded rank is one product that adds into it, never a matrix of its own."""
+    """W in place, as it is stored; a sum of bounded rank is one product added into it, never a matrix of its own."""
     value = change.value
     if site.module_class in ("Conv2d", "Norm"):  # no view of what is stored is W
         zeros = Expression("filled", (), shape, value=Quantity.of(0))
