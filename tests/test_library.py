@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -85,6 +86,36 @@ def _spelt(tree: ast.AST) -> Iterator[str]:
                 yield text
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name
+
+
+def _called(node: Any) -> Iterator[str]:
+    """Every function, start and name in a part of a tree."""
+    if isinstance(node, tuple):
+        for part in node:
+            yield from _called(part)
+    elif isinstance(node, nodes.Node):
+        yield from (node.function,) if isinstance(node, nodes.Call) else ()
+        yield from (node.name,) if isinstance(node, nodes.Name) else ()
+        yield from _called(tuple(vars(node).values()))
+
+
+def test_the_language_page_has_every_name_that_a_method_uses() -> None:
+    page = set(re.findall(r"\w+", (ROOT / "docs" / "language.md").read_text()))
+    for method in library().values():
+        own = {item.name for item in method.statements if isinstance(item, nodes.Tensor | nodes.Bind)}
+        own |= {parameter.name for parameter in method.parameters}
+        own |= {name for item in method.statements for name in _variables(item)}
+        assert set(_called(method.statements)) - own <= page, method.name
+
+
+def _variables(node: Any) -> Iterator[str]:
+    """The variables of every range in a part of a tree."""
+    if isinstance(node, tuple):
+        for part in node:
+            yield from _variables(part)
+    elif isinstance(node, nodes.Node):
+        yield from (node.variable,) if isinstance(node, nodes.Comprehension) else ()
+        yield from _variables(tuple(vars(node).values()))
 
 
 def test_no_python_knows_a_method() -> None:

@@ -169,3 +169,25 @@ def test_bfloat16_stays_close(half: tuple[Tensor, Tensor]) -> None:
     """Weights and activations have 8 bits: the logits are right to 3 % of their size."""
     found, expected = half
     assert float((found - expected).norm()) <= 0.03 * float(expected.norm())
+
+
+def test_every_strategy_computes_the_same(mlp: Any) -> None:
+    """Each strategy that is legal at all sites, forward and backward, against the one that was chosen."""
+    legal = [{found.strategy for found in site.candidates if found.legal} for site in mlp.step.plan.sites]
+    mlp.disturb()
+    inputs, before = mlp.inputs(), {key: tensor.detach().clone() for key, tensor in mlp.tensors().items()}
+    expected = mlp.forward(inputs)
+    mlp.step(mlp.batch())
+    for strategy in sorted(set.intersection(*legal)):
+        other = mlp.compile(mlp.model, strategy)
+        assert {site.strategy for site in other.plan.sites} == {strategy}
+        with torch.no_grad():
+            for site in other.plan.sites:
+                for tensor in site.tensors:
+                    other.parameters_by_site[site.path][tensor.name].copy_(before[tensor.key])
+            torch.testing.assert_close(logits_of(other.forward(**inputs)), expected, rtol=1e-9, atol=1e-9)
+        other(mlp.batch())
+        for site in other.plan.sites:
+            for tensor in site.tensors:
+                found = other.parameters_by_site[site.path][tensor.name]
+                torch.testing.assert_close(found, mlp.tensors()[tensor.key], rtol=1e-7, atol=1e-8)
