@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from surgery.compiler.algebra.formula import MethodFormula, Start, TensorFormula
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.quantity import Quantity, size
 from surgery.compiler.algebra.recompute import gradient_factors
+from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.kernels.recompute import rebuilt_linear, rebuilt_linear_reference
 
@@ -361,3 +362,13 @@ def test_a_method_may_call_its_tensor_bias() -> None:
     y = adaptation(x, Base(W, False, torch.float64), own, tensors, True)
     expected = functional.linear(x, W + (W != 0) * (tensors["bias"] @ tensors["B"]), own)
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("names", ["Aa", "aA", "Ww", "bB"])
+def test_tensors_that_differ_by_case_alone_stay_apart(names: str) -> None:
+    first, second = names
+    recorder = Recorder()
+    graph = recorder.finish(recorder[first] - 2 * recorder[second])
+    function = fx.GraphModule(torch.nn.Module(), graph)
+    assert list(recorder.inputs) == [first, second]
+    assert float(function(torch.tensor(5.0), torch.tensor(1.0))) == 3
