@@ -68,8 +68,10 @@ def _row(method: MethodInfo) -> str:
 
 
 def _page(method: MethodInfo, uses: Sequence[Use]) -> str:
-    parts = [f"# {method.title}\n\n{method.source}\n\n```surg\n{_body(method.text)}```\n\n## What is proved\n\n"]
-    parts += [f"* {sentence}\n" for sentence in sentences(method)]
+    about = method.source.partition(": ")[2]
+    parts = [f"# {method.title}\n\n{about[0].upper()}{about[1:]}\n\n```surg\n{_body(method.text)}```\n\n"]
+    parts += ["## What it computes\n\n", *(f"* {_code(part)}\n" for part in method.equation.split("; "))]
+    parts += ["\n## What is proved\n\n", *(f"* {sentence}\n" for sentence in sentences(method))]
     if method.parameters:
         parts += ["\n## Parameters\n\n", _line(("name", "kind", "default")), _line(("---",) * 3)]
         parts += [_line(_parameter(text)) for text in method.parameters]
