@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
+    LlamaConfig,
     ViTConfig,
 )
 
@@ -80,6 +81,15 @@ def _gpt2() -> nn.Module:
     return model
 
 
+def _llama() -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
 def _vit() -> nn.Module:
     config = ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
@@ -93,6 +103,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 BERT = Subject(_bert, {"input_ids": _tokens(), "attention_mask": torch.ones(4, 12).long().tril(8), "labels": LABELS})
 GPT2 = Subject(_gpt2, {"input_ids": _tokens(), "labels": _tokens()}, causal=True)
+LLAMA = Subject(_llama, {"input_ids": _tokens(), "labels": _tokens()}, causal=True)
 VIT = Subject(_vit, {"pixel_values": PIXELS, "labels": LABELS})
 
 

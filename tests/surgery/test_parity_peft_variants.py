@@ -8,7 +8,7 @@ import peft
 import pytest
 from torch import Tensor
 
-from tests.surgery.peft_parity import GPT2, VIT, Case, Part, by_name, compare
+from tests.surgery.peft_parity import GPT2, LLAMA, VIT, Case, Part, by_name, compare
 
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
 LINEARS = "adapt bert.encoder.layer.** : Linear"
@@ -58,6 +58,14 @@ CASES = {
         lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["projection"]),
         convolution,
         subject=VIT,
+    ),
+    # transformers computes this norm in float32
+    "ln_tuning_rms": Case(
+        "adapt model.layers.*.*layernorm { with ln_tuning() }",
+        lambda: peft.LNTuningConfig(target_modules=r".*layernorm"),
+        lambda layer, part: {"g": part(layer.ln_tuning_layers["default"].weight) - part(layer.base_layer.weight)},
+        1e-5,
+        LLAMA,
     ),
     "vera_conv1d": Case(
         f"{CONV1D} {{ with vera(rank = 6) }}",
