@@ -22,7 +22,11 @@ from surgery.compiler.source import read
 from surgery.compiler.span import Source
 
 SYMBOLIC = ("in", "out", *sorted(COORDINATES))
-RULE_SETTINGS = {"strategy": word("auto", "branch", "fold", "recompute"), "update": word("literal", "telescope"), "active": later}
+RULE_SETTINGS = {
+    "strategy": word("auto", "branch", "fold", "recompute"),
+    "update": word("literal", "telescope"),
+    "active": later,
+}
 
 
 def run(tree: nodes.Tree, folder: Path | None = None) -> Program:

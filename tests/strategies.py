@@ -120,7 +120,9 @@ changes = st.one_of(
     st.builds(nodes.Reset, st.lists(names, min_size=1, max_size=2).map(tuple)),
 )
 events = st.one_of(
-    with_block(nodes.Event, changes, st.sampled_from(["after", "before", "at"]), names, st.none(), st.none() | expressions),
+    with_block(
+        nodes.Event, changes, st.sampled_from(["after", "before", "at"]), names, st.none(), st.none() | expressions
+    ),
     with_block(nodes.Event, changes, st.just("every"), st.just("steps"), expressions, st.none() | expressions),
 )
 statements = st.one_of(

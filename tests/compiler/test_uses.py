@@ -101,14 +101,14 @@ def test_called_modules_are_looked_into(name: str, strategy: str) -> None:
 
 def test_a_structure_meets_ids_as_a_matrix() -> None:
     torch.manual_seed(0)
-    model, ids = nn.ModuleDict({"table": nn.Embedding(6, 6)}), torch.randint(0, 6, (3, 5))
+    table, ids = nn.Embedding(6, 6), torch.randint(0, 6, (3, 5))
     text = "method m() { v = train normal(0.3)[in];  w = train normal(0.3)[in];  requires in == out\n"
     text += "delta = circ(v) @ diag(w) }\nadapt table { with m()  strategy = branch }"
-    before = model["table"].weight.detach().clone()
-    surgery.apply(surgery.parse(text), model)
-    v, w = (model["table"].get_parameter(name) for name in "vw")
+    before = table.weight.detach().clone()
+    model = surgery.apply(surgery.parse(text), nn.ModuleDict({"table": table}))
+    v, w = (model.get_submodule("table").get_parameter(name) for name in "vw")
     circulant = torch.stack([v.roll(shift) for shift in range(6)], 1)
-    torch.testing.assert_close(model["table"](ids), (before + (circulant @ torch.diag(w)).T)[ids])
+    torch.testing.assert_close(model.get_submodule("table")(ids), (before + (circulant @ torch.diag(w)).T)[ids])
 
 
 @pytest.mark.parametrize(("path", "layout"), [

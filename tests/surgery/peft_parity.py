@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
     GPT2Config,
     LlamaConfig,
-    ViTConfig,
 )
 
 import surgery
@@ -63,8 +62,8 @@ def _tokens() -> Tensor:
 
 
 def _bert() -> nn.Module:
-    config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
         initializer_range=0.1,
     )  # fmt: skip
@@ -91,9 +90,10 @@ def _llama() -> nn.Module:
 
 
 def _vit() -> nn.Module:
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, initializer_range=0.1,
+    config = AutoConfig.for_model(
+        "vit", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+        patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+        initializer_range=0.1,
     )  # fmt: skip
     model: nn.Module = AutoModelForImageClassification.from_config(config)
     return model

@@ -68,11 +68,11 @@ def rank(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix, rtol=1e-10))
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the name of every operation, and the shapes of what it makes anew: views are left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +88,8 @@ def operations(step: Any, size: int) -> list[tuple[str, tuple[int, ...]]]:
     """What one forward runs."""
     with torch.no_grad(), Operations() as seen:
         step.forward(features=features(size))
-    return seen.made
+    made: list[tuple[str, tuple[int, ...]]] = seen.made
+    return made
 
 
 # --- rank beyond LoRA's -----------------------------------------------------------------------------------------------
@@ -129,9 +130,9 @@ def test_c3a_has_full_rank_from_fewer_numbers_than_a_lora_of_rank_1() -> None:
 
 def test_c3a_is_circulant_in_every_block() -> None:
     model, step = adapted("c3a(block = 4)", 12, 8)
-    blocks = change(model, step).unflatten(0, (2, 4)).unflatten(2, (3, 4)).transpose(1, 2)
+    blocks = change(model, step).reshape(2, 4, 3, 4).transpose(1, 2)
     torch.testing.assert_close(blocks.roll((1, 1), (2, 3)), blocks)
-    assert len(blocks.flatten().mul(1e9).round().unique()) == 2 * 3 * 4  # nothing else is equal
+    assert len(set(blocks.flatten().mul(1e9).round().tolist())) == 2 * 3 * 4  # nothing else is equal
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_miss_gives_inputs_of_one_remainder_one_column() -> None:
 
 def test_lokr_is_one_matrix_at_several_scales() -> None:
     model, step = adapted("lokr(rank = 2, factor = 3)", 12, 9)
-    blocks = change(model, step).unflatten(0, (3, 3)).unflatten(2, (3, 4)).transpose(1, 2).flatten(0, 1).flatten(1)
+    blocks = change(model, step).reshape(3, 3, 3, 4).transpose(1, 2).flatten(0, 1).flatten(1)
     assert rank(blocks) == 1
     assert step.plan.totals.trainable == 3 * 3 + 2 * (4 + 3)
 

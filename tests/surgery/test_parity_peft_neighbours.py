@@ -50,8 +50,8 @@ def gralora(layer: Any, part: Part) -> dict[str, Tensor]:
     a, b = part(layer.gralora_A["default"]), part(layer.gralora_B["default"])
     k = len(a)
     return {
-        "A": a.unflatten(2, (k, -1)).permute(2, 0, 3, 1),
-        "B": b.unflatten(1, (k, -1)).permute(0, 1, 3, 2),
+        "A": a.reshape(*a.shape[:2], k, -1).permute(2, 0, 3, 1),
+        "B": b.reshape(k, k, -1, b.shape[2]).permute(0, 1, 3, 2),
     }
 
 

@@ -121,7 +121,7 @@ def test_values_and_gradients(call: str, kinds: str) -> None:
     x, target = (torch.randn(3, 5, dtype=torch.float64) for _ in range(2))
     expected = reference(call, model, t, x)
     torch.testing.assert_close(step.forward(x=x), expected.detach(), rtol=1e-11, atol=1e-12)
-    (expected - target).square().mean().backward()
+    torch.autograd.backward((expected - target).square().mean())
     step({"x": x, "labels": target})
     for kind, sites in t.items():
         for index, tensors in enumerate(sites):
@@ -210,7 +210,8 @@ def test_an_event_reads_earlier_tensors() -> None:
 def llama(layers: int) -> nn.Module:
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "vocab_size": 64, "num_hidden_layers": layers}  # fmt: skip
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+    return model
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, NotAffine, effective, why_not_folded, why_not_merged
 from surgery.compiler.algebra.evaluate import evaluate
+from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.method import bind_arguments, elaborate
 from surgery.compiler.algebra.proved import prove
@@ -130,7 +131,11 @@ def test_what_can_be_folded() -> None:
 def test_rows_stop_their_gradient() -> None:
     found = formula("v = train zeros[out];  output = v * stop(y) + stop(v * y)")
     y, v = (torch.randn(2, OUT, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    rows = Rows({"y": y}, lambda node: evaluate(node, torch.zeros(OUT, IN), {"v": v}), torch.matmul, True)
+
+    def value(node: Expression) -> torch.Tensor:
+        return evaluate(node, torch.zeros(OUT, IN), {"v": v})
+
+    rows = Rows({"y": y}, value, lambda left, matrix: left @ value(matrix), True)
     rows(found.expression).sum().backward()
     assert y.grad is None and v.grad is not None
     torch.testing.assert_close(v.grad, y.detach())

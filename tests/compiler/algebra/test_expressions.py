@@ -216,7 +216,7 @@ def formulas(draw: Any, depth: int = 3) -> MethodFormula:
     grower = Grower(draw)
     expression = grower.matrix(OUT, IN, depth)
     form = draw(st.sampled_from(["delta", "weight"]))
-    return MethodFormula("random", tuple(grower.tensors.values()), form, expression, (on_x(expression),), (), (), "")
+    return MethodFormula("random", tuple(grower.tensors.values()), form, expression, (on_x(expression),), (), "")
 
 
 def values_of(formula: MethodFormula, seed: int, at_start: bool = False) -> dict[str, torch.Tensor]:
@@ -311,7 +311,7 @@ def test_the_facts_are_not_vacuous() -> None:
     weight = Expression("weight", (), product.shape, name="W")
     zeros = TensorFormula("B", "train", b.shape, Start("zeros"))
     normal = TensorFormula("A", "train", a.shape, Start("normal", (Quantity.of(1),)))
-    formula = MethodFormula("lora", (zeros, normal), "delta", product, (on_x(product),), (), (), "")
+    formula = MethodFormula("lora", (zeros, normal), "delta", product, (on_x(product),), (), "")
     assert identity_at_start(formula)
     assert rank_bound(product) == size(2) and factor(product) == (b, a)
     assert keeps_zeros(Expression("multiply", (call("mask", weight), product), product.shape))

@@ -193,7 +193,7 @@ def formula_of(expression: Expression, form: str = "delta") -> MethodFormula:
         TensorFormula(name, "frozen" if name == "frozen" else "train", node.shape, Start("normal", (Quantity.of(1),)))
         for name, node in shapes.items()
     )
-    return MethodFormula("case", tensors, form, expression, (Term(expression, rows("x", size(IN))),), (), (), "")
+    return MethodFormula("case", tensors, form, expression, (Term(expression, rows("x", size(IN))),), (), "")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -366,9 +366,11 @@ def test_a_method_may_call_its_tensor_bias() -> None:
 
 @pytest.mark.parametrize("names", ["Aa", "aA", "Ww", "bB"])
 def test_tensors_that_differ_by_case_alone_stay_apart(names: str) -> None:
-    first, second = names
+    first, second = tuple(names)
     recorder = Recorder()
-    graph = recorder.finish(recorder[first] - 2 * recorder[second])
+    one: Any = recorder[first]
+    other: Any = recorder[second]
+    graph = recorder.finish(one - 2 * other)
     function = fx.GraphModule(torch.nn.Module(), graph)
     assert list(recorder.inputs) == [first, second]
     assert float(function(torch.tensor(5.0), torch.tensor(1.0))) == 3

@@ -63,7 +63,9 @@ def pissa(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     r = p["rank"]
     scale = p["alpha"] / r
-    torch.testing.assert_close(scale * p["start"]["B"] @ p["start"]["A"], (U[:, :r] * S[:r]) @ Vh[:r], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        scale * p["start"]["B"] @ p["start"]["A"], (U[:, :r] * S[:r]) @ Vh[:r], rtol=0, atol=1e-5
+    )
     return (U[:, r:] * S[r:]) @ Vh[r:] + scale * t["B"] @ t["A"]
 
 
