@@ -1,17 +1,13 @@
-"""What can be proved of an equation, by induction over the expression: start, rank, zeros."""
+"""What can be proved of an equation, by induction over the expression: its start, its zeros, what it reads of W."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.quantity import ArithmeticProblem, Quantity
+from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
 ONE = Quantity.of(1)
-SIDES = frozenset({"in", "out", "max_in", "max_out"})  # a rank that depends on them is no bound worth stating
-COORDINATES = frozenset({"heads", "head_dim", "layers", "slots", "sites", "max_in", "max_out", "max_heads"})
 ELEMENTWISE = ("add", "subtract", "multiply", "divide", "power")
 
 
@@ -144,70 +140,6 @@ def identity_at_start(formula: MethodFormula) -> bool:
     if base is not None:
         return _simplify(Expression("add", (base, start), base.shape)).operation == "weight"
     return _filled(start) == Quantity.of(0)
-
-
-# --- rank --------------------------------------------------------------------------------------------------
-
-
-def _least(bounds: list[Quantity]) -> Quantity:
-    """The best of several true upper bounds: the smallest number, else the one without the site's sizes."""
-    numbers = [bound for bound in bounds if bound.constant is not None]
-    if len(numbers) == len(bounds):
-        return min(numbers, key=lambda bound: bound.constant or 0)
-    return min(bounds, key=_size_of)
-
-
-def _size_of(bound: Quantity) -> tuple[bool, int, int, int, float, str]:
-    """What orders bounds that hold symbols: those of a site's sizes last, then by terms, degree and factor."""
-    degree = max((sum(exponent for _, exponent in monomial) for monomial, _ in bound.terms), default=0)
-    factor = sum(abs(float(factor)) for _, factor in bound.terms)
-    of_sites = len(bound.symbols & COORDINATES)
-    return bool(bound.symbols & SIDES), of_sites, len(bound.terms), degree, factor, str(bound)
-
-
-def rank_bound(node: Expression) -> Quantity:
-    """An upper bound on the rank of a matrix; where nothing is known, its smaller side."""
-    rows, columns = node.shape[-2:]
-    bounds = [rows, columns]
-    parts = node.arguments
-    # each part once: asking again in several places would double the work at every level
-    inner = [rank_bound(part) if len(part.shape) >= 2 else Quantity.of(1) for part in parts]
-    match node.operation:
-        case "filled":
-            bounds.append(Quantity.of(0) if node.value == Quantity.of(0) else ONE)
-        case "matmul":
-            bounds += inner
-        case "add" | "subtract" if all(part.shape == node.shape for part in parts):
-            bounds.append(inner[0] + inner[1])
-        case "multiply":
-            for part, other, bound in zip(parts, parts[::-1], inner, strict=True):
-                if is_scalar(other) or is_row(other) or is_column(other):
-                    bounds += [bound] if part.shape == node.shape else []
-            if all(part.shape == node.shape for part in parts):
-                with suppress(ArithmeticProblem):  # a symbolic bound of too many terms is none
-                    bounds.append(inner[0] * inner[1])
-        case "divide" if is_scalar(parts[1]) or is_row(parts[1]) or is_column(parts[1]):
-            bounds += [inner[0]] if parts[0].shape == node.shape else []
-        case "negate" | "transpose" | "stop" | "previous":
-            bounds.append(inner[0])
-        case "slice" if len(parts[0].shape) == 2 and all(part is not None for part in node.index):
-            bounds.append(inner[0])
-        case name if name in STRUCTURES:
-            known = [bound if len(part.shape) >= 2 else None for part, bound in zip(parts, inner, strict=True)]
-            found = STRUCTURES[name].rank_bound(node, known)
-            bounds += [found] if found is not None else []
-    return _least(bounds)
-
-
-def bounded_rank(formula: MethodFormula) -> Quantity | None:
-    """The rank bound of `delta`, or None where it is the full rank (always so for the `weight` form)."""
-    if formula.form != "delta":
-        return None
-    bound = rank_bound(formula.expression)
-    if bound.constant is None:
-        return None if bound.symbols & SIDES else bound
-    rows, columns = (size.constant or 0 for size in formula.expression.shape)
-    return bound if bound.constant < min(rows, columns) else None
 
 
 # --- zeros and dependence on W ----------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.compiler.algebra.affine import Affine, affine, effective, why_not_merged
-from surgery.compiler.algebra.facts import bounded_rank, identity_at_start, keeps_zeros, needs_dense_weight
+from surgery.compiler.algebra.facts import identity_at_start, keeps_zeros, needs_dense_weight
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.rank import bounded_rank
 from surgery.compiler.algebra.sources import calibrated
 
 PLAIN = Affine(None, None)  # x itself, as it is in evaluation

@@ -15,11 +15,12 @@ from torch.nn import functional
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression, Range
-from surgery.compiler.algebra.facts import identity_at_start, keeps_zeros, rank_bound
+from surgery.compiler.algebra.facts import identity_at_start, keeps_zeros
 from surgery.compiler.algebra.formula import MethodFormula, Start, TensorFormula, Term, rows
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.quantity import Quantity, size, whole_of
+from surgery.compiler.algebra.rank import rank_bound
 from surgery.compiler.algebra.structures import STRUCTURES
 
 SIZES = st.sampled_from([1, 2, 3, 5])

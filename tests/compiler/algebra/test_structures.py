@@ -17,9 +17,9 @@ from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.branch import Branch
 from surgery.compiler.algebra.evaluate import Evaluator, evaluate
 from surgery.compiler.algebra.expression import Expression, Range
-from surgery.compiler.algebra.facts import rank_bound
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity, size
+from surgery.compiler.algebra.rank import rank_bound
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem
 from surgery.compiler.algebra.structures.displacement import smooth_length
 
