@@ -119,6 +119,7 @@ class _Reader:
     derived: dict[str, Span | None] = field(default_factory=dict)
     result: tuple[str, Expression] | None = None
     result_span: Span | None = None
+    steps: list[str] = field(default_factory=list)  # names that are no tensors, as they are written
     equation: str = ""
     rows: Expression | None = None
     input_equation: str = ""
@@ -241,6 +242,7 @@ class _Reader:
             return self.poison(node.name)
         self.names[node.name] = self.builder().expression(node.value)
         self.derived[node.name] = node.span
+        self.steps.append(f"{node.name} = {show(node.value)}")
         return None
 
     def matrix(self, node: nodes.Bind) -> Expression:
@@ -399,7 +401,7 @@ def elaborate(
     coordinates = frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_"))
     return MethodFormula(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
-        tuple(reader.events), reader.equation + reader.input_equation,
+        tuple(reader.events), "; ".join((*reader.steps, reader.equation)) + reader.input_equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
         coordinates, method.span, (out.value, inside.value),
     ), reader.diagnostics  # fmt: skip

@@ -12,11 +12,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from surgery.compiler.plan import Facts, Plan, Site, StepPlan
+from surgery.compiler.plan import Facts, Plan, Site, StepPlan, WholeParameter
 
 NARROW = 140
 UNBOUNDED = 10_000
 NUMBERS = ("sites", "rank", "trained", "frozen")
+COSTS = ("GFLOP", "MB moved", "MB kept")
 
 
 def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
@@ -27,18 +28,18 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     groups = [[site] for site in plan.sites] if verbose else fold(plan.sites)
     if groups:
         table = _sites(groups, console.width)
-        if console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum <= console.width:
+        if _natural(console, table) <= console.width:
             console.print(table)
         else:  # a path broken into pieces could not be read
             _print_list(console, groups)
     if plan.trained:
-        console.print(_trained(plan))
+        console.print(_trained(plan, verbose))
     _list(console, "equations", _equations(plan))
     _list(console, "events", dict.fromkeys(f"{event.text}  ({event.update})" for event in plan.events))
     _list(console, "facts", _counted((site.method, facts_text(site.facts)) for site in plan.sites))
     _list(console, "why", _counted((site.strategy, site.reason) for site in plan.sites))
     if verbose and plan.sites:
-        console.print(_candidates(plan))
+        _print_candidates(console, plan)
     console.print(Text(_step(plan.step)))
     console.print(Text(_totals(plan), style="bold"))
 
@@ -47,10 +48,19 @@ def fold(sites: Iterable[Site]) -> list[list[Site]]:
     """Groups of sites that differ in nothing but numbers in their paths, in the order of their first site."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        key = (re.sub(r"(?<![^.])\d+(?![^.])", "#", site.path), shape_text(site), site.method, site.rank,
+        key = (_without_numbers(site.path), shape_text(site), site.method, site.rank,
                site.trainable, site.frozen, site.strategy, site.reason, site.update, site.facts)  # fmt: skip
         groups.setdefault(key, []).append(site)
     return list(groups.values())
+
+
+def _natural(console: Console, table: Table) -> int:
+    """The columns that a table takes where nothing is wrapped."""
+    return console.measure(table, options=console.options.update_width(UNBOUNDED)).maximum
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
 
 
 def folded_path(paths: Sequence[str]) -> str:
@@ -80,7 +90,7 @@ def facts_text(facts: Facts) -> str:
         "keeps zeros": facts.keeps_zeros,
         "moves W": facts.moves_base,
         "needs dense W": facts.needs_dense_weight,
-        "needs calibration": facts.needs_calibration,
+        "needs calibration data": facts.needs_calibration,
     }
     return ", ".join(words + [word for word, holds in optional.items() if holds])
 
@@ -92,7 +102,8 @@ def _print_list(console: Console, groups: list[list[Site]]) -> None:
         frozen = f", {cells['frozen']} frozen" if any(member.frozen for member in group) else ""
         sites = f"{cells['sites']} site{'s' * (len(group) > 1)} {cells['shape']}"
         console.print(Text(cells["path"], overflow="fold"))
-        numbers = f"{cells['method']}, rank {cells['rank']}, {cells['trained']} trained{frozen}, {cells['strategy']}"
+        rank = "full rank" if cells["rank"] == "full" else f"rank {cells['rank']}"
+        numbers = f"{cells['method']}, {rank}, {cells['trained']} trained{frozen}, {cells['strategy']}"
         console.print(Padding(Text(f"{sites}: {numbers}"), (0, 0, 0, 2)))
     console.print()
 
@@ -104,12 +115,17 @@ def _cells(group: list[Site]) -> dict[str, str]:
         "sites": str(len(group)),
         "kind": site.kind,
         "shape": shape_text(site),
-        "method": site.method.partition("(")[0],
-        "rank": "full" if site.rank is None else str(site.rank),
+        "method": short_method(site.method),
+        "rank": "full" if site.facts.rank_bound is None else str(site.facts.rank_bound),
         "trained": f"{sum(member.trainable for member in group):,}",
         "frozen": f"{sum(member.frozen for member in group):,}",
         "strategy": site.strategy if site.update == "none" else f"{site.strategy}, {site.update}",
     }
+
+
+def short_method(method: str) -> str:
+    """A method or a composition without the arguments: `mask(W) * lora + circulant`."""
+    return re.sub(r"\((\w+ = [^()]*)?\)", "", method)
 
 
 def shape_text(site: Site) -> str:
@@ -131,23 +147,35 @@ def _sites(groups: list[list[Site]], width: int) -> Table:
     return table
 
 
-def _trained(plan: Plan) -> Table:
+def _trained(plan: Plan, verbose: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("trained as it is", "shape", "numbers", "lr", "weight decay"):
-        table.add_column(header, justify="right" if header == "numbers" else "left")
+        table.add_column(header, justify="right" if header == "numbers" else "left", overflow="fold")
+    groups: dict[tuple[object, ...], list[WholeParameter]] = {}
     for whole in plan.trained:
+        key = whole.name if verbose else _without_numbers(whole.name)
+        groups.setdefault((key, whole.shape, whole.lr, whole.weight_decay), []).append(whole)
+    for group in groups.values():
+        whole = group[0]
         shape = " x ".join(map(str, whole.shape)) or "1"
         rate, decay = ("" if value is None else f"{value:g}" for value in (whole.lr, whole.weight_decay))
-        table.add_row(*map(Text, (whole.name, shape, f"{whole.numbers:,}", rate, decay)))
+        name, numbers = folded_path([member.name for member in group]), sum(member.numbers for member in group)
+        table.add_row(*map(Text, (name, shape, f"{numbers:,}", rate, decay)))
     return table
 
 
 def _equations(plan: Plan) -> list[str]:
     sizes: dict[str, list[str]] = {}
     for formula in plan.formulas.values():
-        shapes = sizes.setdefault(f"{formula.method}: {formula.equation}", [])
+        composed = formula.equation == f"delta = {formula.method}"  # a composition is its own name
+        name = "" if composed else f"{formula.method}: "
+        shapes = sizes.setdefault(name + formula.equation, [])
         shapes.append(f"{formula.outputs} x {formula.inputs}")
-    return [f"{equation}  [{', '.join(dict.fromkeys(shapes))}]" for equation, shapes in sizes.items()]
+    found = []
+    for equation, shapes in sizes.items():
+        spelt = equation.replace(": ", ":\n  ", 1) if "; " in equation else equation  # several steps: a line for each
+        found.append(f"{spelt}  [{', '.join(dict.fromkeys(shapes))}]".replace("; ", "\n  "))
+    return found
 
 
 def _counted(pairs: Iterable[tuple[str, str]]) -> list[str]:
@@ -160,29 +188,55 @@ def _list(console: Console, title: str, lines: Iterable[str]) -> None:
     if entries:
         console.print(Text(title))
         for entry in entries:
-            console.print(Text(f"  {entry}"))
+            console.print(Padding(Text(entry), (0, 0, 0, 2), expand=False))
         console.print()
 
 
-def _candidates(plan: Plan) -> Table:
+def _print_candidates(console: Console, plan: Plan) -> None:
     """Every way to run a site, once for those that are alike; the numbers are what it adds to the frozen site."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"ways to run, per {plan.tokens:,} tokens")
-    numbers = ("GFLOP", "MB moved", "MB kept")
-    for header in ("sites", "way", *numbers, "legal", "reason"):
-        table.add_column(header, justify="right" if header in numbers else "left", overflow="fold")
-    alike = Counter((site.method.partition("(")[0], site.shape, site.candidates, site.strategy, site.reason)
-                    for site in plan.sites)  # fmt: skip
-    for (method, shape, ways, strategy, reason), count in alike.items():
-        what = f"{method}, {shape[0]} x {shape[1]} ({count} site{'s' * (count > 1)})"
-        for way in ways:
-            costs = [f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}", f"{way.kept / 1e6:,.3f}"]
-            name, why = way.strategy, way.reason
-            if way.strategy == strategy:
-                name, why = f"{name} (chosen)", reason
-            cells = (what, name, *(costs if way.legal else [""] * 3), "yes" if way.legal else "no", why)
-            table.add_row(*map(Text, cells), end_section=way is ways[-1])
-            what = ""
-    return table
+    title = f"ways to run, per site and {plan.tokens:,} tokens"
+    ways = [(what, _ways(site)) for what, site in _alike(plan)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+    for header in ("sites", "way", *COSTS, "legal", "reason"):
+        table.add_column(header, justify="right" if header in COSTS else "left", overflow="fold")
+    for what, rows in ways:
+        for number, (name, costs, reason) in enumerate(rows):
+            legal = "yes" if costs else "no"
+            cells = ("" if number else what, name, *(costs or [""] * len(COSTS)), legal, reason)
+            table.add_row(*map(Text, cells), end_section=number == len(rows) - 1)
+    if _natural(console, table) <= console.width:
+        return console.print(table)
+    console.print(Text(title))
+    for what, rows in ways:
+        console.print(Padding(Text(what), (0, 0, 0, 2), expand=False))
+        for name, costs, reason in rows:
+            spelt = ", ".join(f"{cost} {header}" for cost, header in zip(costs, COSTS, strict=False)) or "not legal"
+            console.print(Padding(Text(": ".join(filter(None, (name, spelt, reason)))), (0, 0, 0, 4), expand=False))
+    console.print()
+    return None
+
+
+def _alike(plan: Plan) -> list[tuple[str, Site]]:
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in plan.sites:
+        key = (short_method(site.method), site.shape, site.candidates, site.strategy, site.reason)
+        groups.setdefault(key, []).append(site)
+    found = []
+    for members in groups.values():
+        site, count = members[0], f"{len(members)} site{'s' * (len(members) > 1)}"
+        found.append((f"{short_method(site.method)}, {site.shape[0]} x {site.shape[1]} ({count})", site))
+    return found
+
+
+def _ways(site: Site) -> list[tuple[str, list[str], str]]:
+    """Name, costs (none of a way that is not legal) and reason of every way."""
+    found = []
+    for way in site.candidates:
+        costs = [f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}", f"{way.kept / 1e6:,.3f}"] if way.legal else []
+        chosen = way.strategy == site.strategy
+        name, reason = (f"{way.strategy} (chosen)", site.reason) if chosen else (way.strategy, way.reason)
+        found.append((name, costs, reason))
+    return found
 
 
 def _step(step: StepPlan) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from surgery.cli.plan_table import fold, folded_path, print_plan
+from surgery.cli.plan_table import fold, folded_path, print_plan, short_method
 from surgery.compiler.plan import Candidate, Facts, ModelPlan, Place, Plan, Site, Totals, WholeParameter
 
 FACTS = Facts(
@@ -41,9 +42,9 @@ def plan(*sites: Site) -> Plan:
     )  # fmt: skip
 
 
-def table(plan: Plan, verbose: bool = False) -> str:
+def table(plan: Plan, verbose: bool = False, width: int = 220) -> str:
     stream = io.StringIO()
-    print_plan(Console(file=stream, width=220), plan, verbose)
+    print_plan(Console(file=stream, width=width), plan, verbose)
     return stream.getvalue()
 
 
@@ -86,3 +87,24 @@ def test_verbose_shows_every_site_and_every_way() -> None:
 
 def test_a_plan_without_sites_prints() -> None:
     assert "classifier.weight" in table(plan())
+
+
+def test_a_composition_is_named_by_its_parts() -> None:
+    assert short_method("mask(W) * lora(rank = 8, alpha = 16) + bitfit()") == "mask(W) * lora + bitfit"
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_narrow_terminal_gets_lists_instead_of_broken_tables(verbose: bool) -> None:
+    method = "mask(W) * lora(rank = 8, alpha = 16, dropout = 0) + circulant(dropout = 0)"
+    said = table(plan(*(site(f"encoder.layer.{number}.q", method=method) for number in range(3))), verbose, 80)
+    assert max(map(len, said.splitlines())) <= 80
+    assert "mask(W) * lora + circulant, rank 8, " in said
+    if verbose:
+        assert "    branch (chosen): 1.000 GFLOP, 1.000 MB moved, 2.000 MB kept: fewer products" in said
+        assert "    fold: not legal: [x @ A.T]" in said
+
+
+def test_alike_whole_parameters_are_one_row() -> None:
+    whole = [WholeParameter(name=f"layer.{number}.bias", shape=(8,), numbers=8, place=PLACE) for number in range(3)]
+    said = table(plan(site("layer.0.q")).model_copy(update={"trained": tuple(whole)}))
+    assert "layer.[0..2].bias" in said and "24" in said
