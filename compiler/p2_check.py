@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.build import Value
 from surgery.compiler.algebra.compose import calls, compose, formula_of
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.method import COORDINATES, bind_arguments, elaborate, names_in
+from surgery.compiler.algebra.method import elaborate
+from surgery.compiler.algebra.names import COORDINATES, names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.library import library

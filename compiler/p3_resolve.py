@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.compiler import earlier, nodes
 from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
-from surgery.compiler.algebra.method import COORDINATES, names_in
+from surgery.compiler.algebra.names import COORDINATES, names_in
 from surgery.compiler.algebra.proved import prove
 from surgery.compiler.algebra.quantity import Quantity, whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError

@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
-from surgery.compiler.algebra.method import names_in
+from surgery.compiler.algebra.names import names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, nearest
 from surgery.compiler.pattern import Part, matches, parent_patterns, parse_pattern, unmatched

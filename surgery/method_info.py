@@ -70,7 +70,8 @@ def methods() -> list[MethodInfo]:
 
 
 def _info(node: nodes.Method) -> MethodInfo:
-    from surgery.compiler.algebra.method import bind_arguments, elaborate
+    from surgery.compiler.algebra.arguments import bind_arguments
+    from surgery.compiler.algebra.method import elaborate
     from surgery.compiler.algebra.proved import prove
     from surgery.compiler.algebra.quantity import Quantity
     from surgery.compiler.p2_check import SYMBOLIC
@@ -101,7 +102,8 @@ def _computes(statement: nodes.Statement) -> bool:
 
 
 def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
-    from surgery.compiler.algebra.method import bind_arguments, elaborate
+    from surgery.compiler.algebra.arguments import bind_arguments
+    from surgery.compiler.algebra.method import elaborate
     from surgery.compiler.algebra.quantity import Quantity
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show

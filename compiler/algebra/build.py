@@ -5,16 +5,17 @@ The same code reads a method twice: with symbolic sizes (`surgery check`, the me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
-from surgery.compiler.algebra.expression import Expression, Range, Shape
+from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.names import COORDINATES, LATER
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
+from surgery.compiler.algebra.shapes import broadcast_shape, check_extent, product_shape, spelt
 from surgery.compiler.algebra.sources import SOURCES, source
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Structure
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
@@ -23,13 +24,7 @@ from surgery.compiler.span import Span
 
 Value = Expression | str | bool
 
-# Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
-_LATER = """
-    ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
-"""
-LATER = frozenset(_LATER.split())
 MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
-LARGEST_TENSOR = 1 << 40  # numbers: more than any machine holds, and its bytes can still be counted
 MAXIMUM_DEPTH = 100  # so that every later pass may recurse
 MAXIMUM_TERMS = 1_024  # of a sum over a range, and of ranges within ranges
 NUMBERS_ONLY = frozenset({"min", "max"})
@@ -38,19 +33,6 @@ NUMBERS_ONLY = frozenset({"min", "max"})
 def number(quantity: Quantity, span: Span | None = None) -> Expression:
     """A number as an expression."""
     return Expression("number", value=quantity, span=span)
-
-
-def spelt(shape: Shape) -> str:
-    """A shape for people: `[out, rank]`, or `a number`."""
-    return f"[{', '.join(map(str, shape))}]" if shape else "a number"
-
-
-def check_extent(shape: Shape, span: Span | None) -> None:
-    """Refuse a tensor or a matrix that no machine could hold (SURG010)."""
-    numbers = math.prod(length.whole for length in shape if length.whole is not None)
-    if numbers > LARGEST_TENSOR:
-        limit = f"at most {LARGEST_TENSOR:,} are possible"
-        raise fail("SURG010", f"{spelt(shape)} has {numbers:,} numbers or more", span, help=limit)
 
 
 @dataclass(frozen=True)
@@ -168,32 +150,16 @@ class Builder:
             self.used.add(name)
             return self.names[name]
         if name in ("x", "y"):
-            form = "`input = dropout(x, p)`" if name == "x" else "the `output` form"
-            raise fail("SURG004", f"`{name}` can be used only in {form}", node.span)
-        if name in ("training",):
+            form = "`input` and the `output` form" if name == "x" else "the `output` form"
+            advice = "`delta` and `weight` are matrices; what is made of activations is `output = ...`"
+            raise fail("SURG004", f"`{name}` can be used only in {form}", node.span, help=advice)
+        if name == "training":
             raise fail("SURG008", "`training` in an equation is not built yet", node.span)
         if name in ("step", "steps"):
             raise fail("SURG004", f"`{name}` is known only in events", node.span)
-        if name in (
-            "layer",
-            "layers",
-            "slot",
-            "slots",
-            "site",
-            "sites",
-            "heads",
-            "head_dim",
-            "max_in",
-            "max_out",
-            "max_heads",
-            "kind",
-        ):
-            raise fail(
-                "SURG033",
-                f"`{name}` is not known here",
-                node.span,
-                help="it is known at a site, in a tensor or an equation",
-            )
+        if name in COORDINATES or name == "kind":
+            advice = "it is known at a site, in a tensor or an equation"
+            raise fail("SURG033", f"`{name}` is not known here", node.span, help=advice)
         raise fail("SURG002", f"nothing is called `{name}` here", node.span, help=did_you_mean(name, self.names))
 
     def _binary(self, node: nodes.Binary) -> Expression:
@@ -212,39 +178,10 @@ class Builder:
             raise fail("SURG004", "the exponent must be a number", node.right.span)
         if sign == "/" and right.value == Quantity.of(0) and not right.shape:
             raise fail("SURG004", f"`{show(node)}`: division by zero", node.operator_span or node.span)
-        shape = self._product(node, left, right) if sign == "@" else self._broadcast(node, left, right)
+        shape = product_shape(node, left, right) if sign == "@" else broadcast_shape(node, left, right)
         if sign in ("+", "-") and right.operation == "filled" and right.value == Quantity.of(0) and shape == left.shape:
             return left  # an empty sum
         return Expression(names[sign], (left, right), shape)
-
-    def _shapes_differ(self, node: nodes.Binary, left: Expression, right: Expression, why: str) -> SurgError:
-        notes = (
-            Note(f"`{show(node.left)}` is {spelt(left.shape)}", node.left.span),
-            Note(f"`{show(node.right)}` is {spelt(right.shape)}", node.right.span),
-        )
-        message = f"{spelt(left.shape)} {node.operator} {spelt(right.shape)}: {why}"
-        return fail("SURG005", message, node.operator_span or node.span, notes=notes)
-
-    def _product(self, node: nodes.Binary, left: Expression, right: Expression) -> Shape:
-        if len(left.shape) < 2 or len(right.shape) < 2:
-            raise self._shapes_differ(node, left, right, "`@` multiplies matrices")
-        if left.shape[-1].differs_from(right.shape[-2]):
-            raise self._shapes_differ(node, left, right, f"{left.shape[-1]} columns meet {right.shape[-2]} rows")
-        leading = self._broadcast_axes(node, left, right, left.shape[:-2], right.shape[:-2])
-        return (*leading, left.shape[-2], right.shape[-1])
-
-    def _broadcast(self, node: nodes.Binary, left: Expression, right: Expression) -> Shape:
-        return self._broadcast_axes(node, left, right, left.shape, right.shape)
-
-    def _broadcast_axes(self, node: nodes.Binary, left: Expression, right: Expression, a: Shape, b: Shape) -> Shape:
-        one = Quantity.of(1)
-        length = max(len(a), len(b))
-        axes = []
-        for p, q in zip((one,) * (length - len(a)) + a, (one,) * (length - len(b)) + b, strict=True):
-            if p != one and q != one and p.differs_from(q):
-                raise self._shapes_differ(node, left, right, f"{p} does not match {q}")
-            axes.append(q if p == one else p)
-        return tuple(axes)
 
     def _slice(
         self, node: nodes.Subscript, operand: Expression, indices: tuple[nodes.Expr | nodes.Slice, ...]

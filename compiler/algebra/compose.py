@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import LATER, Builder, Value, number, spelt
+from surgery.compiler.algebra.arguments import bind_arguments
+from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
-from surgery.compiler.algebra.method import bind_arguments, elaborate, is_square, names_in
+from surgery.compiler.algebra.method import elaborate, is_square
+from surgery.compiler.algebra.names import LATER, names_in
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.shapes import spelt
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show

@@ -7,11 +7,11 @@ from contextlib import suppress
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.facts import ONE, is_column, is_row, is_scalar
 from surgery.compiler.algebra.formula import MethodFormula
+from surgery.compiler.algebra.names import COORDINATES
 from surgery.compiler.algebra.quantity import ArithmeticProblem, Monomial, Quantity
 from surgery.compiler.algebra.structures import STRUCTURES
 
 SIDES = frozenset({"in", "out", "max_in", "max_out"})  # a rank that depends on them is no bound worth stating
-COORDINATES = SIDES | {"heads", "head_dim", "layers", "slots", "sites", "max_heads"}
 
 
 def bounded_rank(formula: MethodFormula) -> Quantity | None:
@@ -65,7 +65,7 @@ def _bounds(node: Expression) -> list[Quantity]:
 
 def _least(bounds: list[Quantity]) -> Quantity:
     """One bound of several true ones, as people read it: `min(rank, outer)`; those without a site's sizes if any."""
-    for sizes in (COORDINATES, SIDES):
+    for sizes in (COORDINATES | SIDES, SIDES):
         bounds = [bound for bound in bounds if not bound.symbols & sizes] or bounds
     best = _smallest(bounds)
     with suppress(ArithmeticProblem):  # too long to be read

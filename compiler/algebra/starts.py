@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import LATER, Builder, check_extent, spelt
+from surgery.compiler.algebra.build import Builder
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import Start, TensorFormula
+from surgery.compiler.algebra.names import LATER
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.shapes import check_extent, spelt
 from surgery.compiler.algebra.sources import SOURCES, check_start
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import did_you_mean, fail

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, NotAffine, effective, why_not_folded, why_not_merged
+from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula
-from surgery.compiler.algebra.method import bind_arguments, elaborate
+from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.proved import prove
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import Rows

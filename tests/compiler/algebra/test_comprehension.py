@@ -8,11 +8,12 @@ from torch import nn
 
 import surgery
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.facts import identity_at_start
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
-from surgery.compiler.algebra.method import bind_arguments, elaborate
+from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rank import rank_bound
 from surgery.compiler.span import Source

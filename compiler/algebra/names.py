@@ -1,0 +1,26 @@
+"""Names that mean something in every method, and the names in a part of a method."""
+
+from __future__ import annotations
+
+from surgery.compiler import nodes
+
+_COORDINATES = "layer layers slot slots site sites heads head_dim max_in max_out max_heads"
+COORDINATES = frozenset(_COORDINATES.split())  # numbers of a site beside its sizes
+RESERVED = COORDINATES | frozenset(["W", "x", "y", "in", "out", "kind", "step", "steps", "training"])
+FORMS = ("delta", "weight", "output")
+SPECIAL = (*FORMS, "input", "penalty")
+# Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
+_LATER = """
+    ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
+"""
+LATER = frozenset(_LATER.split())
+
+
+def names_in(node: nodes.Node) -> set[str]:
+    """All names in a part of the tree."""
+    found = {node.name} if isinstance(node, nodes.Name) else set()
+    for value in vars(node).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, nodes.Node):
+                found |= names_in(part)
+    return found
