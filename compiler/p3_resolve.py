@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import earlier, nodes
+from surgery.compiler import earlier, nodes, position
 from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.names import COORDINATES, names_in
@@ -54,7 +54,7 @@ def run(program: Program, model: nn.Module, examples: Mapping[str, Tensor] | Non
     selections = [select_sites(rule, skeleton, diagnostics) for rule in program.rules]
     for selection in selections:
         _reject_overlap(selection, claimed, diagnostics)
-    groups = _joined(program.rules)
+    groups = position.joined(program.rules)
     for index, (rule, selection) in enumerate(zip(program.rules, selections, strict=True)):
         joined = [weight for other in groups[index] for weight in selections[other].weights]
         resolver.rule(index, rule, selection.weights, joined)
@@ -99,22 +99,6 @@ def _check_half(
             span = next((item.span for item in program.tree.items if isinstance(item, nodes.Step)), program.tree.span)
             message = f"`{name[0]}` is float16, where AdamW's eps is 0 and its steps are not numbers"
             diagnostics.error("SURG032", message, span, help=f"write `{advice}`, or train with sgd")
-
-
-def _joined(rules: Sequence[Rule]) -> list[list[int]]:
-    """For every rule the rules that share a tensor with it `as NAME`, itself included, in the spec's order."""
-    names = [
-        {node.shared_as for node in rule.method.statements if isinstance(node, nodes.Tensor) and node.shared_as}
-        for rule in rules
-    ]
-    groups = []
-    for index in range(len(rules)):
-        group, known = {index}, set(names[index])
-        while more := {other for other in range(len(rules)) if other not in group and names[other] & known}:
-            group |= more
-            known = known.union(*(names[other] for other in more))
-        groups.append(sorted(group))
-    return groups
 
 
 def _reject_overlap(selection: Selection, claimed: dict[int, Selection], diagnostics: Diagnostics) -> None:
@@ -170,29 +154,10 @@ class _Resolver:
 
     def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
         """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
-        blocks = sorted(
-            {block for weight in joined if (block := self.skeleton.block(weight.path))},
-            key=lambda block: (self.skeleton.module_lists.index(block[0]), block[1]),
-        )
-        kinds = list(dict.fromkeys(self.skeleton.kind(weight.path) for weight in joined))
-        shared_max = {
-            "max_in": max((weight.inputs for weight in joined), default=0),
-            "max_out": max((weight.outputs for weight in joined), default=0),
-        }
-        heads = [self.skeleton.heads(weight.path).get("heads") for weight in joined]
-        shared_max |= {"max_heads": max(known)} if (known := [count for count in heads if count]) else {}
-        numbers = {weight.identity: number for number, weight in enumerate(joined)}
+        positions = position.positions(joined, self.skeleton)
         before = earlier.earlier_paths(rule, weights, self.skeleton)
         for weight in weights:
-            block = self.skeleton.block(weight.path)
-            layer = blocks.index(block) if block else None
-            kind = self.skeleton.kind(weight.path)
-            coordinates = {
-                **({} if layer is None else {"layer": layer}), "layers": len(blocks), "slot": kinds.index(kind),
-                "slots": len(kinds), "site": numbers[weight.identity], "sites": len(joined), **shared_max,
-                **self.skeleton.heads(weight.path), **earlier.coordinates(before.get(weight.path, {})),
-            }  # fmt: skip
-            self.site(index, rule, weight, kind, layer, coordinates, before.get(weight.path, {}))
+            self.site(index, rule, weight, positions[weight.identity], before.get(weight.path, {}))
         for (number, reason), paths in self._refused.items():
             if number == index:
                 message = f"`{rule.method.name}` cannot adapt {listed(paths)}: {reason}"
@@ -200,16 +165,13 @@ class _Resolver:
                 help_text = "adapt them with another method, or subtract them with `except`"
                 self.diagnostics.error("SURG025", message, rule.method_span, notes=[where], help=help_text)
 
-    def site(
-        self, index: int, rule: Rule, weight: Weight, kind: str, layer: int | None, coordinates: dict[str, int],
-        before: earlier.Paths,
-    ) -> None:  # fmt: skip
+    def site(self, index: int, rule: Rule, weight: Weight, where: position.Position, before: earlier.Paths) -> None:
         """Add one site, unless something about it is wrong."""
-        built = self.formula(index, rule, weight, coordinates)
+        built = self.formula(index, rule, weight, {**where.coordinates, **earlier.coordinates(before)})
         if built is None:
             return
         key, formula, proved, update = built
-        tensors = tuple(self.tensor(index, tensor, weight, kind, layer) for tensor in formula.tensors)
+        tensors = tuple(self.tensor(index, tensor, weight, where) for tensor in formula.tensors)
         try:
             far = earlier.earlier_tensors(formula, (weight.outputs, weight.inputs), rule, before, self.sites)
         except SurgError as error:
@@ -218,8 +180,8 @@ class _Resolver:
         first = [tensor for tensor in tensors if self.shared.get(tensor.key, (None, weight.path))[1] == weight.path]
         self.sites.append(
             Site(
-                path=weight.path, parameter=weight.parameter, module_class=weight.layout.module_class, kind=kind,
-                layer=layer,
+                path=weight.path, parameter=weight.parameter, module_class=weight.layout.module_class, kind=where.kind,
+                layer=where.layer,
                 shape=(weight.outputs, weight.inputs), dtype=weight.dtype, untied=rule.alias == "untie",
                 transposed=weight.layout.transposed, experts=weight.layout.experts, kernel=weight.layout.kernel,
                 bias=weight.bias, rule=index,
@@ -345,7 +307,7 @@ class _Resolver:
                 )
             )  # fmt: skip
 
-    def tensor(self, index: int, tensor: TensorFormula, weight: Weight, kind: str, layer: int | None) -> TensorPlan:
+    def tensor(self, index: int, tensor: TensorFormula, weight: Weight, where: position.Position) -> TensorPlan:
         """A tensor at a site; a shared one gets the key of its group and must have one shape there."""
         shape = tuple(whole_of(size) for size in tensor.shape)
         if weight.layout.experts and not tensor.shared_by:
@@ -353,14 +315,14 @@ class _Resolver:
         key = f"{weight.home}.{tensor.name}"
         if tensor.shared_by:
             group = tensor.shared_as or f"rule{index}"
-            part = {"model": "", "layer": f".layer{layer}", "kind": f".{kind}"}[tensor.shared_by]
+            part = {"model": "", "layer": f".layer{where.layer}", "kind": f".{where.kind}"}[tensor.shared_by]
             own = tensor.name.rpartition(".")[2] if tensor.shared_as else tensor.name  # one tensor for all that say so
             key = f"shared.{group}{part}.{own}"
             known, first = self.shared.setdefault(key, (tensor, weight.path))
             known_shape = tuple(whole_of(size) for size in known.shape)
             if known_shape != shape:
-                where = f"{list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
-                message = f"`{tensor.name}` is shared, but would be {where}"
+                clash = f"{list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
+                message = f"`{tensor.name}` is shared, but would be {clash}"
                 self.diagnostics.error("SURG005", message, tensor.span)
             elif (known.role, known.start.text) != (tensor.role, tensor.start.text):
                 message = f"`{tensor.name}` is shared, but the rules define it differently"
