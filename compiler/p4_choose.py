@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.plan import Candidate, Plan, Site
+from surgery.compiler.span import Span
 
 STRATEGIES = ("branch", "fold", "recompute")
 HALF = ("bfloat16", "float16")
@@ -70,7 +72,9 @@ class _Chooser:
         if site.strategy:
             if site.strategy not in costs:
                 message = f"`strategy = {site.strategy}` is not legal: {illegal}"
-                self.diagnostics.error("SURG032", message, self.plan.span(site.place))
+                legal = " or ".join(f"`strategy = {strategy}`" for strategy in costs)
+                span = _clause(self.plan.span(site.place))
+                self.diagnostics.error("SURG032", message, span, help=f"write {legal}, or leave it out")
             return site.strategy, "as the spec says", candidates
         times = {strategy: _time(cost, site.dtype) for strategy, cost in costs.items() if strategy not in manual}
         best = min(times, key=lambda strategy: times[strategy])
@@ -117,6 +121,12 @@ class _Chooser:
 def _time(cost: Cost, dtype: str) -> float:
     """In operations; a byte that is kept takes as much of the memory's worth as one that is moved."""
     return cost.flops + OPERATIONS_PER_BYTE[dtype] * (cost.bytes + cost.kept)
+
+
+def _clause(rule: Span) -> Span:
+    """The rule's `strategy = ...`, or all of the rule where that is not in its text."""
+    found = re.search(r"^[^#\n]*?(\bstrategy\s*=\s*\w+)", rule.source.text[rule.start : rule.end], re.MULTILINE)
+    return Span(rule.source, rule.start + found.start(1), rule.start + found.end(1)) if found else rule
 
 
 def _reason(best: str, times: dict[str, float], illegal: str) -> str:

@@ -48,6 +48,11 @@ def select_sites(rule: Rule, skeleton: Skeleton, diagnostics: Diagnostics) -> Se
         message = f"{rule.expect} sites are expected, {len(weights)} match"
         diagnostics.error("SURG022", message, span, notes=[Note("this pattern", rule.node.pattern.span)])
     selection.weights = [_tied(rule, weight, skeleton, diagnostics) for weight in weights]
+    alone = [weight.path for weight in weights if not _others(weight, skeleton)]
+    if rule.alias is not None and alone:
+        span = next(clause.span for clause in rule.node.clauses if isinstance(clause, nodes.Alias))
+        message = f"{listed(alone)} {'is' if len(alone) == 1 else 'are'} not tied to anything"
+        diagnostics.error("SURG024", message, span, help="leave the word out")
     return selection
 
 
@@ -213,24 +218,24 @@ def _where(rule: Rule, weights: list[Weight], skeleton: Skeleton, diagnostics: D
     return kept
 
 
+def _others(weight: Weight, skeleton: Skeleton) -> list[str]:
+    """The other places of a tied weight: one module under two paths is one place."""
+    if not weight.parameter:
+        return []
+    names = [name for name in skeleton.owners[weight.identity] if name != weight.parameter]
+    module = skeleton.modules.get(weight.parameter.rpartition(".")[0])
+    return [name for name in names if skeleton.modules.get(name.rpartition(".")[0]) is not module]
+
+
 def _tied(rule: Rule, weight: Weight, skeleton: Skeleton, diagnostics: Diagnostics) -> Weight:
     """The weight as the rule means it: one that is tied needs `untie`, or `tie`, which adapts it in the head's name."""
-    if not weight.parameter:
-        return weight
-    names = [name for name in skeleton.owners[weight.identity] if name != weight.parameter]
-    # one module under two paths is one module; two modules that hold one parameter are tied
-    owner = weight.parameter.rpartition(".")[0]
-    module = skeleton.modules.get(owner)
-    others = [name for name in names if skeleton.modules.get(name.rpartition(".")[0]) is not module]
+    others = _others(weight, skeleton)
     if others and rule.alias is None:
         message = f"`{weight.parameter}` is tied to {listed(others)}"
         help_text = (
             "add `untie` to the rule: the adapted one gets a weight of its own; or `tie`, to adapt them together"
         )
         diagnostics.error("SURG024", message, rule.node.pattern.span, help=help_text)
-    if not others and rule.alias is not None:
-        span = next(clause.span for clause in rule.node.clauses if isinstance(clause, nodes.Alias))
-        diagnostics.error("SURG024", f"`{weight.path}` is not tied to anything", span, help="leave the word out")
     if others and rule.alias == "tie":
         together = [weight, *(other for name in others if isinstance(other := skeleton.weight(name), Weight))]
         return next((other for other in together if other.layout.module_class == "Linear"), weight)

@@ -81,7 +81,7 @@ def word(*words: str) -> Reader:
             raise fail("SURG004", f"a word or a text is needed here, not `{show(node)}`", node.span)
         if words and value not in words:
             help_text = did_you_mean(value, words)
-            raise fail("SURG002", f"`{value}` is not known here; one of {', '.join(words)}", node.span, help=help_text)
+            raise fail("SURG002", f"`{value}` is not known here", node.span, help=help_text)
         return value
 
     return read

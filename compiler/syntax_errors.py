@@ -59,6 +59,7 @@ _WORDS = {
     "SCALE": "`*=`",
     "VBAR": "`|`",
     "DOT": "`.`",
+    "_TO": "`..`",
     "$END": "the end of the file",
 }
 
@@ -388,6 +389,12 @@ def _parameter(place: Place) -> str | None:
     return f"a parameter has a kind: `{place.before()}: int = 8` (int, real, text, ...)"
 
 
+def _range(place: Place) -> str | None:
+    if "_TO" not in place.accepted:
+        return None
+    return "a comprehension runs over whole numbers, both ends included: `sum(circ(c[i]) for i in 0..terms - 1)`"
+
+
 SLIPS: tuple[Callable[[Place], str | None], ...] = (
     _written_otherwise,
     _entry_by_entry,
@@ -411,6 +418,7 @@ SLIPS: tuple[Callable[[Place], str | None], ...] = (
     _tuple,
     _chain,
     _steps,
+    _range,
     _separator,
     _event,
 )

@@ -118,6 +118,9 @@ def _compile(
         with _at_model_line(program):
             model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
     made = pipeline.resolve(program, model, example_inputs)
+    if not made.totals.trainable:
+        advice = "give a tensor of the method the role `train`, or add a rule such as `train classifier`"
+        raise fail("SURG020", "the program trains nothing", made.span(made.sites[0].place), help=advice)
     reads_data = saved is None and any(site.facts.needs_calibration for site in made.sites)
     if reads_data and not calibration:
         raise missing(made)

@@ -56,8 +56,7 @@ def test_the_blocks_of_the_language_page_are_checked_and_planned() -> None:
 
 
 def test_the_language_page_names_every_start_and_function() -> None:
-    from surgery.compiler.algebra.names import COORDINATES
-    from surgery.compiler.algebra.starts import STARTS
+    from surgery.compiler.algebra.names import COORDINATES, STARTS
     from surgery.compiler.algebra.structures import STRUCTURES
     from surgery.compiler.settings import DATA, MODEL, STEP, TASKS, later
 

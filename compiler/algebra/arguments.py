@@ -46,7 +46,9 @@ def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, V
             if call is None:
                 values[parameter.name] = parameter.name
                 continue
-            diagnostics.error("SURG004", f"`{method.name}` needs `{parameter.name}`", call.span)
+            takes = ", ".join(map(show, method.parameters))
+            message = f"`{method.name}` needs `{parameter.name}`"
+            diagnostics.error("SURG004", message, call.span, help=f"it takes ({takes})")
             values[parameter.name] = number(Quantity.symbol(parameter.name))  # defaults may read it
             continue
         try:

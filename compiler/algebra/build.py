@@ -12,7 +12,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import Expression, Range
-from surgery.compiler.algebra.names import COORDINATES, LATER
+from surgery.compiler.algebra.names import COORDINATES, LATER, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
 from surgery.compiler.algebra.shapes import broadcast_shape, check_extent, product_shape, spelt
@@ -71,7 +71,7 @@ class Builder:
                 "SURG027",
                 f"`{show(node)}` is {left} / {right}, which leaves a remainder",
                 node.span,
-                help=f"a shape needs a whole number: choose a divisor of {left}",
+                help=f"a whole number is needed here: choose a divisor of {left}",
             )
         return fail("SURG027", f"`{show(node)}` is {value}, not a whole number", node.span)
 
@@ -160,7 +160,13 @@ class Builder:
         if name in COORDINATES or name == "kind":
             advice = "it is known at a site, in a tensor or an equation"
             raise fail("SURG033", f"`{name}` is not known here", node.span, help=advice)
+        if name in STARTS:
+            raise self._start_inside(name, node)
         raise fail("SURG002", f"nothing is called `{name}` here", node.span, help=did_you_mean(name, self.names))
+
+    def _start_inside(self, name: str, node: nodes.Expr) -> SurgError:
+        advice = f"give it a tensor of its own, `T = frozen {show(node)}[...]`, and write `T` here"
+        return fail("SURG004", f"`{name}` starts a tensor, it is no part of an expression", node.span, help=advice)
 
     def _binary(self, node: nodes.Binary) -> Expression:
         left, right = self.expression(node.left), self.expression(node.right)
@@ -236,6 +242,8 @@ class Builder:
             return source(node, self)
         known = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys()
         if function not in known:
+            if function in STARTS:
+                raise self._start_inside(function, node)
             help_text = did_you_mean(function, sorted(known))
             raise fail("SURG002", f"there is no function `{function}`", node.span, help=help_text)
         if arguments and isinstance(arguments[0].value, nodes.Comprehension):
@@ -254,7 +262,8 @@ class Builder:
             shape = structure.shape(*values)
         except ShapeProblem as problem:
             given = ", ".join(spelt(value.shape) for value in values)
-            raise fail("SURG005", f"{problem}", node.span, notes=[Note(f"given: {given}")]) from problem
+            notes = [Note(f"given: {given}")]
+            raise fail("SURG005", f"{problem}", node.span, notes=notes, help=problem.help) from problem
         return Expression(function, tuple(values), shape)
 
     def _arguments(self, node: nodes.Call, structure: Structure | None) -> list[Expression]:

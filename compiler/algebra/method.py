@@ -23,15 +23,16 @@ from surgery.compiler.algebra.formula import (
     reads_rows,
     rows,
 )  # fmt: skip
-from surgery.compiler.algebra.names import COORDINATES, FORMS, LATER, RESERVED, SPECIAL, names_in
+from surgery.compiler.algebra.indices import check_indices
+from surgery.compiler.algebra.names import COORDINATES, FORMS, LATER, RESERVED, SPECIAL, STARTS, names_in
 from surgery.compiler.algebra.previous import coordinate, without_zeros
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
 from surgery.compiler.algebra.shapes import spelt
 from surgery.compiler.algebra.sources import SOURCES, check_not_start
-from surgery.compiler.algebra.starts import STARTS, named, read_start
+from surgery.compiler.algebra.starts import named, read_start
 from surgery.compiler.algebra.structures import STRUCTURES
-from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
+from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
@@ -56,6 +57,18 @@ class _Reader:
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] = lambda back: True  # whether there is a site so many blocks earlier
+
+    def check_indices(self) -> None:
+        """Index tensors stand where they belong in the equation, the starts and the events."""
+        starts = [tensor.start.expression for tensor in self.tensors.values()]
+        values = [self.result[1] if self.result else None, *starts]
+        values += [change.value for event in self.events for change in event.changes]
+        try:
+            for value in values:
+                if value is not None:
+                    check_indices(value, self.tensors)
+        except SurgError as error:
+            self.diagnostics.found += error.diagnostics
 
     def builder(self, in_event: bool = False, **more: Value) -> Builder:
         return Builder({**self.names, **more}, in_event, self.used, self.earlier)
@@ -100,7 +113,9 @@ class _Reader:
             what = "is the result of a method" if name in SPECIAL else "is a reserved name"
             raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help="choose another name")
         if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
-            raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span)
+            first = self.tensors[name].span if name in self.tensors else self.derived.get(name)
+            notes = [Note("the first one", first)] if first else []
+            raise fail("SURG009", f"`{name}` is defined twice in `{self.method.name}`", span, notes=notes)
         if MARK in name:
             message = f"`{name}` is how a site calls a tensor of an earlier block, and cannot be bound"
             raise fail("SURG003", message, span)
@@ -128,6 +143,9 @@ class _Reader:
                 raise fail("SURG002", f"a tensor has no option `{option.name}`", option.span, help=known)
             if option.name in options:
                 raise fail("SURG009", f"`{option.name}` is set twice", option.span)
+            if node.role != "train":
+                message = f"`{node.name}` is not trained, so `{option.name}` would do nothing"
+                raise fail("SURG004", message, option.span, help=f"leave it out, or write `{node.name} = train ...`")
             constant = self.builder().number(option.value).constant
             if constant is not None and (constant < 0 or (constant == 0 and option.name == "lr")):
                 bound = "above 0" if option.name == "lr" else "at least 0"
@@ -156,7 +174,9 @@ class _Reader:
             raise fail("SURG008", f"`{node.name} = ...` is not built yet", node.span)
         if node.name in FORMS:
             if self.result_span is not None:
-                raise fail("SURG006", f"`{self.method.name}` has two results", node.span, help="keep one of them")
+                notes = [Note("the first one", self.result_span)]
+                message = f"`{self.method.name}` has two results"
+                raise fail("SURG006", message, node.span, notes=notes, help="keep one of them")
             self.result_span = node.span
             if self.skips(node.value):
                 return None
@@ -322,6 +342,8 @@ def elaborate(
         if parameter.name in RESERVED or parameter.name in SPECIAL:
             reader.diagnostics.error("SURG003", f"`{parameter.name}` is a reserved name", parameter.span)
     reader.read()
+    if not reader.diagnostics.errors:
+        reader.check_indices()
     if reader.diagnostics.errors or reader.result is None:
         return None, reader.diagnostics
     form, expression = reader.result

@@ -15,6 +15,22 @@ _LATER = """
 """
 LATER = frozenset(_LATER.split())
 
+# Starts and how many numbers each may take.
+STARTS: dict[str, tuple[int, int]] = {
+    "zeros": (0, 0),
+    "ones": (0, 0),
+    "eye": (0, 0),
+    "constant": (1, 1),
+    "normal": (1, 1),
+    "uniform": (1, 1),
+    "kaiming_uniform": (0, 1),
+    "kaiming_normal": (0, 0),
+    "xavier": (0, 0),
+    "orthogonal": (0, 0),
+    "onehot_rows": (0, 0),
+    "choice": (1, 1),
+}
+
 
 def names_in(node: nodes.Node) -> set[str]:
     """All names in a part of the tree."""

@@ -33,7 +33,9 @@ def previous(builder: Builder, node: nodes.Call) -> Expression:
     inner = builder.expression(node.arguments[0].value)
     back = builder.size(node.arguments[1].value) if len(node.arguments) == 2 else Quantity.of(1)
     if back.whole is not None and back.whole < 1:
-        raise fail("SURG004", f"`previous` goes back by 1 block or more, not by {back}", node.arguments[1].value.span)
+        advice = "`previous(e)` is e of the block before, `previous(e, 2)` of the one before that"
+        message = f"`previous` goes back by 1 block or more, not by {back}"
+        raise fail("SURG004", message, node.arguments[1].value.span, help=advice)
     wrong = _misread(inner)
     if wrong:
         raise fail("SURG008", f"`{show(node)}`: {wrong}", node.span)

@@ -51,7 +51,7 @@ def _wrong(node: Expression) -> str | None:
         case "negate" | "dropout" | "sum_for":
             pass
         case name if name not in STRUCTURES or not STRUCTURES[name].rowwise:
-            return "it does not treat every row of an activation by itself"
+            return f"`{name}` does not treat every row of an activation by itself"
     return None
 
 

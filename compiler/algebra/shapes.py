@@ -6,6 +6,7 @@ import math
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.formula import TOKENS
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Note, SurgError, fail
 from surgery.compiler.printer import show
@@ -56,14 +57,15 @@ def _broadcast(node: nodes.Binary, left: Expression, right: Expression, a: Shape
 
 def _turned(node: nodes.Binary, left: Expression, right: Expression) -> str | None:
     """Advice where a transpose, or an activation on the left, makes a product fit."""
-    if right.shape[0] == TOKENS != left.shape[0]:
-        return f"the rows of an activation stand on the left: `{show(node.right)} @ ...`"
-    for inner, side in ((right.shape[-1], node.right), (right.shape[-2], node.left)):
-        meets = left.shape[-1] if side is node.right else left.shape[-2]
-        if inner == meets and TOKENS not in (left if side is node.left else right).shape:
-            turned = side.operand if isinstance(side, nodes.Transpose) else nodes.Transpose(side)
-            return f"`{show(turned)}` fits here"
-    return None
+    if TOKENS in right.shape:
+        return f"rows of activations stand on the left: `{show(node.right)} @ ...`"
+    if right.shape[-1] == left.shape[-1]:
+        turned = node.right
+    elif TOKENS not in left.shape and right.shape[-2] == left.shape[-2]:
+        turned = node.left
+    else:
+        return None
+    return f"`{show(turned.operand if isinstance(turned, nodes.Transpose) else nodes.Transpose(turned))}` fits here"
 
 
 def _differ(node: nodes.Binary, left: Expression, right: Expression, why: str, advice: str | None = None) -> SurgError:

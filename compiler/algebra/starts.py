@@ -6,7 +6,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import Start, TensorFormula
-from surgery.compiler.algebra.names import LATER
+from surgery.compiler.algebra.names import LATER, STARTS
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import check_extent, spelt
 from surgery.compiler.algebra.sources import SOURCES, check_start
@@ -14,21 +14,6 @@ from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.printer import show
 
-# Starts and how many numbers each may take.
-STARTS: dict[str, tuple[int, int]] = {
-    "zeros": (0, 0),
-    "ones": (0, 0),
-    "eye": (0, 0),
-    "constant": (1, 1),
-    "normal": (1, 1),
-    "uniform": (1, 1),
-    "kaiming_uniform": (0, 1),
-    "kaiming_normal": (0, 0),
-    "xavier": (0, 0),
-    "orthogonal": (0, 0),
-    "onehot_rows": (0, 0),
-    "choice": (1, 1),
-}
 START_NUMBER = {"constant": "c", "normal": "std", "uniform": "a", "kaiming_uniform": "a", "choice": "n"}
 
 

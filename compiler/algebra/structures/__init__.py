@@ -22,7 +22,11 @@ Tensor = Any  # a torch.Tensor, or a torch.fx.Proxy while lowering
 
 
 class ShapeProblem(ValueError):
-    """Arguments whose shapes a structure does not take; the message is for people."""
+    """Arguments whose shapes a structure does not take; message and help are for people."""
+
+    def __init__(self, message: str, help: str | None = None) -> None:
+        super().__init__(message)
+        self.help = help
 
 
 class Structure(ABC):

@@ -20,7 +20,7 @@ class _OfTwo(Structure):
         """The leading axes, which both have or one has; raises `ShapeProblem`."""
         left, right = (argument.shape for argument in arguments)
         if len(left) < 2 or len(right) < 2:
-            raise ShapeProblem(f"{self.name} takes two matrices")
+            raise ShapeProblem(f"{self.name} takes two matrices", "a vector v is a column as `v[:, None]`")
         if left[:-2] and right[:-2] and left[:-2] != right[:-2]:
             raise ShapeProblem(f"the two matrices of {self.name} need the same leading axes")
         return left[:-2] or right[:-2]

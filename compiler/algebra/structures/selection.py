@@ -37,7 +37,8 @@ class Select(Structure):
             raise ShapeProblem("select takes an index tensor, as `choice` starts it, and a size")
         chosen, total = index.shape[-1].whole, columns.value.whole
         if chosen is not None and total is not None and chosen > total:
-            raise ShapeProblem(f"select takes {chosen} different rows of {total}")
+            advice = "the second argument is how many rows there are to choose from"
+            raise ShapeProblem(f"select takes {chosen} different rows of {total}", advice)
         return (*index.shape, columns.value)
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
