@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
+from torch import Tensor, nn
+
+from surgery.compiler import p5_capture
+from surgery.compiler.graph import tensors
 
 FOLDER = Path(__file__).resolve().parent
 Golden = Callable[[str, str], None]
@@ -60,6 +67,41 @@ def _models() -> ModuleType:
 def architectures() -> Any:
     """Name -> Architecture (tests/models.py): `architectures["llama"].model(dropout=0.1)`."""
     return _models().ARCHITECTURES
+
+
+_GRAPHS: dict[Any, Any] = {}
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """Equal models are captured once: no pass changes the graph it is given, so one serves all tests of a process.
+
+    Capturing takes nine tenths of the time in which a tiny model is compiled.
+    """
+    run = p5_capture.run
+
+    def once(model: nn.Module, examples: dict[str, Tensor], task: str | None) -> Any:
+        shapes = tuple((name, value.shape, value.dtype) for name, value in examples.items())
+        key = (_contents(model), shapes, task)
+        if key not in _GRAPHS:
+            own = copy.deepcopy(model)  # which no test can change; it is kept, so that the ids in the key stay taken
+            _GRAPHS[key] = (own, run(own, examples, task))
+        return _GRAPHS[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(p5_capture, "run", once)
+        yield
+
+
+def _contents(model: nn.Module) -> tuple[Any, ...]:
+    """What two models have in common that compute the same: classes, settings, ties and all numbers."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
+    digest, first = hashlib.sha256(), dict[int, str]()
+    for name, tensor in tensors(model).items():
+        digest.update(f"{name} {first.setdefault(id(tensor), name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return (*(type(module) for module in model.modules()), repr(model), settings, digest.hexdigest())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

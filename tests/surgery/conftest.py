@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import surgery
-from surgery.compiler import nodes, p1_parse, p5_capture
+from surgery.compiler import nodes, p1_parse
 from surgery.compiler.library import library
 from surgery.compiler.printer import show
 from surgery.compiler.source import read
@@ -234,25 +234,10 @@ def build(method: str, kind: str, folder: Path) -> Case:
     raise AssertionError(f"no shape admits {method}") from refused
 
 
-_GRAPHS: dict[tuple[int, str | None], Any] = {}
-
-
 @pytest.fixture(scope="module")
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def built(request: pytest.FixtureRequest, captured_once: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
     method, kind = request.param
-    run = p5_capture.run
-
-    def once(model: nn.Module, examples: dict[str, Tensor], task: str | None) -> Any:
-        """The graph of a shared model: no pass changes what it is given, so one serves all methods."""
-        if id(model) not in models.SHARED:
-            return run(model, examples, task)
-        if (id(model), task) not in _GRAPHS:
-            _GRAPHS[id(model), task] = run(model, examples, task)
-        return _GRAPHS[id(model), task]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(p5_capture, "run", once)
-        yield build(method, kind, tmp_path_factory.mktemp("checkpoint"))
+    return build(method, kind, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from surgery.cli import main
 from surgery.runtime import calibrate
 from tests.models import ARCHITECTURES, Architecture
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 METHOD = """
 method seen(rank: int = 3) {
     G = frozen grad(W)

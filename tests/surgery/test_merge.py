@@ -22,6 +22,8 @@ from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import Facts, ModelPlan, Place, Plan, Site, Totals
 from surgery.runtime.merge import merged, save_merged
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 class Adapted:
     """A model with one site whose effective weight is W plus a constant, and its effective bias b plus another."""

@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SPEC = """
 adapt {pattern} {{ with {method} }}
 step {{ optimizer = adamw(lr = 1e-2)  batch = 4  steps = 3  schedule = linear  clip = 1.0  loss = causal_lm }}

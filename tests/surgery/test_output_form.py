@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 METHODS = """
 method bottleneck(width: int = 3) {
     D = train normal(0.5)[width, out];  d = train normal(0.5)[width];  U = train normal(0.5)[out, width]

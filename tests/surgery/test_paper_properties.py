@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SPECS = Path(__file__).resolve().parents[2] / "specs"
 
 

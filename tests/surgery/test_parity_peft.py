@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RATE = 1e5
 RANK, ALPHA = 4, 8
 TOLERANCE = 1e-5

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests.surgery.peft_parity import Case, Part, by_name, compare
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
 

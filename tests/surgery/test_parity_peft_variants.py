@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tests.surgery.peft_parity import GPT2, LLAMA, VIT, Case, Part, by_name, compare
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ALL = ["query", "key", "value", "output.dense", "intermediate.dense"]
 LINEARS = "adapt bert.encoder.layer.** : Linear"
 WORDS = "adapt bert.embeddings.word_embeddings"

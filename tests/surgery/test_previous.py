@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 METHODS = """
 method block(rank: int = 2, shortcuts: int = 1) {
     A = train normal(0.5)[rank, in];  B = train normal(0.5)[out, rank]

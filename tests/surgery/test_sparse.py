@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IN, OUT, RANK, ROWS = 24, 16, 4, 12
 SPEC = importlib.util.spec_from_file_location("sparse_reference", Path(__file__).parent / "references" / "sparse.py")
 assert SPEC is not None and SPEC.loader is not None

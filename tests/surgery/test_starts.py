@@ -20,6 +20,8 @@ from surgery.compiler.pipeline import rewrite
 from surgery.runtime.initialise import initialise
 from tests.models import ARCHITECTURES
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 STEP = "step { loss = mse  optimizer = sgd(lr = 0.1)  batch = 4  steps = 4  seed = 3 }"
 
 

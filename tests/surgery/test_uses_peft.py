@@ -13,6 +13,8 @@ from torch import Tensor
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RANK, ALPHA = 4, 8
 
 
