@@ -148,6 +148,7 @@ class _Resolver:
     formulas: dict[str, Formula] = field(default_factory=dict)
     events: list[EventPlan] = field(default_factory=list)
     shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
+    _differing: set[tuple[str, str]] = field(default_factory=set)  # shared tensors whose sizes differ, said once
     _built: dict[str, Built | None] = field(default_factory=dict)
     _unfit: dict[str, str] = field(default_factory=dict)  # why a formula does not fit its kind of weight
     _refused: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
@@ -321,9 +322,12 @@ class _Resolver:
             known, first = self.shared.setdefault(key, (tensor, weight.path))
             known_shape = tuple(whole_of(size) for size in known.shape)
             if known_shape != shape:
-                clash = f"{list(shape)} at `{weight.path}` and {list(known_shape)} at `{first}`"
+                clash = f"{list(known_shape)} at `{first}` and {list(shape)} at `{weight.path}`"
                 message = f"`{tensor.name}` is shared, but would be {clash}"
-                self.diagnostics.error("SURG005", message, tensor.span)
+                advice = "share it `by kind`, or give it the sizes `max_in` and `max_out` and slice it: `A[:, 0:in]`"
+                if (group, tensor.name) not in self._differing:
+                    self.diagnostics.error("SURG005", message, tensor.span, help=advice)
+                self._differing.add((group, tensor.name))
             elif (known.role, known.start.text) != (tensor.role, tensor.start.text):
                 message = f"`{tensor.name}` is shared, but the rules define it differently"
                 self.diagnostics.error("SURG009", message, tensor.span, notes=[Note("the first one", known.span)])
