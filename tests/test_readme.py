@@ -53,14 +53,3 @@ def test_the_blocks_of_the_language_page_are_checked_and_planned() -> None:
     assert [site.update for site in surgery.plan(surgery.parse(spec)).sites] == ["literal"] * 10
     surgery.parse(method)
     surgery.parse(composed)
-
-
-def test_the_language_page_names_every_start_and_function() -> None:
-    from surgery.compiler.algebra.names import COORDINATES, STARTS
-    from surgery.compiler.algebra.structures import STRUCTURES
-    from surgery.compiler.settings import DATA, MODEL, STEP, TASKS, later
-
-    page = set(re.findall(r"\w+", (ROOT / "docs" / "language.md").read_text()))
-    settings = {name for readers in (MODEL, STEP, DATA) for name, reader in readers.items() if reader is not later}
-    functions = {name for name, kind in STRUCTURES.items() if not kind.internal}
-    assert {*COORDINATES, *STARTS, *functions, *TASKS, *settings} <= page
