@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
-
 from surgery.compiler import nodes
 from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import elaborate, is_square
-from surgery.compiler.algebra.names import LATER, names_in
+from surgery.compiler.algebra.names import LATER, names_in, taken
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import spelt
 from surgery.compiler.algebra.structures import STRUCTURES
@@ -72,11 +70,11 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
 
 
 def _part(call: nodes.Call, method: nodes.Method, before: Sequence[Part]) -> Part:
-    if hasattr(nn.Module(), method.name):
-        message = f"`{method.name}` is an attribute of every module, where its tensors would have to stand"
+    if why := taken(method.name):
+        message = f"tensors cannot stand below `{method.name}`, {why}"
         raise fail("SURG035", message, call.span, help="give the method another name")
-    taken, name, count = {part.name for part in before}, method.name, 1
-    while name in taken:
+    others, name, count = {part.name for part in before}, method.name, 1
+    while name in others:
         count += 1
         name = f"{method.name}_{count}"
     return Part(name, method, call, bind_arguments(method, call))

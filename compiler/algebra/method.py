@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.condition import ALWAYS
@@ -24,7 +22,7 @@ from surgery.compiler.algebra.formula import (
     rows,
 )  # fmt: skip
 from surgery.compiler.algebra.indices import check_indices
-from surgery.compiler.algebra.names import COORDINATES, FORMS, LATER, RESERVED, SPECIAL, STARTS, names_in
+from surgery.compiler.algebra.names import COORDINATES, FORMS, LATER, RESERVED, SPECIAL, STARTS, names_in, taken
 from surgery.compiler.algebra.previous import coordinate, without_zeros
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
@@ -131,9 +129,9 @@ class _Reader:
 
     def tensor(self, node: nodes.Tensor) -> None:
         self.claim(node.name, node.span)
-        if hasattr(nn.Module(), node.name):
-            message = f"a tensor cannot be called `{node.name}`, which every module of torch has already"
-            raise fail("SURG003", message, node.span, help="choose another name")
+        for name, what in ((node.name, "a tensor"), (node.shared_as or "", "a group of shared tensors")):
+            if why := taken(name):
+                raise fail("SURG003", f"{what} cannot be called `{name}`, {why}", node.span, help="choose another name")
         if self.skips(node.start):
             return self.poison(node.name)
         options = {}
@@ -232,7 +230,8 @@ class _Reader:
         if not reads_rows(value):
             raise fail("SURG004", f"`{name}` reads neither of {' and '.join(leaves)}", node.value.span)
         if found := misplaced(value):
-            raise fail("SURG004", found[1], found[0].span or node.value.span)
+            advice = "`@` with a matrix on the right, slices of columns and functions of an entry treat rows alone"
+            raise fail("SURG004", found[1], found[0].span or node.value.span, help=advice)
         return value
 
     def require(self, node: nodes.Require) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
+
+from torch import nn
+
 from surgery.compiler import nodes
 
 _COORDINATES = "layer layers slot slots site sites heads head_dim max_in max_out max_heads"
@@ -30,6 +34,13 @@ STARTS: dict[str, tuple[int, int]] = {
     "onehot_rows": (0, 0),
     "choice": (1, 1),
 }
+
+
+def taken(name: str) -> str:
+    """Why no part of a module can have a name, as the end of a sentence; empty if it can."""
+    if keyword.iskeyword(name) or name == "self":
+        return "which is a word of Python"
+    return "which every module of torch has already" if hasattr(nn.Module(), name) else ""
 
 
 def names_in(node: nodes.Node) -> set[str]:

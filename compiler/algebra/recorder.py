@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
@@ -10,9 +9,8 @@ from torch import fx
 
 
 def identifier(name: str) -> str:
-    """A tensor's name as Python may have it: those of a composition have a point, and some are words of Python."""
-    name = name.replace(".", "_")
-    return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
+    """A tensor's name as Python may have it: those of a composition have a point."""
+    return name.replace(".", "_")
 
 
 class Recorder(Mapping[str, fx.Proxy]):

@@ -118,6 +118,16 @@ def problems(body: str, parameters: str = "rank: int = 2") -> list[tuple[str, st
         ("diag = train zeros[out]\ndelta = W", [("SURG003", "diag = train zeros[out]")]),
         ("A_before = train zeros[out]\ndelta = W", [("SURG003", "A_before = train zeros[out]")]),
         ("half = train zeros[out]\ndelta = W", [("SURG003", "half = train zeros[out]")]),
+        ("None = train zeros[out]\ndelta = W", [("SURG003", "None = train zeros[out]")]),
+        ("self = train zeros[out]\ndelta = W", [("SURG003", "self = train zeros[out]")]),
+        (
+            "a = train zeros[out] shared by model as lambda\ndelta = W",
+            [("SURG003", "a = train zeros[out] shared by model as lambda")],
+        ),
+        (
+            "a = train zeros[out] shared by model as half\ndelta = W",
+            [("SURG003", "a = train zeros[out] shared by model as half")],
+        ),
         (f"{LOW_RANK}A = train zeros[in]\ndelta = B @ A", [("SURG009", "A = train zeros[in]")]),
         ("A = train zeros\ndelta = W", [("SURG004", "zeros")]),
         ("A = train zero[in]\ndelta = W", [("SURG002", "zero")]),
