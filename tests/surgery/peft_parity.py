@@ -61,12 +61,14 @@ def _tokens() -> Tensor:
     return torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
+ENCODER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1,
+}  # fmt: skip
+
+
 def _bert() -> nn.Module:
-    config = AutoConfig.for_model(
-        "bert", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
-        initializer_range=0.1,
-    )  # fmt: skip
+    config = AutoConfig.for_model("bert", **ENCODER, vocab_size=64, max_position_embeddings=32)
     model: nn.Module = AutoModelForSequenceClassification.from_config(config)
     return model
 
@@ -90,11 +92,7 @@ def _llama() -> nn.Module:
 
 
 def _vit() -> nn.Module:
-    config = AutoConfig.for_model(
-        "vit", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-        patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
-        initializer_range=0.1,
-    )  # fmt: skip
+    config = AutoConfig.for_model("vit", **ENCODER, image_size=16, patch_size=4)
     model: nn.Module = AutoModelForImageClassification.from_config(config)
     return model
 
