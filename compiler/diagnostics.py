@@ -108,8 +108,10 @@ def fail(
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, or None if none is alike."""
-    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    """The known name that is most like `name`, or the first that begins with it; None if none is alike."""
+    known = list(names)
+    begun = [other for other in known if len(name) > 3 and other.startswith(name)]
+    matches = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

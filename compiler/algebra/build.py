@@ -124,11 +124,10 @@ class Builder:
                     return number(-inner.value)
                 return Expression("negate", (inner,), inner.shape)
             case nodes.Binary(operator, _, _) if operator in COMPARE or operator in ("and", "or"):
-                raise fail(
-                    "SURG004", "a comparison is no number; it belongs behind `when`, `where` or `requires`", node.span
-                )
+                message = "a comparison is no number; it belongs behind `when`, `requires` or a rule's `where`"
+                raise fail("SURG004", message, node.span)
             case nodes.Unary("not", _):
-                raise fail("SURG004", "`not` belongs behind `when`, `where` or `requires`", node.span)
+                raise fail("SURG004", "`not` belongs behind `when`, `requires` or a rule's `where`", node.span)
             case nodes.Binary():
                 return self._binary(node)
             case nodes.Transpose(operand):
@@ -205,21 +204,29 @@ class Builder:
             length = operand.shape[axis]
             axis += 1
             if isinstance(index, nodes.Slice):
-                start = self.size(index.start) if index.start else Quantity.of(0)
-                stop = self.size(index.stop) if index.stop else length
+                start = self._position(index.start, length) if index.start else Quantity.of(0)
+                stop = self._position(index.stop, length) if index.stop else length
                 bounds = (start.whole, stop.whole, length.whole)
                 if None not in bounds and not 0 <= bounds[0] <= bounds[1] <= bounds[2]:  # type: ignore[operator]
                     raise fail("SURG026", f"{start}:{stop} is outside of 0:{length}", index.span or node.span)
                 taken.append(Range(start, stop))
                 shape.append(stop - start)
             else:
-                entry = self.size(index)
+                entry = self._position(index, length)
                 if entry.whole is not None and length.whole is not None and not 0 <= entry.whole < length.whole:
                     last = length - Quantity.of(1)
                     raise fail("SURG026", f"index {entry} is outside of 0..{last}", index.span or node.span)
                 taken.append(entry)
         taken += [Range(Quantity.of(0), length) for length in operand.shape[axis:]]
         return Expression("slice", (operand,), (*shape, *operand.shape[axis:]), index=tuple(taken))
+
+    def _position(self, node: nodes.Expr, length: Quantity) -> Quantity:
+        """A position along an axis of that length; one that counts from the end has no meaning here."""
+        position = self.size(node)
+        if position.constant is not None and position.constant < 0:
+            message = f"a position counts from 0, `{show(node)}` is below it"
+            raise fail("SURG026", message, node.span, help=f"from the end count as `{length} - 1`")
+        return position
 
     def _call(self, node: nodes.Call, function: str, arguments: tuple[nodes.Argument, ...]) -> Expression:
         if function == "prev":

@@ -22,7 +22,8 @@ def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]
     start = node.start
     if not isinstance(start, nodes.Subscript):
         if isinstance(start, nodes.Name) and start.name in STARTS:
-            raise fail("SURG004", "a start needs a shape", start.span, help=f"write `{start.name}[out, in]`")
+            advice = f"write `{start.name}[out, in]`; one number is `{start.name}[1]`"
+            raise fail("SURG004", "a start needs a shape", start.span, help=advice)
         if isinstance(start, nodes.Call) and start.function in STARTS:
             _, most = STARTS[start.function]
             sizes = ", ".join(show(argument.value) for argument in start.arguments)
