@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import sys
@@ -18,7 +19,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from surgery.compiler import p5_capture
-from surgery.compiler.graph import tensors
+from surgery.compiler.graph import Graph, tensors
+from surgery.runtime.examples import example_inputs
 
 FOLDER = Path(__file__).resolve().parent
 Golden = Callable[[str, str], None]
@@ -102,6 +104,28 @@ def _contents(model: nn.Module) -> tuple[Any, ...]:
         digest.update(f"{name} {first.setdefault(id(tensor), name)} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return (*(type(module) for module in model.modules()), repr(model), settings, digest.hexdigest())
+
+
+@functools.cache
+def _captured(architecture: Any) -> tuple[nn.Module, Graph]:
+    """The model, with dropout, and its graph; capturing leaves model, modes and torch's generator as they are."""
+    # In transformers 5.17 OPT draws a number in every layer, which the graph has no use for.
+    model = architecture.model(dropout=0.0 if architecture.name == "opt" else 0.3)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    config, modes = model.config.to_dict(), [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    graph = p5_capture.run(model, example_inputs(model, architecture.task), architecture.task)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.config.to_dict() == config and [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    return model, graph
+
+
+@pytest.fixture
+def captured() -> Callable[[Any], tuple[nn.Module, Graph]]:
+    """`captured(architecture)`: its tiny model and the graph of it, made once in a process; no test changes either."""
+    return _captured
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

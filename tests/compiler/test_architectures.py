@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import p5_capture
 from surgery.compiler.capture.causal import ATTENTION
-from surgery.compiler.graph import Graph, tensors
-from surgery.runtime.examples import example_inputs
+from surgery.compiler.graph import tensors
 
 CAUSAL = {"llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "gpt2", "opt"}
 
@@ -28,23 +25,7 @@ def seeded(function: Any, **inputs: Any) -> Any:
     return function(**inputs)
 
 
-@cache
-def captured(architecture: Any) -> tuple[nn.Module, Graph]:
-    """The model, with dropout, and its graph: once per architecture, capture is what takes the time here."""
-    # In transformers 5.17 OPT draws a number in every layer, which the graph has no use for.
-    model = architecture.model(dropout=0.0 if architecture.name == "opt" else 0.3)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    config, modes = model.config.to_dict(), [module.training for module in model.modules()]
-    random = torch.get_rng_state()
-    graph = p5_capture.run(model, example_inputs(model, architecture.task), architecture.task)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert model.config.to_dict() == config and [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    return model, graph
-
-
-def test_names_and_storage_are_the_models(architecture: Any) -> None:
+def test_names_and_storage_are_the_models(architecture: Any, captured: Any) -> None:
     model, graph = captured(architecture)
     ours, theirs = tensors(graph.module), tensors(model)
     assert all(ours[name] is tensor for name, tensor in theirs.items())
@@ -61,7 +42,7 @@ def test_names_and_storage_are_the_models(architecture: Any) -> None:
             assert path in paths and node.args[1].target.startswith(path), (path, node.args[1].target)
 
 
-def test_the_graph_is_the_model(architecture: Any) -> None:
+def test_the_graph_is_the_model(architecture: Any, captured: Any) -> None:
     model, graph = captured(architecture)
     for rows, length in ((4, 9), (1, 5), (2, 23)):
         inputs = architecture.inputs(rows, length)
@@ -81,7 +62,7 @@ def test_the_graph_is_the_model(architecture: Any) -> None:
     model.eval()
 
 
-def test_causal_attention_is_restored(architecture: Any) -> None:
+def test_causal_attention_is_restored(architecture: Any, captured: Any) -> None:
     _, graph = captured(architecture)
     nodes = [node for node in graph.module.graph.nodes if node.target is ATTENTION]
     causal = [node for node in nodes if node.args[3] is None and node.args[5] is True]
@@ -92,10 +73,10 @@ def test_causal_attention_is_restored(architecture: Any) -> None:
         assert len(causal) < len(nodes) or not nodes
 
 
-def test_it_compiles_whole(architectures: Any) -> None:
+def test_it_compiles_whole(architectures: Any, captured: Any) -> None:
     architecture = architectures["llama"]
     _, graph = captured(architecture)
-    compiled = torch.compile(graph.module, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled: Any = torch.compile(graph.module, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows, length in ((3, 9), (2, 5)):
         inputs = architecture.inputs(rows, length)
         torch.testing.assert_close(
