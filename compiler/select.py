@@ -166,8 +166,13 @@ def _adaptable(rule: Rule, found: list[str], skeleton: Skeleton, diagnostics: Di
             unsupported.setdefault((kind, weight if isinstance(weight, str) else ""), []).append(path)
     span = rule.node.pattern.span
     for (kind, reason), paths in unsupported.items():
+        modules = [skeleton.modules[path] for path in paths if path in skeleton.modules]
+        if not reason and modules and not any(True for module in modules for _ in module.parameters(recurse=False)):
+            reason = "it has no weight of its own, so its method may read nothing but `y`"
         message = f"{kind} cannot be adapted: {listed(paths)}" + (f": {reason}" if reason else "")
         help_text = "restrict the rule with `: Linear`, or subtract them with `except`"
+        if any(True for module in modules for _ in module.children()):
+            help_text = f"name the modules in it, such as `{rule.node.pattern.text}.** : Linear`, or use `except`"
         inner = _parameters_inside(paths, skeleton)
         if inner:
             help_text = f"name its parameters: {listed(inner)}"

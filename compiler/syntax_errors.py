@@ -236,6 +236,8 @@ def _comment(place: Place) -> str | None:
 def _pattern(place: Place) -> str | None:
     if not {"COLON", "_WHERE"} & place.accepted or place.found not in ("[", "{", ".", ","):
         return None
+    if place.found == "," and "VBAR" in place.accepted:
+        return f"classes are joined by `|`: `: {place.before()} | ...`"
     return "alternatives are written `{query, value}`, a range of indices `[8..15]`, any number of components `**`"
 
 

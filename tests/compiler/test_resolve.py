@@ -81,7 +81,7 @@ def test_rules_select(rule: str, count: int, architectures: Any) -> None:
         ("adapt **.q_proj { with m  expect 3 }", ["SURG022"]),
         ("adapt **.q_proj { with m }\nadapt **.*_proj { with m }", ["SURG023"]),
         ("adapt **.q_proj { with m }\ntrain model.layers.0", ["SURG023"]),
-        ("adapt **.q_proj { with m  untie }", ["SURG024", "SURG024"]),
+        ("adapt **.q_proj { with m  untie }", ["SURG024"]),
         ("adapt model.norm { with m }", ["SURG025"]),
         ("adapt **.q_proj { with m(rank = 33) }", ["SURG026"]),
         ("adapt **.q_proj where foo == 1 { with m }", ["SURG002"]),
