@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import surgery
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 STEPS, START, RATIO, RANK, ALPHA = 40, 5, 2.0, 3, 6
 SCALE = ALPHA / RANK
 TOLERANCE = 1e-10

@@ -18,6 +18,8 @@ from surgery.runtime import run_folder
 from surgery.runtime.run_folder import all_finite, keep_save, load_state, save_step
 from surgery.runtime.structure import pack, unpack
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 class State:
     """As much of a training step as is saved."""

@@ -20,6 +20,8 @@ from surgery.runtime.data import Data, Examples
 from surgery.runtime.run_folder import load_state
 from surgery.runtime.train import train
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 class FakeStep:
     """Learns one number with dropout and momentum; every state that a real step has, in small."""

@@ -21,6 +21,8 @@ from surgery.runtime import alone
 from surgery.runtime.data import Stream, load_data
 from surgery.runtime.run_folder import all_finite, load_state
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ROOT = Path(__file__).parents[3]
 SPEC = """
 model "tiny" { task = sequence_classification(labels = 2) }
