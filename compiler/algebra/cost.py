@@ -51,9 +51,8 @@ def _fourier(factor: float) -> Callable[..., int]:
     """The usual count of a fast Fourier transform, `factor` times n log2 n for each row of n."""
 
     def count(shape: Sequence[int], axes: Sequence[int], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        sizes: list[int] = [
-            max(pair) for pair in zip(shape, out_shape, strict=True)
-        ]  # half a spectrum is shorter than its row
+        # half a spectrum is shorter than its row
+        sizes: list[int] = [max(pair) for pair in zip(shape, out_shape, strict=True)]
         points: int = math.prod(sizes[axis] for axis in axes)
         return round(factor * math.prod(sizes) * math.log2(max(2, points)))
 
@@ -158,9 +157,8 @@ def _site(kind: str, rows: int, sides: tuple[int, int], dtype: torch.dtype) -> t
         return Lookup(stored, True, dtype, inputs), torch.empty(rows, dtype=torch.int64, device="meta")
     x = torch.empty(rows, inputs, dtype=dtype, device="meta", requires_grad=True)
     if kind in ("Norm", "Module"):
-        return (Diagonal if kind == "Norm" else Output)(
-            torch.empty(inputs, dtype=dtype, device="meta"), False, dtype
-        ), x
+        meets = Diagonal if kind == "Norm" else Output
+        return meets(torch.empty(inputs, dtype=dtype, device="meta"), False, dtype), x
     return Base(torch.empty(sides, dtype=dtype, device="meta"), False, dtype), x
 
 
