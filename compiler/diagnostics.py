@@ -95,9 +95,12 @@ class Diagnostics:
         return [diagnostic for diagnostic in self.found if diagnostic.severity == "warning"]
 
     def raise_errors(self) -> None:
-        """Raise `SurgError` with all that was found, if there is an error among it."""
+        """Raise `SurgError` with all that was found, if there is an error among it; what many sites say stands once."""
         if self.errors:
-            raise SurgError(self.found)
+            first: dict[tuple[str, str, Span | None], Diagnostic] = {}
+            for diagnostic in self.found:
+                first.setdefault((diagnostic.code, diagnostic.message, diagnostic.span), diagnostic)
+            raise SurgError(list(first.values()))
 
 
 def fail(

@@ -9,6 +9,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.condition import ALWAYS
 from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import (
     AT_START,
     TOKENS,
@@ -67,6 +68,19 @@ class _Reader:
                     check_indices(value, self.tensors)
         except SurgError as error:
             self.diagnostics.found += error.diagnostics
+
+    def check_trained(self) -> None:
+        """A gradient reaches what is trained."""
+        assert self.result is not None
+        form, value = self.result
+        reached = gradients_reach(value) | (gradients_reach(self.rows) if self.rows else frozenset())
+        for tensor in self.tensors.values():
+            if tensor.role == "train" and tensor.name not in reached:
+                message = f"`{tensor.name}` is trained, but no gradient reaches it from `{form}`"
+                if value.operation == "filled":
+                    message += ", which is the same whatever the tensors hold"
+                advice = f"read `{tensor.name}` in `{form}`, or make it `frozen`, or a `state` that events change"
+                self.diagnostics.error("SURG004", message, tensor.span, help=advice)
 
     def builder(self, in_event: bool = False, **more: Value) -> Builder:
         return Builder({**self.names, **more}, in_event, self.used, self.earlier)
@@ -200,7 +214,7 @@ class _Reader:
         shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
         if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
             message = f"`{node.name}` must be {spelt(shape)}, this is {spelt(value.shape)}"
-            square = value.shape in (shape[:1] * 2, shape[1:] * 2)
+            square = value.shape in (shape[:1] * 2, shape[1:] * 2) and shape[0].whole is None
             advice = "a method for square weights alone says `requires in == out`" if square else None
             raise fail("SURG005", message, node.value.span, help=advice)
         return value
@@ -343,6 +357,8 @@ def elaborate(
     reader.read()
     if not reader.diagnostics.errors:
         reader.check_indices()
+        if reader.result is not None and sizes["in"].constant is None:  # else an earlier block may be missing
+            reader.check_trained()
     if reader.diagnostics.errors or reader.result is None:
         return None, reader.diagnostics
     form, expression = reader.result
