@@ -235,8 +235,13 @@ def _changed(
         return lambda: changed_output(module, site.shape[0], output, _placed(site, module, values, holder))
     path, _, name = site.parameter.rpartition(".")
     owner, lowered = model.get_submodule(path), lower_parameter(plan, site, values)
+    own = None
+    if site in corrected_sites(plan):
+        own = nn.Parameter(corrected(plan, site, owner.get_parameter(name), values), requires_grad=False)
 
     def change() -> None:
+        if own is not None:
+            owner.register_parameter(name, own)
         home = owner
         if site.path == site.parameter:
             home = nn.Module()

@@ -208,6 +208,18 @@ def same_in_place(model: Any, program: surgery.Program, step: Any, inputs: dict[
     assert sum(parameter.numel() for parameter in trained) == step.plan.totals.trainable
 
 
+@pytest.mark.parametrize("name", ["experts", "tied"])
+def test_a_weight_corrected_at_the_start_is_the_same_in_place(name: str, architectures: Any, tmp_path: Path) -> None:
+    architecture, model, program = build(architectures, name, "pissa(rank = 2)")
+    inputs = inputs_of(architecture)
+    step = surgery.compile(program, model=model, example_inputs=inputs)
+    same_in_place(copy.deepcopy(model), program, step, inputs)
+    step({**inputs, "labels": architecture.labels()})
+    step.save(tmp_path / "run")
+    attached: Any = surgery.apply(tmp_path / "run", model)
+    torch.testing.assert_close(attached(**inputs).logits, step.forward(**inputs).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchs_grouped_product_takes_any_rank(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel wants rows of whole 16 bytes, which a rank of 3 is not."""
