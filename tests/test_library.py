@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.names import names_in
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.library import library
 from surgery.compiler.printer import show
@@ -28,6 +29,10 @@ def test_a_method_is_a_short_file_of_its_name(path: Path) -> None:
     code = [line for line in lines if line and not line.startswith("#")]
     assert len(code) <= 12
     assert show(nodes.Tree((method,))) == path.read_text(), "write it as `surgery fmt` does"
+    read = set().union(
+        *map(names_in, method.statements), *(names_in(p.default) for p in method.parameters if p.default)
+    )
+    assert {parameter.name for parameter in method.parameters} <= read, "a parameter does nothing"
 
 
 class _Names(dict[str, str]):

@@ -204,4 +204,16 @@ def tensors_read(node: Expression) -> frozenset[str]:
     return found.union(*(tensors_read(part) for part in node.arguments))
 
 
+def gradients_reach(node: Expression) -> frozenset[str]:
+    """Names of the tensors that a gradient can reach from the value, those of earlier blocks by their names there."""
+    match node.operation:
+        case "stop" | "mask" | "topk_mask" | "sign" | "round" | "ceil":
+            return frozenset()
+        case "tensor":
+            return frozenset([node.name.partition(MARK)[0]])
+        case "surrogate":
+            return gradients_reach(node.arguments[1])
+    return frozenset[str]().union(*map(gradients_reach, node.arguments))
+
+
 assert is_structure(Expression("diag"))  # the match statements above rely on the registry being filled at import

@@ -53,8 +53,8 @@ def test_singular_vectors_and_values() -> None:
         s = frozen singular_values(W, rank)
         V = frozen right_singular(W, rank)
         least = frozen right_singular(W, -2)
-        SV = train diag(singular_values(W, rank)) @ right_singular(W, rank)
-        scaled = train 0.5 * left_singular(W, rank) * sqrt(singular_values(W, rank))
+        SV = frozen diag(singular_values(W, rank)) @ right_singular(W, rank)
+        scaled = frozen 0.5 * left_singular(W, rank) * sqrt(singular_values(W, rank))
     """
     model = linear()
     found, w = starts(body, model), model[0].weight.detach()

@@ -78,7 +78,7 @@ def facts(body: str) -> dict[str, Any]:
         (f"{LOW_RANK}delta = exp(B @ A)", "rank_bound", None),
         ("A = train zeros[out, in]\ndelta = A", "rank_bound", None),
         (f"{LOW_RANK}delta = B @ A + B @ A", "exports_as_lora", True),
-        (f"{LOW_RANK}delta = stop(B @ A)", "exports_as_lora", True),
+        (f"{LOW_RANK}delta = B @ A + stop(B @ A)", "exports_as_lora", True),
         (f"{LOW_RANK}weight = W + B @ A", "exports_as_lora", False),
         (f"{LOW_RANK}delta = mask(W) * (B @ A)", "keeps_zeros", True),
         (f"{LOW_RANK}delta = mask(W) * (B @ A) + B @ A", "keeps_zeros", False),
