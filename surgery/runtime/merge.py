@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from surgery.compiler.algebra.base import stored_like
 from surgery.compiler.diagnostics import Diagnostics, SurgError, fail
 from surgery.compiler.plan import Plan, Site
-from surgery.runtime.places import place_notes, span_of
 
 
 class Mergeable(Protocol):
@@ -26,9 +25,6 @@ class Mergeable(Protocol):
 
     @property
     def plan(self) -> Plan: ...  # noqa: D102
-
-    @property
-    def folder(self) -> Path: ...  # noqa: D102
 
     @property
     def model(self) -> nn.Module: ...  # noqa: D102
@@ -104,8 +100,7 @@ def _untie(found: Diagnostics, step: Mergeable, model: nn.Module, site: Site) ->
 
 
 def _refuse(found: Diagnostics, step: Mergeable, site: Site, reason: str) -> None:
-    span, notes = span_of(site.place, step.folder), place_notes(site.place, step.folder)
-    found.error("SURG055", f"`{site.path}` cannot be merged: {reason}", span, notes=notes)
+    found.error("SURG055", f"`{site.path}` cannot be merged: {reason}", step.plan.span(site.place))
 
 
 def save_merged(step: Mergeable, target: str | Path, tokenizer: Any = None, labels: tuple[str, ...] = ()) -> None:

@@ -28,8 +28,6 @@ pytestmark = pytest.mark.usefixtures("captured_once")
 class Adapted:
     """A model with one site whose effective weight is W plus a constant, and its effective bias b plus another."""
 
-    folder = Path(".")
-
     def __init__(
         self,
         model: nn.Module,
@@ -53,10 +51,10 @@ class Adapted:
             layer=None, shape=(1, 1), transposed=self.transposed, dtype="float32", untied=untied, bias=True, rule=0,
             formula="f", method="lora", rank=4,
             tensors=(), trainable=0, frozen=0, facts=Facts(**(known | facts)),
-            place=Place(file="demo.surg", line=3, column=1, start=0, end=1),
+            place=Place(file="demo.surg", line=3, column=1, start=2, end=7),
         )  # fmt: skip
         self.plan = Plan(
-            spec="", file="demo.surg", model=ModelPlan(source="given", name=""), sites=(site,), formulas={}, tokens=0,
+            spec="\n\nadapt q_proj { with lora() }\n", file="demo.surg", model=ModelPlan(source="given", name=""), sites=(site,), formulas={}, tokens=0,
             totals=Totals(sites=1, trainable=0, frozen=0, model=1, share=0.0),
         )  # fmt: skip
 
@@ -133,7 +131,7 @@ def test_what_cannot_merge_says_why() -> None:
     assert "does not merge into a weight" in refused(Adapted(llama(), path, merges=False))
     assert "needs a bias, and this Linear has none" in refused(Adapted(llama(), path, bias=1.0))
     assert "does not fit torch.float16" in refused(Adapted(llama().half(), path, 1e6))
-    assert "asked for at demo.surg:3:1" in refused(Adapted(llama(), path, float("nan")))
+    assert "--> demo.surg:3:1" in refused(Adapted(llama(), path, float("nan")))
     merged(Adapted(llama(), path, bias=0.0))  # a bias of zeros is none
 
 
