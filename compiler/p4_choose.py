@@ -57,7 +57,9 @@ class _Chooser:
         formula = instance(self.plan, site.formula)
         illegal = why_not_folded(formula)
         costs, dense = self._measured(formula, site, not illegal)
-        manual = {} if illegal else self._manual(site.dtype, dense)
+        precision = self.plan.step.precision
+        dtype = site.dtype if precision == "model" else precision  # what products run in: autocast rounds W to it
+        manual = {} if illegal else self._manual(dtype, dense)
         candidates = tuple(
             Candidate(
                 strategy=strategy,
@@ -76,7 +78,7 @@ class _Chooser:
                 span = _clause(self.plan.span(site.place))
                 self.diagnostics.error("SURG032", message, span, help=f"write {legal}, or leave it out")
             return site.strategy, "as the spec says", candidates
-        times = {strategy: _time(cost, site.dtype) for strategy, cost in costs.items() if strategy not in manual}
+        times = {strategy: _time(cost, dtype) for strategy, cost in costs.items() if strategy not in manual}
         best = min(times, key=lambda strategy: times[strategy])
         return best, _reason(best, times, illegal), candidates
 

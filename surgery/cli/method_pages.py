@@ -35,7 +35,9 @@ def sentences(method: MethodInfo) -> list[str]:
     bound = method.rank_bound
     facts = [
         "the model is unchanged at the start" if method.identity_at_start else "the model is changed at the start",
-        f"the rank of the change is at most `{bound}`" if bound else "the rank of the change has no bound",
+        f"the rank of the change is at most `{bound}`"
+        if bound
+        else "no bound below the sizes of W is proved for the rank of the change",
         "merges into W exactly" if method.merges else f"does not merge into W: {method.merge_reason}",
         "exports as an ordinary LoRA" if method.exports_as_lora else "",
         "zeros of W stay zeros" if method.keeps_zeros else "",

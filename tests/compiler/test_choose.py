@@ -54,11 +54,16 @@ class Stack(nn.Module):
 
 
 def plan_of(
-    method: str, dtype: torch.dtype = torch.float32, width: int = WIDTH, layers: int = 1, more: str = ""
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    width: int = WIDTH,
+    layers: int = 1,
+    more: str = "",
+    step: str = "",
 ) -> Plan:
     program = surgery.parse(f"""{METHODS}
         adapt layer.* {{ with {method} {more} }}
-        step {{ optimizer = adamw(lr = 1e-3)  batch = 16  steps = 1  loss = mse }}
+        step {{ optimizer = adamw(lr = 1e-3)  batch = 16  steps = 1  loss = mse  {step} }}
         data "rows.jsonl" {{ text = "{{text}}"  label = label  max_length = {TOKENS // 16} }}
     """)
     plan = resolve(program, Stack(dtype, width, layers))
@@ -110,6 +115,12 @@ def test_the_choice_and_its_reason(method: str, dtype: torch.dtype, chosen: str,
     site = site_of(method, dtype)
     assert site.strategy == chosen and reason in site.reason
     assert [way.strategy for way in site.candidates] == list(p4_choose.STRATEGIES)
+
+
+def test_autocast_rounds_a_folded_weight_like_a_model_in_half_precision() -> None:
+    assert site_of("lora(rank = 32)", width=64).strategy == "fold"
+    site = site_of("lora(rank = 32)", width=64, step="precision = bfloat16")
+    assert site.strategy == "branch" and "rounding" in site.reason
 
 
 def test_recompute_has_to_be_asked_for_where_the_branch_is_cheap() -> None:
