@@ -128,7 +128,7 @@ class Skeleton:
     @cached_property
     def output_sizes(self) -> dict[str, int]:
         """The last output size of every module, as far as the example inputs tell."""
-        from surgery.runtime.examples import example_inputs
+        from surgery.compiler.examples import example_inputs
 
         examples = self.examples
         if examples is None:

@@ -105,9 +105,9 @@ def _compile(
     import torch
 
     from surgery.compiler import p5_capture, pipeline
+    from surgery.compiler.examples import example_inputs as make_examples
     from surgery.compiler.graph import tensors
     from surgery.runtime.calibrate import calibrate, missing
-    from surgery.runtime.examples import example_inputs as make_examples
     from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.models import load_model
     from surgery.runtime.step import TrainingStep

@@ -19,8 +19,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from surgery.compiler import p5_capture
+from surgery.compiler.examples import example_inputs
 from surgery.compiler.graph import Graph, tensors
-from surgery.runtime.examples import example_inputs
 
 FOLDER = Path(__file__).resolve().parent
 Golden = Callable[[str, str], None]

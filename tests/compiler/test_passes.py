@@ -27,6 +27,7 @@ from surgery.compiler import (
     p7_lower,
     p8_emit,
 )  # fmt: skip
+from surgery.compiler.examples import example_inputs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.nodes import Tree
 from surgery.compiler.pipeline import PASSES
@@ -34,7 +35,6 @@ from surgery.compiler.plan import Plan, Site
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program
 from surgery.compiler.span import Source
-from surgery.runtime.examples import example_inputs
 from surgery.runtime.initialise import initialise
 from surgery.runtime.models import load_model, load_skeleton
 

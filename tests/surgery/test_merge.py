@@ -54,7 +54,8 @@ class Adapted:
             place=Place(file="demo.surg", line=3, column=1, start=2, end=7),
         )  # fmt: skip
         self.plan = Plan(
-            spec="\n\nadapt q_proj { with lora() }\n", file="demo.surg", model=ModelPlan(source="given", name=""), sites=(site,), formulas={}, tokens=0,
+            spec="\n\nadapt q_proj { with lora() }\n", file="demo.surg",
+            model=ModelPlan(source="given", name=""), sites=(site,), formulas={}, tokens=0,
             totals=Totals(sites=1, trainable=0, frozen=0, model=1, share=0.0),
         )  # fmt: skip
 

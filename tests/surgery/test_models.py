@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from surgery.compiler.diagnostics import Diagnostic, SurgError
+from surgery.compiler.examples import example_inputs
 from surgery.compiler.plan import ModelPlan
-from surgery.runtime.examples import example_inputs
 from surgery.runtime.models import load_model, load_skeleton, load_tokenizer, name_labels
 
 ROOT = Path(__file__).resolve().parents[2]
