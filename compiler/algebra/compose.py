@@ -10,6 +10,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import elaborate, is_square
 from surgery.compiler.algebra.names import LATER, names_in, taken
@@ -44,11 +45,10 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
     parts: list[Part] = []
 
     def replaced(node: Any) -> Any:
-        name = node.function if isinstance(node, nodes.Call) else getattr(node, "name", "")
-        if isinstance(node, nodes.Call | nodes.Name) and name in methods:
-            call = node if isinstance(node, nodes.Call) else nodes.Call(name, (), span=node.span)
+        call = nodes.Call(node.name, (), span=node.span) if isinstance(node, nodes.Name) else node
+        if isinstance(call, nodes.Call) and call.function in methods:
             try:
-                parts.append(_part(call, methods[name], parts))
+                parts.append(_part(call, methods[call.function], parts))
             except SurgError as error:
                 diagnostics.found += error.diagnostics
                 return node
@@ -180,6 +180,7 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
         else:
             first = terms[same].matrix
             terms[same] = Term(Expression("add", (first, matrix), first.shape, span=first.span), origin)
+    _check_trained(method, found, terms)
     parts = tuple(found.values())
     return MethodFormula(
         "_".join(found), tuple(tensor for part in parts for tensor in part.tensors), "delta",
@@ -187,6 +188,20 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
         tuple(event for part in parts for event in part.events), f"delta = {method.name}", None,
         frozenset[str]().union(*(part.coordinates for part in parts)), method.span, shape,
     )  # fmt: skip
+
+
+def _check_trained(method: Composed, found: Mapping[str, MethodFormula], terms: Sequence[Term]) -> None:
+    """A gradient reaches what each part trains."""
+    reached = frozenset[str]().union(*(gradients_reach(side) for term in terms for side in (term.matrix, term.input)))
+    diagnostics = Diagnostics()
+    for part in method.parts:
+        lost = [tensor.name for tensor in found[part.name].tensors
+                if tensor.role == "train" and tensor.name not in reached]  # fmt: skip
+        if lost:
+            names = ", ".join(f"`{name}`" for name in lost)
+            message = f"{names} {'is' if len(lost) == 1 else 'are'} trained, but no gradient passes what stands around"
+            diagnostics.error("SURG004", message, part.call.span, help="leave the method out, or what holds it back")
+    diagnostics.raise_errors()
 
 
 def _check_moves(node: nodes.Expr, found: Mapping[str, MethodFormula], factor: nodes.Expr | None = None) -> None:

@@ -138,8 +138,21 @@ def identity_at_start(formula: MethodFormula) -> bool:
     if formula.form == "output":
         return base is None and start.operation == "y" and start.name == "y"
     if base is not None:
-        return _simplify(Expression("add", (base, start), base.shape)).operation == "weight"
+        left = dict[Expression, int]()
+        for part in (base, start):
+            _add_summands(part, 1, left)
+        return [(term.operation, times) for term, times in left.items() if times] == [("weight", 1)]
     return _filled(start) == Quantity.of(0)
+
+
+def _add_summands(node: Expression, sign: int, found: dict[Expression, int]) -> None:
+    """Count how often each term occurs in a sum, negative where it is subtracted."""
+    if node.operation in ("add", "subtract") and all(part.shape == node.shape for part in node.arguments):
+        left, right = node.arguments
+        _add_summands(left, sign, found)
+        _add_summands(right, sign if node.operation == "add" else -sign, found)
+    elif _filled(node) != Quantity.of(0):
+        found[node] = found.get(node, 0) + sign
 
 
 # --- zeros and dependence on W ----------------------------------------------------------------------------------------
@@ -213,6 +226,8 @@ def gradients_reach(node: Expression) -> frozenset[str]:
             return frozenset([node.name.partition(MARK)[0]])
         case "surrogate":
             return gradients_reach(node.arguments[1])
+        case "multiply" | "matmul" if Quantity.of(0) in map(_filled, node.arguments):
+            return frozenset()
     return frozenset[str]().union(*map(gradients_reach, node.arguments))
 
 

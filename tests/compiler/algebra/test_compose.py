@@ -251,3 +251,19 @@ def test_module_scope_nests_the_tensors() -> None:
     surgery.apply(surgery.parse(f"{METHODS}\nadapt layer {{ with mask(W) * first() + first(rank = 1) }}"), twin)
     twin.load_state_dict(adapted.state_dict())
     assert torch.equal(twin(x), adapted(x))
+
+
+@pytest.mark.parametrize("text", ["0 * first()", "first() + 0 * square()", "sign(first())", "mask(first()) * square()"])
+def test_a_part_that_no_gradient_reaches_is_refused(text: str) -> None:
+    assert code_of(text) == "SURG004"
+
+
+def test_methods_that_correct_the_weight_are_the_identity_together() -> None:
+    start = torch.randn(4, 5, dtype=torch.float64)
+    for text in ("pissa(2) + olora(2)", "pissa(2) + pissa(2)", "olora(2) + square() + pissa(2)"):
+        model = Model()
+        step = compiled(text, model)
+        (site,) = step.plan.sites
+        assert site.facts.identity_at_start == ("square" not in text)
+        same = torch.allclose(step.forward(x=start), model(start), rtol=1e-12, atol=1e-12)
+        assert same == site.facts.identity_at_start
