@@ -96,6 +96,10 @@ def calibrate(plan: Plan, graph: Graph, batches: Sequence[Mapping[str, Tensor]])
             if total.requires_grad:
                 torch.autograd.backward(total)
     for site in plan.sites:
+        if "gradient" in needs[site.path] and site.path not in found.gradients:
+            message = f"no gradient of the loss reaches the weight of `{site.path}`, so `grad(W)` is not known"
+            help_text = "adapt a weight that the loss depends on, or this one with another method"
+            raise fail("SURG036", message, plan.span(site.place), help=help_text)
         if "activations" in needs[site.path] and site.path not in found.grams:
             message = f"the inputs of `{site.path}` are not rows that meet a matrix, so `activations(x)` is not known"
             raise fail("SURG036", message, plan.span(site.place), help="adapt linear modules with this method")

@@ -198,6 +198,23 @@ def test_what_is_missing_is_said() -> None:
         surgery.compile(program, model, {"x": batch["x"]}, calibration=[broken])
 
 
+def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(self.before(x).detach())
+            return found
+
+    method = "method m() { A = train zeros[out, 2]  B = train right_singular(grad(W), 2)  delta = A @ B }\n"
+    program = surgery.parse(method + "adapt before { with m() }\nstep { loss = mse  batch = 2  steps = 1 }")
+    batch = {"x": torch.randn(2, 6), "labels": torch.randn(2, 3)}
+    with pytest.raises(surgery.SurgError, match="SURG036.*`before`"):
+        surgery.compile(program, Cut(), {"x": batch["x"]}, calibration=[batch])
+
+
 def test_the_inputs_of_an_embedding_are_no_rows() -> None:
     chosen = ARCHITECTURES["llama"]
     text = "method m() { A = train right_singular(activations(x), 2)  B = train zeros[out, 2]  delta = B @ A }\n"
