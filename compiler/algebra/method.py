@@ -55,6 +55,7 @@ class _Reader:
     input_equation: str = ""
     events: list[EventFormula] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    poisoned: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] = lambda back: True  # whether there is a site so many blocks earlier
 
     def check_indices(self) -> None:
@@ -117,8 +118,6 @@ class _Reader:
         if name not in RESERVED:  # those stay what they are
             self.names.pop(name, None)
         self.poisoned.add(name)
-
-    poisoned: set[str] = field(default_factory=set)
 
     def claim(self, name: str, span: Span | None) -> None:
         if name in RESERVED or name in SPECIAL or name == "bias":
@@ -362,7 +361,6 @@ def elaborate(
     if reader.diagnostics.errors or reader.result is None:
         return None, reader.diagnostics
     form, expression = reader.result
-    expression = replace(expression)
     terms = () if form == "output" else (Term(expression, reader.rows or rows("x", inside.value)),)
     rank = names.get("rank")
     coordinates = frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_"))

@@ -101,6 +101,6 @@ def _product(shape: list[Quantity]) -> Quantity:
 def named(tensor: TensorFormula) -> Expression:
     """What the tensor's name stands for in expressions: a frozen `onehot_rows` is known to select rows."""
     value = Expression("tensor", (), tensor.shape, name=tensor.name, span=tensor.span)
-    if tensor.role == "frozen" and tensor.start.name == "onehot_rows" and "selection" in STRUCTURES:
+    if tensor.role == "frozen" and tensor.start.name == "onehot_rows":
         return Expression("selection", (value,), tensor.shape, span=tensor.span)
     return value
