@@ -48,7 +48,7 @@ RATE = 0.05
 # Small numbers for parameters by their names; any other parameter keeps its default.
 ARGUMENTS = {
     "rank": "3", "groups": "3", "k": "3", "block": "3", "factor": "3", "outer": "5", "bottleneck": "5", "second": "2",
-    "frequencies": "20", "dropout": "0", "start": "1",
+    "frequencies": "20", "dropout": "0", "start": "1", "alpha": "6",
 }  # fmt: skip
 # What a shape may be refused for: no such path, no weight of that kind, sizes that do not fit.
 REFUSALS = {"SURG005", "SURG020", "SURG025", "SURG026", "SURG027", "SURG028"}
