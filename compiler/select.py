@@ -76,12 +76,12 @@ def _matched(pattern: nodes.Pattern, skeleton: Skeleton, diagnostics: Diagnostic
         _report_nothing(pattern, parts, paths, diagnostics)
     elif missing := unmatched(parts, paths):
         for text in missing:
-            help_text = _nearest_alternative(text, parts, paths)
+            help_text = _nearest_alternative(text, paths)
             diagnostics.error("SURG021", f"`{text}` in `{pattern.text}` matches nothing", pattern.span, help=help_text)
     return found
 
 
-def _nearest_alternative(text: str, parts: tuple[Part, ...], paths: list[str]) -> str | None:
+def _nearest_alternative(text: str, paths: list[str]) -> str | None:
     if text.startswith("["):
         return "the model has no block of that number"
     return did_you_mean(text, sorted({component for path in paths for component in path.split(".")}))

@@ -8,7 +8,6 @@ from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES, is_structure
 
 ONE = Quantity.of(1)
-ELEMENTWISE = ("add", "subtract", "multiply", "divide", "power")
 
 
 def is_scalar(expression: Expression) -> bool:

@@ -6,7 +6,7 @@ the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -24,7 +24,6 @@ from surgery.compiler.graph import TRAINING
 from surgery.compiler.plan import Plan, Site
 
 Lowered = tuple[fx.GraphModule, tuple[str, ...]]  # a computation without state, and the names of what it reads
-Read = Callable[[str], Any]  # the value of a name
 
 
 class AdaptedOwner(nn.Module):
@@ -49,7 +48,10 @@ def computed_parameter(
 
 
 def changed_output(owner: nn.Module, size: int, lowered: Lowered, read: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """Let the first tensor `[..., size]` of the module's output go through the computation."""
+    """Let the first tensor `[..., size]` of the module's output go through the computation.
+
+    The forward raises SURG060 where its output has none.
+    """
     function, inputs = lowered
     own = type(owner).forward
 
@@ -64,7 +66,8 @@ def changed_output(owner: nn.Module, size: int, lowered: Lowered, read: Mapping[
                 ]
                 leaves[number] = computation(*operands)
                 return pytree.tree_unflatten(leaves, structure)
-        raise RuntimeError(f"{type(self).__name__} gives no tensor of {size} columns")
+        message = f"{type(self).__name__} gives no tensor of {size} columns here, which its method was made for"
+        raise fail("SURG060", message, help="adapt a module whose output always has that size")
 
     owner.__dict__["_surgery_output"] = (function, dict(read))
     _become(owner, {"forward": forward})
