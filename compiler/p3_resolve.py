@@ -148,7 +148,7 @@ class _Resolver:
     formulas: dict[str, Formula] = field(default_factory=dict)
     events: list[EventPlan] = field(default_factory=list)
     shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
-    _differing: set[tuple[str, str]] = field(default_factory=set)  # shared tensors whose sizes differ, said once
+    _differing: set[tuple[str, str]] = field(default_factory=set)  # shared tensors that differ, said once
     _built: dict[str, Built | None] = field(default_factory=dict)
     _unfit: dict[str, str] = field(default_factory=dict)  # why a formula does not fit its kind of weight
     _refused: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
@@ -319,23 +319,34 @@ class _Resolver:
             part = {"model": "", "layer": f".layer{where.layer}", "kind": f".{where.kind}"}[tensor.shared_by]
             own = tensor.name.rpartition(".")[2] if tensor.shared_as else tensor.name  # one tensor for all that say so
             key = f"shared.{group}{part}.{own}"
-            known, first = self.shared.setdefault(key, (tensor, weight.path))
-            known_shape = tuple(whole_of(size) for size in known.shape)
-            if known_shape != shape:
-                clash = f"{list(known_shape)} at `{first}` and {list(shape)} at `{weight.path}`"
-                message = f"`{tensor.name}` is shared, but would be {clash}"
-                advice = "share it `by kind`, or give it the sizes `max_in` and `max_out` and slice it: `A[:, 0:in]`"
-                if (group, tensor.name) not in self._differing:
-                    self.diagnostics.error("SURG005", message, tensor.span, help=advice)
-                self._differing.add((group, tensor.name))
-            elif (known.role, known.start.text) != (tensor.role, tensor.start.text):
-                message = f"`{tensor.name}` is shared, but the rules define it differently"
-                self.diagnostics.error("SURG009", message, tensor.span, notes=[Note("the first one", known.span)])
+            self._check_shared(group, key, tensor, shape, weight)
         return TensorPlan(
             name=tensor.name, key=key, role=tensor.role, shape=shape,
             dtype="int64" if tensor.is_index else self._dtype(weight),
             start=tensor.start.text, numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
         )  # fmt: skip
+
+    def _check_shared(
+        self, group: str, key: str, tensor: TensorFormula, shape: tuple[int, ...], weight: Weight
+    ) -> None:
+        """Sites that share a tensor agree on all of it: what another site says of it would do nothing."""
+        known, first = self.shared.setdefault(key, (tensor, weight.path))
+        known_shape = tuple(whole_of(size) for size in known.shape)
+        if (group, tensor.name) in self._differing:
+            return
+        if known_shape != shape:
+            clash = f"{list(known_shape)} at `{first}` and {list(shape)} at `{weight.path}`"
+            message = f"`{tensor.name}` is shared, but would be {clash}"
+            advice = "share it `by kind`, or give it the sizes `max_in` and `max_out` and slice it: `A[:, 0:in]`"
+            self.diagnostics.error("SURG005", message, tensor.span, help=advice)
+        elif _definition(known) != _definition(tensor):
+            message = f"`{tensor.name}` is shared, but defined differently at `{first}` and at `{weight.path}`"
+            advice = "all that share it need the same role, start, lr and weight_decay"
+            notes = [Note("the first one", known.span)]
+            self.diagnostics.error("SURG009", message, tensor.span, notes=notes, help=advice)
+        else:
+            return
+        self._differing.add((group, tensor.name))
 
     def _dtype(self, weight: Weight) -> str:
         asked = self.program.step.adapter_dtype
@@ -372,6 +383,11 @@ class _Resolver:
                 model=skeleton.numbers, share=trainable / max(1, skeleton.numbers),
             ),
         )  # fmt: skip
+
+
+def _definition(tensor: TensorFormula) -> tuple[object, ...]:
+    """What sites that share a tensor have to agree on, beside its shape."""
+    return tensor.role, tensor.start.text, tensor.start.arguments, tensor.lr, tensor.weight_decay
 
 
 def _call(rule: Rule) -> str:

@@ -259,11 +259,24 @@ def test_shapes_of_a_shared_tensor_agree(architectures: Any) -> None:
     assert "SURG005" in refused("adapt **.{q_proj,k_proj} { with m }", model, body)
 
 
-def test_definitions_of_a_shared_tensor_agree(architectures: Any) -> None:
-    other = shared("model as pool").replace("train zeros[rank", "frozen ones[rank")
+@pytest.mark.parametrize(
+    "change", [("train zeros", "frozen zeros"), ("zeros", "ones"), (" as pool", " as pool { lr = 1e-3 }")]
+)
+def test_definitions_of_a_shared_tensor_agree(change: tuple[str, str], architectures: Any) -> None:
+    other = shared("model as pool").replace(*change, 1)
     text = f"method n(rank: int = 2) {{\n{other}\n}}\nadapt **.q_proj {{ with m }}\nadapt **.o_proj {{ with n }}"
     codes = refused(text, architectures["llama"].model(), shared("model as pool"))
-    assert set(codes) == {"SURG009"}
+    assert codes == ["SURG009"]
+
+
+def test_one_start_of_a_shared_tensor(architectures: Any) -> None:
+    method = "method n(std: real) {\nA = train normal(std)[1] shared by model as pool\ndelta = A * W\n}\n"
+    model, text = (
+        architectures["llama"].model(),
+        method + "adapt **.q_proj { with n(1) }\nadapt **.o_proj { with n(STD) }",
+    )
+    assert refused(text.replace("STD", "2"), model) == ["SURG009"]
+    assert len(planned(text.replace("STD", "1"), model).sites) == 4
 
 
 # --- tied, frozen, totals ---------------------------------------------------------------------------------------------
