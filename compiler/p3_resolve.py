@@ -42,12 +42,16 @@ HALF = ("bfloat16", "float16")
 UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch says
 
 
-def run(program: Program, model: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
+def run(
+    program: Program, model: nn.Module, examples: Mapping[str, Tensor] | None = None, saved: Plan | None = None
+) -> Plan:
     """Resolve a program against a model (on any device, also meta); raises `SurgError` with all that does not fit.
 
-    `examples` are inputs of the model's forward: they tell the sizes of outputs where the model itself does not.
+    `examples` are inputs of the model's forward: they tell the sizes of outputs where the model itself does not; so
+    does the `saved` plan of a run of it.
     """
-    skeleton = Skeleton(model, examples, program.model.task if program.model else None)
+    known = {site.path: site.shape[0] for site in saved.sites if not site.parameter} if saved else {}
+    skeleton = Skeleton(model, examples, program.model.task if program.model else None, known)
     diagnostics = Diagnostics()
     claimed: dict[int, Selection] = {}
     resolver = _Resolver(program, skeleton, diagnostics)

@@ -30,9 +30,14 @@ from surgery.compiler.program import Program
 PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit)
 
 
-def resolve(program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None) -> Plan:
-    """A program to its plan for one model; weights are not read. `examples` are inputs of its forward, if given."""
-    return p4_choose.run(p3_resolve.run(program, skeleton, examples))
+def resolve(
+    program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None, saved: Plan | None = None
+) -> Plan:
+    """A program to its plan for one model; weights are not read.
+
+    `examples` are inputs of its forward and `saved` the plan of a run of it, if given: both know sizes of outputs.
+    """
+    return p4_choose.run(p3_resolve.run(program, skeleton, examples, saved))
 
 
 def adapt(plan: Plan, graph: Graph, values: Mapping[str, Tensor]) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class Skeleton:
     model: nn.Module
     examples: Mapping[str, Tensor] | None = None  # inputs of its forward, where they are known
     named_task: str | None = None  # as the program names it
+    saved_sizes: Mapping[str, int] = field(default_factory=dict)  # of outputs, as a run of this model knows them
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -115,7 +116,7 @@ class Skeleton:
 
     def output(self, path: str) -> Weight | None:
         """A module without a weight as far as its output `[..., out]` goes; None where its size is not known."""
-        size = self.output_sizes.get(path)
+        size = self.saved_sizes.get(path) or self.output_sizes.get(path)
         if size is None:
             return None
         module = self.modules[path]

@@ -98,9 +98,10 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
     state = load_state(directory)
     from surgery.api import parse
 
-    plan = pipeline.resolve(parse(state.spec, state.folder, state.plan.file), model)
+    plan = pipeline.resolve(parse(state.spec, state.folder, state.plan.file), model, saved=state.plan)
     if plan.model.fingerprint != state.plan.model.fingerprint:
         raise fail("SURG054", f"`{directory}` is a run of another model than the one given")
+    _reads_across(plan).raise_errors()
     saved = {name: value for name, value in state.state["weights"].items() if isinstance(value, Tensor)}
     named = tensors(model)
     wanted = {tensor.key for site in plan.sites for tensor in site.tensors}
@@ -135,12 +136,19 @@ def _refuse_graph_scope(plan: Plan) -> None:
         span = plan.span(event.place)
         help_text = "use surgery.compile or `surgery train`, which run it"
         diagnostics.error("SURG060", "nobody runs the step's clock in module scope", span, help=help_text)
+    diagnostics.found += _reads_across(plan).found
+    diagnostics.raise_errors()
+
+
+def _reads_across(plan: Plan) -> Diagnostics:
+    """What is wrong with a plan that reads other blocks, trained or not."""
+    diagnostics = Diagnostics()
     across = next((site for site in plan.sites if site.earlier or site.earlier_inputs), None)
     if across is not None:
         message = f"`{across.path}` reads another block, and a module in place knows its own weights alone"
         help_text = "use surgery.compile or `surgery train`, which see the whole graph"
         diagnostics.error("SURG060", message, plan.span(across.place), help=help_text)
-    diagnostics.raise_errors()
+    return diagnostics
 
 
 def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Module:

@@ -162,6 +162,28 @@ def test_a_run_is_saved_and_loaded(tmp_path: Path) -> None:
     assert attached(data["x"]).shape == (3, 2, 4)
 
 
+class Activated(Model):
+    """A model without a config and with a module without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+        self.activation = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.activation(self.first(x)))
+        return found
+
+
+def test_a_run_knows_the_sizes_of_its_outputs(tmp_path: Path) -> None:
+    text = f"{METHODS}\nadapt activation {{ with bottleneck() }}\nstep {{ batch = 3  loss = mse }}"
+    model, data = Activated(), batch()
+    step = surgery.compile(surgery.parse(text), model, {"x": data["x"]})
+    step(data)
+    step.save(tmp_path / "run")
+    attached = surgery.apply(tmp_path / "run", model)
+    torch.testing.assert_close(attached(data["x"]), step.forward(x=data["x"]))
+
+
 def test_what_is_read_is_what_is_written() -> None:
     step = surgery.compile(program("bottleneck"), Model(), {"x": batch()["x"]})
     assert "F.gelu(" in step.source or "gelu(" in step.source

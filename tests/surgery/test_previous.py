@@ -259,3 +259,13 @@ def test_unequal_shapes_and_module_scope() -> None:
         surgery.apply(surgery.parse(text), Model(2))
     assert refused.value.diagnostics[0].code == "SURG060"
     surgery.apply(surgery.parse(text), Model(1))  # nothing is read there
+
+
+@pytest.mark.parametrize("method", ["block", "inputs", "middle"])
+def test_a_run_that_reads_across_blocks_is_refused_in_place(method: str, tmp_path: Path) -> None:
+    data = torch.randn(3, 5, dtype=torch.float64)
+    text = f"{METHODS}\nadapt blocks.*.up {{ with {method}() }}\nstep {{ batch = 3  loss = mse }}"
+    surgery.compile(surgery.parse(text), Model(2), {"x": data}).save(tmp_path / "run")
+    with pytest.raises(surgery.SurgError) as refused:
+        surgery.apply(tmp_path / "run", Model(2))
+    assert refused.value.diagnostics[0].code == "SURG060"
