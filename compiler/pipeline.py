@@ -27,16 +27,12 @@ from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 
+Examples = Mapping[str, Tensor] | None  # inputs of a model's forward
 PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit)
 
 
-def resolve(
-    program: Program, skeleton: nn.Module, examples: Mapping[str, Tensor] | None = None, saved: Plan | None = None
-) -> Plan:
-    """A program to its plan for one model; weights are not read.
-
-    `examples` are inputs of its forward and `saved` the plan of a run of it, if given: both know sizes of outputs.
-    """
+def resolve(program: Program, skeleton: nn.Module, examples: Examples = None, saved: Plan | None = None) -> Plan:
+    """A program to its plan for one model, reading no weights; `examples` or a run's `saved` plan tell output sizes."""
     return p4_choose.run(p3_resolve.run(program, skeleton, examples, saved))
 
 
