@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.facts import reads_weight, tensors_read
+from surgery.compiler.algebra.facts import gradients_reach, reads_weight, tensors_read
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.previous import leaves
@@ -129,13 +129,11 @@ def gradient_factors(formula: MethodFormula) -> tuple[Expression, ...] | None:
 
     Nothing at all (an empty tuple) where no tensor gets a gradient; None where there are no such factors.
     """
-    earlier = {leaf: name for leaf, (name, _) in leaves(formula).items()}
-    trained = formula.trained | {leaf for leaf, name in earlier.items() if name in formula.trained}
-    reads = _gradient(formula.expression, trained)
+    reads = _gradient(formula.expression, formula.trained)
     if reads is None:
         return ()
     factors = factor(reads)
-    weights = {leaf for leaf, name in earlier.items() if name == "W"}
+    weights = {leaf for leaf, (name, _) in leaves(formula).items() if name == "W"}
     if factors is None or any(reads_weight(side) or weights & tensors_read(side) for side in factors):
         return None
     width = factors[0].shape[-1].whole
@@ -170,12 +168,5 @@ def _gradient(node: Expression, trained: frozenset[str]) -> Expression | None:
 
 
 def has_gradient(node: Expression, trained: frozenset[str]) -> bool:
-    """Whether a trained tensor gets a gradient through the expression."""
-    match node.operation:
-        case "stop" | "mask":
-            return False
-        case "surrogate":
-            return has_gradient(node.arguments[1], trained)
-        case "tensor":
-            return node.name in trained
-    return any(has_gradient(part, trained) for part in node.arguments)
+    """Whether a trained tensor gets a gradient through the expression; of earlier blocks by their names there."""
+    return not trained.isdisjoint(gradients_reach(node))
