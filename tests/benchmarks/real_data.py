@@ -48,7 +48,7 @@ METHODS = [
     ("dense", "LoRA rank 1", "lora(rank = 1, alpha = 1)"),
     ("dense", "SURM circulant", "circulant()"),
     ("dense", "SURM symmetric Toeplitz", "symmetric_toeplitz()"),
-    ("dense", "SURM Kronecker", "kronecker(rank = 16)"),
+    ("dense", "SURM Kronecker", "kronecker(rank = 16, alpha = 16)"),
     ("dense", "SURM LDR, 1 term", "ldr(terms = 1)"),
     ("dense", "MoRA rank 1", "mora(rank = 1)"),
     ("dense", "LoRA rank 8", "lora(rank = 8, alpha = 8)"),
