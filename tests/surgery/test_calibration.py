@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
-from transformers import BertTokenizer as Tokenizer
 
 import surgery
 from surgery.cli import main
 from surgery.runtime import calibrate
 from tests.models import ARCHITECTURES, Architecture
+from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -249,15 +247,7 @@ data "rows.jsonl" { text = "{text}"  label = kind  CALIBRATE }
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     folder = tmp_path_factory.mktemp("project")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "one", "two", "three"]
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=24, max_position_embeddings=32)  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder / "tiny")
-    Tokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder / "tiny")
-    rows = [{"text": f"{words[5 + n % 3]} {words[8 + n // 3 % 3]} " * (1 + n % 3), "kind": "ab"[n % 3 == 0]}
-            for n in range(60)]  # fmt: skip
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_project(folder)
     return folder
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
-from transformers import BertTokenizer as Tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from surgery.cli import main
 from surgery.runtime import alone
 from surgery.runtime.data import Stream, load_data
 from surgery.runtime.run_folder import all_finite, load_state
+from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -44,16 +44,7 @@ data "rows.jsonl" { text = "{text}"  label = kind  holdout = 0.25 }
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, data and a spec; runs go elsewhere."""
     folder = tmp_path_factory.mktemp("project")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "one", "two", "three"]
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=24, max_position_embeddings=32)  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder / "tiny")
-    (folder / "vocab.txt").write_text("\n".join(words))
-    Tokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder / "tiny")
-    rows = [{"text": f"{words[5 + n % 3]} {words[8 + n // 3 % 3]} " * (1 + n % 3), "kind": "ab"[n % 3 == 0]}
-            for n in range(60)]  # fmt: skip
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_project(folder)
     (folder / "spec.surg").write_text(SPEC)
     return folder
 
