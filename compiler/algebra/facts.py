@@ -219,15 +219,12 @@ def tensors_read(node: Expression) -> frozenset[str]:
 def gradients_reach(node: Expression) -> frozenset[str]:
     """Names of the tensors that a gradient can reach from the value, those of earlier blocks by their names there."""
     match node.operation:
-        case "stop" | "mask" | "topk_mask" | "sign" | "round" | "ceil":
-            return frozenset()
         case "tensor":
             return frozenset([node.name.partition(MARK)[0]])
-        case "surrogate":
-            return gradients_reach(node.arguments[1])
         case "multiply" | "matmul" if Quantity.of(0) in map(_filled, node.arguments):
             return frozenset()
-    return frozenset[str]().union(*map(gradients_reach, node.arguments))
+    parts = STRUCTURES[node.operation].learning(node.arguments) if is_structure(node) else node.arguments
+    return frozenset[str]().union(*map(gradients_reach, parts))
 
 
 assert is_structure(Expression("diag"))  # the match statements above rely on the registry being filled at import

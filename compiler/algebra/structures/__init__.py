@@ -72,6 +72,10 @@ class Structure(ABC):
         """Whether the value is the identity matrix, given its arguments at the start (see `is_filled`)."""
         return False
 
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        """Those of the arguments that a gradient of the value reaches."""
+        return arguments
+
     def keeps_zeros(self, kept: Sequence[bool]) -> bool:
         """Whether the value is zero wherever W is, given which arguments are."""
         return False

@@ -20,6 +20,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 NOT_ZERO_AT_ZERO = ("exp", "sigmoid")
+STEPS = ("sign", "round", "ceil")  # flat wherever they have a slope at all
 
 
 @structure(*FUNCTIONS)
@@ -30,6 +31,9 @@ class Elementwise(Structure):
 
     def shape(self, *arguments: Expression) -> Shape:
         return arguments[0].shape
+
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        return () if self.name in STEPS else arguments
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return FUNCTIONS[self.name](values[0])

@@ -29,6 +29,9 @@ class Stop(_AsItsFirst):
     def shape(self, *arguments: Expression) -> Shape:
         return arguments[0].shape
 
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        return ()
+
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return values[0].detach()
 
@@ -44,6 +47,9 @@ class Surrogate(_AsItsFirst):
         if len(value) != len(gradient) or any(a.differs_from(b) for a, b in zip(value, gradient, strict=True)):
             raise ShapeProblem("the two arguments of surrogate need the same shape")
         return value
+
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        return arguments[1:]
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         value, gradient = values

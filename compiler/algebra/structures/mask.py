@@ -17,6 +17,9 @@ class Mask(Structure):
             raise ShapeProblem("mask takes a matrix, not a number")
         return arguments[0].shape
 
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        return ()
+
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         return torch.sign(torch.abs(values[0].detach()))
 

@@ -27,6 +27,9 @@ class TopMask(Structure):
             raise ShapeProblem(f"the share of topk_mask is between 0 and 1, this is {density.value}")
         return score.shape
 
+    def learning(self, arguments: Sequence[Expression]) -> Sequence[Expression]:
+        return ()
+
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         score, density = values
         sizes = [whole_of(size) for size in node.shape[-2:]]
