@@ -7,11 +7,11 @@
     p5_capture  model + example inputs  -> Graph     torch.export, training mode, dynamic batch and length
     p6_rewrite  Plan + Graph + Tensors  -> Graph     torch.fx: one algebra node per planned weight use
     p7_lower    Graph                   -> Graph     algebra to ops, in each site's strategy
-    p8_emit     Plan + Graph            -> step.py   the training step as readable source, which is what runs
+    p8_optimize Graph                   -> Graph     the same values for fewer operations and less memory
+    p9_emit     Plan + Graph            -> step.py   the training step as readable source, which is what runs
 
-Each pass is a module with one public function `run`; it mutates nothing it was given, collects everything that is
-wrong and raises it once. The tree is in `nodes.py`, the equations in `algebra/`, the plan in `plan.py`, the graph in
-`graph.py`, and what is said to people in `diagnostics.py`.
+Each pass is a module with one public function `run`; it mutates nothing it was given, and collects everything that is
+wrong and raises it once. What they pass on is in `nodes.py`, `plan.py` and `graph.py`, the equations are in `algebra/`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from types import ModuleType
 
 from torch import Tensor, fx, nn
 
-from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit
+from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_optimize, p9_emit  # noqa: E501  # fmt: skip
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 
 Examples = Mapping[str, Tensor] | None  # inputs of a model's forward
-PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_emit)
+_GRAPH_PASSES = (p5_capture, p6_rewrite, p7_lower, p8_optimize, p9_emit)
+PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, *_GRAPH_PASSES)
 
 
 def resolve(program: Program, skeleton: nn.Module, examples: Examples = None, saved: Plan | None = None) -> Plan:
@@ -38,7 +39,7 @@ def resolve(program: Program, skeleton: nn.Module, examples: Examples = None, sa
 
 def adapt(plan: Plan, graph: Graph, values: Mapping[str, Tensor]) -> Graph:
     """A captured graph to the adapted one, over the method's tensors by key."""
-    return p7_lower.run(p6_rewrite.run(plan, graph, values))
+    return p8_optimize.run(p7_lower.run(p6_rewrite.run(plan, graph, values)))
 
 
 def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -57,4 +58,5 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if site.parameter and site.parameter not in present:
             raise fail("SURG041", f"the graph has no `{site.parameter}`", help="it is the graph of another model")
     values = initialise(plan, present)
-    return p7_lower.lower_module(correct_graph(plan, p6_rewrite.rewrite_module(graph_module, plan, values), values))
+    rewritten = correct_graph(plan, p6_rewrite.rewrite_module(graph_module, plan, values), values)
+    return p8_optimize.optimize_module(p7_lower.lower_module(rewritten))

@@ -18,7 +18,7 @@ from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.sources import calibrated, walk
 from surgery.compiler.diagnostics import Note, SurgError, fail
 from surgery.compiler.graph import Graph, build_module, copy_module, non_persistent, tensors
-from surgery.compiler.p8_emit import chosen_loss
+from surgery.compiler.p9_emit import chosen_loss
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.uses import ADDMM, LINEAR, PRODUCT
 from surgery.runtime import batches as batches_of

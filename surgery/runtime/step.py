@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from surgery.compiler import p8_emit
+from surgery.compiler import p9_emit
 from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.events import EventProgram
 from surgery.compiler.events import programs as events_of
@@ -75,15 +75,15 @@ class TrainingStep:
         given = tensors(graph.module)
         self.device = _device(device, given)
         programs = events_of(plan) if events is None else tuple(events)
-        self._loss = p8_emit.chosen_loss(plan, graph)
-        self._trained = p8_emit.trained_names(plan, graph)
+        self._loss = p9_emit.chosen_loss(plan, graph)
+        self._trained = p9_emit.trained_names(plan, graph)
         self._written = written_names(plan, graph, self._trained, programs)
         self._corrected = corrected_sites(plan)
         moved = [*self._written, *(site.parameter for site in self._corrected)]
         self.weights = own(given, moved, set(self._trained), self.device)
         self._correct(self._corrected)
         self.module = _module(graph, self.weights, self.device)
-        self.use_source(p8_emit.run(plan, graph, programs) if source is None else source)
+        self.use_source(p9_emit.run(plan, graph, programs) if source is None else source)
         torch.manual_seed(plan.step.seed)
         scaled = plan.step.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
@@ -189,7 +189,7 @@ class TrainingStep:
     @property
     def graph_source(self) -> str:
         """The text of graph.py: the adapted model's forward alone."""
-        return p8_emit.graph_source(self.plan, self.graph)
+        return p9_emit.graph_source(self.plan, self.graph)
 
     def effective_weight(self, path: str) -> Tensor:
         """What the site multiplies with now, [out, in], in float32, or in W's dtype where that is wider.

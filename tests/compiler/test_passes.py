@@ -25,7 +25,8 @@ from surgery.compiler import (
     p5_capture,
     p6_rewrite,
     p7_lower,
-    p8_emit,
+    p8_optimize,
+    p9_emit,
 )  # fmt: skip
 from surgery.compiler.examples import example_inputs
 from surgery.compiler.graph import Graph, tensors
@@ -68,6 +69,7 @@ class Demo:
     captured: Graph
     rewritten: Graph
     lowered: Graph
+    optimized: Graph
     step: str
 
 
@@ -82,7 +84,9 @@ def demo() -> Demo:
     captured = p5_capture.run(model, example_inputs(model, program.model.task), program.model.task)
     rewritten = p6_rewrite.run(chosen, captured, initialise(chosen, tensors(captured.module)))
     lowered = p7_lower.run(rewritten)
-    return Demo(tree, program, resolved, chosen, captured, rewritten, lowered, p8_emit.run(chosen, lowered))
+    optimized = p8_optimize.run(lowered)
+    step = p9_emit.run(chosen, optimized)
+    return Demo(tree, program, resolved, chosen, captured, rewritten, lowered, optimized, step)
 
 
 # --- readable forms ---------------------------------------------------------------------------------------------------
@@ -228,8 +232,13 @@ def test_p7_the_lowered_graph(demo: Demo, golden: Golden) -> None:
 
 
 @of_the_graph
-def test_p8_the_step(demo: Demo, golden: Golden) -> None:
-    golden(demo.step, "golden/demo/p8.txt")
+def test_p8_the_optimized_graph(demo: Demo, golden: Golden) -> None:
+    golden(graph_text(demo.optimized), "golden/demo/p8.txt")
+
+
+@of_the_graph
+def test_p9_the_step(demo: Demo, golden: Golden) -> None:
+    golden(demo.step, "golden/demo/p9.txt")
 
 
 def test_a_pass_changes_nothing_that_it_was_given(demo: Demo) -> None:

@@ -1,4 +1,4 @@
-"""Pass 8: plan and graph to the source of step.py, the training step that runs; and of graph.py, its forward alone."""
+"""Pass 9: plan and graph to the source of step.py, the training step that runs; and of graph.py, its forward alone."""
 
 from __future__ import annotations
 
