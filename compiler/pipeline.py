@@ -21,15 +21,17 @@ from types import ModuleType
 
 from torch import Tensor, fx, nn
 
-from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_optimize, p9_emit  # noqa: E501  # fmt: skip
+from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_capture  # isort: skip
+from surgery.compiler import p6_rewrite, p7_lower, p8_optimize, p9_emit  # isort: skip
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 
 Examples = Mapping[str, Tensor] | None  # inputs of a model's forward
-_GRAPH_PASSES = (p5_capture, p6_rewrite, p7_lower, p8_optimize, p9_emit)
-PASSES: tuple[ModuleType, ...] = (p1_parse, p2_check, p3_resolve, p4_choose, *_GRAPH_PASSES)
+PASSES: tuple[ModuleType, ...] = (
+    p1_parse, p2_check, p3_resolve, p4_choose, p5_capture, p6_rewrite, p7_lower, p8_optimize, p9_emit,
+)  # fmt: skip
 
 
 def resolve(program: Program, skeleton: nn.Module, examples: Examples = None, saved: Plan | None = None) -> Plan:
