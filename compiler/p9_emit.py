@@ -20,6 +20,7 @@ from surgery.compiler.emit.template import (
     MAIN,
     Group,
     LossText,
+    gradients_source,
     optimizer_source,
     schedule_source,
     step_source,
@@ -34,8 +35,8 @@ from surgery.runtime.ownership import running_statistics
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
     """The source of step.py; `events` are the plan's own if left out.
 
-    It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule` and `train_step`. Raises
-    SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what cannot be written as Python.
+    It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule`, `gradients` and `train_step`.
+    Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what is no Python.
     """
     forward = forward_source(graph, autocast=plan.step.precision != "model")
     loss = _loss(plan, graph)
@@ -57,8 +58,13 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
         and plan.model.task == "sequence_classification"
         and "attention_mask" in graph.inputs
     )
-    step = step_source(plan.step, graph.inputs, loss, happenings, cuts, running_statistics(graph))
-    parts += [_title("The step") + (f"{CUT_PADDING}\n\n" if cuts else "") + step, MAIN]
+    parts += [
+        _title("The step")
+        + (f"{CUT_PADDING}\n\n" if cuts else "")
+        + gradients_source(plan.step, graph.inputs, loss, cuts),
+        step_source(plan.step, happenings, running_statistics(graph)),
+        MAIN,
+    ]
     text = "\n\n".join(parts)
     return text if "math." in text else text.replace("import math\n", "", 1)
 

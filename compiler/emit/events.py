@@ -27,7 +27,7 @@ class EventSource:
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
-    source, names = EventSource(), Names(frozenset({"kept", "site", "train_step", "weights", "key"}))
+    source, names = EventSource(), Names(frozenset({"kept", "site", "gradients", "train_step", "weights", "key"}))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
     merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}

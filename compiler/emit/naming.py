@@ -26,7 +26,7 @@ RESERVED = frozenset(
         "batch",
         "length",
     }
-    | {"step", "steps", "optimizer", "loss", "events", "under", "index"}
+    | {"step", "steps", "optimizer", "loss", "events", "under", "index", "gradients", "train_step"}
 )
 _WORDS = {
     "add": "total", "sub": "difference", "rsub": "difference", "mul": "product", "div": "quotient", "pow": "power",

@@ -130,54 +130,21 @@ PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
 """.splitlines()
 
 
-def step_source(
-    plan: StepPlan,
-    inputs: Sequence[str],
-    loss: LossText,
-    events: EventSource,
-    cuts_padding: bool = False,
-    statistics: Sequence[str] = (),
-) -> str:
-    """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
+def gradients_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False) -> str:
+    """`gradients`: forward and backward of a step's batch, and nothing that the host must wait for or decide.
 
-    `cuts_padding`: micro-batches end at their own last real token. `statistics` are what the forward itself writes.
+    `cuts_padding`: micro-batches end at their own last real token.
     """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
-    table = names_list(statistics) if statistics else []
-    put_back = ["        put_back(weights, running)"] if statistics else []
+    size = str(plan.micro_batch) if plan.micro_batch else "rows"
+    more = ", scaler: torch.amp.GradScaler" if scaled else ""
     lines = [
-        *([f"STATISTICS = {table[0]}", *table[1:], "", "", *PUT_BACK] if statistics else []),
-        "def train_step(",
-        "    weights: Weights,",
-        "    optimizer: torch.optim.Optimizer,",
-        "    batch: dict[str, Tensor],",
-        "    step: int,",
-        "    steps: int,",
-        *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
-        ") -> tuple[Tensor, bool]:",
-        '    """Optimizer step number `step` (from 0) of `steps`: its loss, and whether it was taken.',
-        "",
-        "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
-        *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
-        '    """',
+        f"def gradients(weights: Weights, batch: dict[str, Tensor]{more}) -> Tensor:",
+        '    """The loss of a step, summed over all labels and divided by their number; adds its gradients."""',
         f'    labels = batch["{loss.labels}"]',
         f"    count = {loss.count}(labels)",
         "    rows = labels.shape[0]",
-    ]
-    if scaled or plan.clip is not None:
-        lines.append('    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]')
-    if events.keeps:
-        lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
-    lines += _phase(events, "start", "1. before anything is changed")
-    lines += _phase(events, "before forward", "2. before the forward")
-    if statistics:
-        lines += ["", "    # a step that is not taken leaves the running statistics alone too"]
-        lines.append("    running = {name: weights[name].clone() for name in STATISTICS}")
-    size = str(plan.micro_batch) if plan.micro_batch else "rows"
-    lines += [
-        "",
-        "    # 3. forward and backward: the sum over all labels of the step, divided by their number",
         "    loss = torch.zeros((), device=labels.device)",
         f"    for start in range(0, rows, {size}):",
         f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
@@ -195,6 +162,49 @@ def step_source(
         f'        share = {loss.total}(output, part["{loss.labels}"]) / count',
         f"        {backward}",
         "        loss = loss + share.detach()",
+        "    return loss",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] = ()) -> str:
+    """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
+
+    `statistics` are what the forward itself writes.
+    """
+    scaled = plan.precision == "float16"
+    table = names_list(statistics) if statistics else []
+    put_back = ["        put_back(weights, running)"] if statistics else []
+    head = [
+        *([f"STATISTICS = {table[0]}", *table[1:], "", "", *PUT_BACK] if statistics else []),
+        "def train_step(",
+        "    weights: Weights,",
+        "    optimizer: torch.optim.Optimizer,",
+        "    batch: dict[str, Tensor],",
+        "    step: int,",
+        "    steps: int,",
+        *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
+        ") -> tuple[Tensor, bool]:",
+        '    """Optimizer step number `step` (from 0) of `steps`: its loss, and whether it was taken.',
+        "",
+        "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
+        *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
+        '    """',
+    ]
+    lines: list[str] = []
+    if scaled or plan.clip is not None:
+        lines.append('    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]')
+    if events.keeps:
+        lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
+    lines += _phase(events, "start", "1. before anything is changed")
+    lines += _phase(events, "before forward", "2. before the forward")
+    if statistics:
+        lines += ["", "    # a step that is not taken leaves the running statistics alone too"]
+        lines.append("    running = {name: weights[name].clone() for name in STATISTICS}")
+    lines += [
+        "",
+        "    # 3. forward and backward",
+        f"    loss = gradients(weights, batch{', scaler' if scaled else ''})",
         "    if not loss.is_cuda and not torch.isfinite(loss):",
         "        optimizer.zero_grad()",
         *put_back,
@@ -205,8 +215,8 @@ def step_source(
             "",
             "    # 4. unscale; a step whose gradients are not finite is skipped",
             "    scaler.unscale_(optimizer)",
-            "    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]",
-            "    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):",
+            "    found = [parameter.grad for parameter in trained if parameter.grad is not None]",
+            "    if not torch.isfinite(torch.nn.utils.get_total_norm(found)):",
             "        scaler.update()",
             "        optimizer.zero_grad()",
             *put_back,
@@ -228,7 +238,7 @@ def step_source(
     ]
     lines += _phase(events, "after step", "8. after the step")
     lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", "    return loss, True"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*head, *(lines if lines[0] else lines[1:])]) + "\n"
 
 
 def _phase(events: EventSource, phase: str, title: str) -> list[str]:
