@@ -1,0 +1,191 @@
+"""`low_rank_linear` as operations of torch: one for the forward, one for the backward, opaque to torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from surgery.compiler.kernels.low_rank import plain
+
+_library = torch.library.Library("surgery", "FRAGMENT")
+_library.define(
+    "low_rank_linear(Tensor x, Tensor? narrow, Tensor[] weights, Tensor?[] biases, Tensor[] lefts, Tensor[] rights, "
+    "float[] scales) -> Tensor[]"
+)
+_library.define(
+    "low_rank_linear_backward(Tensor[] dys, Tensor? source, Tensor? u, Tensor[] weights, Tensor[] lefts, "
+    "Tensor[] rights, float[] scales, bool apart, bool[] needed) -> Tensor[]"
+)
+
+
+def low_rank_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lefts: Sequence[Tensor],
+    rights: Sequence[Tensor], scales: Sequence[float], narrow: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """`x @ weight.T + bias + scale * (narrow @ right.T) @ left.T` of each of several sites that read one x.
+
+    x and narrow (the dropped-out x; x itself where it is None) are `[..., in]`; the weights `[out, in]` have their
+    dtype and are frozen; a left is `[out, rank]`, a right `[rank, in]`, of any floating dtype. The outputs
+    `[..., out]` have x's dtype, under autocast its own. What is kept for the backward is narrow, the factors as they
+    are and `[rows, sum of ranks]` numbers.
+    """
+    device = x.device.type
+    # costs are counted on meta, which has no autocast; an operation of one's own is not autocast by itself
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, narrow = x.to(dtype), None if narrow is None else narrow.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    results: list[Tensor] = torch.ops.surgery.low_rank_linear(x, narrow, weights, biases, lefts, rights, scales)
+    return results[:-1]
+
+
+def _forward(
+    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
+    rights: list[Tensor], scales: list[float],
+) -> list[Tensor]:  # fmt: skip
+    """The outputs, and `scale * narrow @ right.T` of all sites, `[rows, sum of ranks]`."""
+    rows = x.reshape(-1, x.shape[-1])
+    source = rows if narrow is None else narrow.reshape(rows.shape)
+    u = plain.narrow_product(source, rights, scales)
+    ys = plain.outputs(rows, u, weights, biases, lefts, rights)
+    return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), u]
+
+
+def _backward(
+    dys: list[Tensor], source: Tensor | None, u: Tensor | None, weights: list[Tensor], lefts: list[Tensor],
+    rights: list[Tensor], scales: list[float], apart: bool, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The needed ones of the gradients to x, narrow, each bias, each left and each right, in this order.
+
+    `source` is what the rights were multiplied with, and `apart` says that it was not x. It is None where no right
+    needs its gradient, as u is where no left does.
+    """
+    rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    shape = (*dys[0].shape[:-1], weights[0].shape[1])
+    need_x, need_narrow, need_biases, need_lefts, need_rights = _unpacked(needed)
+    through_rights = need_narrow or (need_x and not apart)
+    right = plain.joined(rights, rows[0].dtype) if through_rights else None
+    du, dlefts = None, []
+    if through_rights or any(need_rights):
+        du = rows[0].new_empty(rows[0].shape[0], sum(part.shape[0] for part in rights))
+    for site, span in enumerate(plain.spans(rights)):
+        if du is not None:
+            plain.narrow_gradient(rows[site], lefts[site], scales[site], du[:, span])
+        if need_lefts[site]:
+            dlefts.append(plain.left_gradient(rows[site], u[:, span], lefts[site]))  # type: ignore[index]
+    gradients = []
+    if need_x:
+        gradients.append(plain.input_gradient(rows, weights, *((None, None) if apart else (du, right))).view(shape))
+    if need_narrow:
+        gradients.append((du @ right).view(shape))  # type: ignore[operator]
+    gradients += [dy.sum(0) for dy, need in zip(rows, need_biases, strict=True) if need]
+    gradients += dlefts
+    if any(need_rights):
+        drights = plain.right_gradients(du, source.reshape(-1, shape[-1]), rights)  # type: ignore[arg-type, union-attr]
+        gradients += [dright for dright, need in zip(drights, need_rights, strict=True) if need]
+    return gradients
+
+
+def _unpacked(needed: Sequence[bool]) -> tuple[bool, bool, Sequence[bool], Sequence[bool], Sequence[bool]]:
+    """Which gradients are needed: to x, to narrow, to each bias, each left, each right."""
+    count = (len(needed) - 2) // 3
+    biases, lefts, rights = (needed[2 + part * count : 2 + (part + 1) * count] for part in range(3))
+    return needed[0], needed[1], biases, lefts, rights
+
+
+def _forward_fake(
+    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
+    rights: list[Tensor], scales: list[float],
+) -> list[Tensor]:  # fmt: skip
+    rows, ranks = prod(x.shape[:-1]), sum(right.shape[0] for right in rights)
+    return [*(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights), x.new_empty(rows, ranks)]
+
+
+def _backward_fake(
+    dys: list[Tensor], source: Tensor | None, u: Tensor | None, weights: list[Tensor], lefts: list[Tensor],
+    rights: list[Tensor], scales: list[float], apart: bool, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    need_x, need_narrow, *need = _unpacked(needed)
+    inputs = [dys[0].new_empty(*dys[0].shape[:-1], weights[0].shape[1]) for wanted in (need_x, need_narrow) if wanted]
+    biases = [dy.new_empty(dy.shape[-1]) for dy in dys]
+    parts = (
+        like.new_empty(like.shape)
+        for group, wanted in zip((biases, lefts, rights), need, strict=True)
+        for like, want in zip(group, wanted, strict=True)
+        if want
+    )
+    return [*inputs, *parts]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The gradients of `low_rank_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: list[Tensor], scales: list[float], x: Tensor, narrow: Tensor | None, *parts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        count = len(weights)
+        biases, lefts, rights = parts[:count], parts[count : 2 * count], parts[2 * count :]
+        with torch._C._AutoDispatchBelowAutograd():
+            *ys, u = torch.ops.surgery.low_rank_linear(x, narrow, weights, biases, lefts, rights, scales)
+        ctx.needed = ctx.needs_input_grad[2:]
+        ctx.scales, ctx.apart, ctx.count = scales, narrow is not None, count
+        _, _, _, need_lefts, need_rights = _unpacked(ctx.needed)
+        source = (x if narrow is None else narrow) if any(need_rights) else None
+        ctx.save_for_backward(source, u if any(need_lefts) else None, *weights, *lefts, *rights)
+        ctx.mark_non_differentiable(u)
+        return *ys, u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        source, u, *saved = ctx.saved_tensors
+        weights, lefts, rights = (saved[start : start + ctx.count] for start in range(0, 3 * ctx.count, ctx.count))
+        gradients = iter(
+            torch.ops.surgery.low_rank_linear_backward(
+                dys[:-1], source, u, weights, lefts, rights, ctx.scales, ctx.apart, ctx.needed
+            )
+        )
+        return None, None, *(next(gradients) if need else None for need in ctx.needed)
+
+
+def _differentiable(
+    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
+    rights: list[Tensor], scales: list[float],
+) -> list[Tensor]:  # fmt: skip
+    return [*_LowRankLinear.apply(weights, scales, x, narrow, *biases, *lefts, *rights)]  # type: ignore[no-untyped-call]
+
+
+_library.impl("low_rank_linear", _differentiable, "Autograd")  # type: ignore[no-untyped-call]
+_library.impl("low_rank_linear", _forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("low_rank_linear_backward", _backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("surgery::low_rank_linear", _forward_fake, lib=_library)
+torch.library.register_fake("surgery::low_rank_linear_backward", _backward_fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.surgery.low_rank_linear)
+def _forward_flops(
+    x: Sequence[int], narrow: Any, weights: Any, biases: Any, lefts: Any, rights: Any, scales: Any, **rest: Any
+) -> int:
+    return int(2 * prod(x[:-1]) * sum(prod(shape) for shape in (*weights, *lefts, *rights)))
+
+
+@register_flop_formula(torch.ops.surgery.low_rank_linear_backward)
+def _backward_flops(
+    dys: Any, source: Any, u: Any, weights: Any, lefts: Any, rights: Any, scales: Any, apart: bool,
+    needed: Sequence[bool], **rest: Any,
+) -> int:  # fmt: skip
+    need_x, need_narrow, _, need_lefts, need_rights = _unpacked(needed)
+    through_rights = need_narrow or (need_x and not apart)
+    passes = need_x * sum(map(prod, weights)) + through_rights * sum(map(prod, rights))
+    passes += (through_rights or any(need_rights)) * sum(map(prod, lefts))
+    passes += sum(prod(left) for left, need in zip(lefts, need_lefts, strict=True) if need)
+    passes += any(need_rights) * sum(map(prod, rights))
+    return int(2 * prod(dys[0][:-1]) * passes)
