@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import earlier, nodes, position
+from surgery.compiler import blocks, earlier, nodes, position
 from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.names import COORDINATES, names_in
@@ -68,7 +68,8 @@ def run(
     _check_length(program, skeleton, diagnostics)
     _check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
-    return resolver.plan(trained)
+    plan = resolver.plan(trained)
+    return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton)})
 
 
 def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:

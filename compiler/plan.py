@@ -144,6 +144,14 @@ class SchedulePlan(Record):
     minimum: float = 0.0  # share of lr at the end
 
 
+class RecomputePlan(Record):
+    """Which of the model's repeated blocks the backward runs again, instead of keeping what it needs of them."""
+
+    name: Literal["none", "blocks", "budget"] = "none"
+    share: float = 1.0  # how much of what the blocks keep may be kept: 0 for `blocks`
+    place: Place | None = None  # of the setting in the spec
+
+
 class StepPlan(Record):
     """The `step` block with its defaults filled in."""
 
@@ -158,6 +166,7 @@ class StepPlan(Record):
     adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # None: float32, or W's if wider
     seed: int = 0
     compile: Literal["auto", "on", "off"] = "auto"
+    recompute: RecomputePlan = RecomputePlan()
     loss: Literal["auto", "causal_lm", "cross_entropy", "mse", "output"] = "auto"
     evaluate: int | None = None  # every so many steps
     save: int | None = None
@@ -228,6 +237,7 @@ class Plan(Record):
     step: StepPlan = StepPlan()
     data: DataPlan | None = None
     events: tuple[EventPlan, ...] = ()
+    recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch
     totals: Totals
 

@@ -9,7 +9,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
 from surgery.compiler.algebra.quantity import LARGEST
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
-from surgery.compiler.plan import DataPlan, ModelPlan, OptimizerPlan, Place, SchedulePlan, StepPlan
+from surgery.compiler.plan import DataPlan, ModelPlan, OptimizerPlan, Place, RecomputePlan, SchedulePlan, StepPlan
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
@@ -53,6 +53,14 @@ def at_least(least: float, *, above: bool = False, below: float | None = None) -
         return value
 
     return read
+
+
+def share(node: nodes.Expr) -> float:
+    """A number from 0 to 1."""
+    value = at_least(0)(node)
+    if value > 1:
+        raise fail("SURG004", f"this is a share, from 0 to 1, not {value:g}", node.span)
+    return value
 
 
 LARGEST_COUNT = (1 << 31) - 1
@@ -185,6 +193,19 @@ def _schedule(node: nodes.Expr) -> SchedulePlan:
     return SchedulePlan.model_validate({"name": given.function, **arguments(given, readers[given.function])})
 
 
+def _recompute(node: nodes.Expr) -> RecomputePlan:
+    given = call(node)
+    readers: dict[str, dict[str, Reader]] = {"none": {}, "blocks": {}, "budget": {"share": share}}
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"`recompute` knows no `{given.function}`", node.span, help=known)
+    values = arguments(given, readers[given.function])
+    if given.function == "budget" and not values:
+        raise fail("SURG004", "`budget` needs the share that may be kept", node.span, help="budget(0.5)")
+    kept = values["share"] if values else float(given.function == "none")
+    return RecomputePlan.model_validate({"name": given.function, "share": kept, "place": place(node.span)})
+
+
 def _every(*more: str) -> Reader:
     def read(node: nodes.Expr) -> dict[str, int]:
         if isinstance(node, nodes.Call) and node.function != "every":
@@ -223,7 +244,7 @@ STEP: dict[str, Reader] = {
     "evaluate": _every(),
     "save": _every("keep"),
     "log": _every(),
-    "recompute": later,
+    "recompute": _recompute,
     "report": later,
 }
 DATA: dict[str, Reader] = {

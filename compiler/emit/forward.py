@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
@@ -38,19 +39,23 @@ class Forward:
     block_functions: tuple[str, ...]
 
 
-def forward_source(graph: Graph, autocast: bool = False) -> Forward:
+def forward_source(graph: Graph, autocast: bool = False, again: Again | None = None) -> Forward:
     """Python for the forward of a graph: the same operations in the same order as its GraphModule runs them.
 
-    With `autocast` the types in the graph are not those at run time, so that every cast stays.
+    With `autocast` the types in the graph are not those at run time, so that every cast stays. The backward runs the
+    blocks of `again` a second time; SURG038 where one of them cannot be.
     """
     module = graph.copy().module
     module_graph = tidy(module, autocast)
     functions = recomputed_functions(module)
-    inline: frozenset[str] = frozenset()
+    wanted = again.stacks if again else frozenset()
+    inline = again.around if again else frozenset()
     while True:
         items = outline(module_graph, inline)
-        writer = _Writer(module_graph, graph.inputs, items, functions)
-        lonely = writer.stacks_without_twins()
+        if again:
+            again.check(module, items)
+        writer = _Writer(module_graph, graph.inputs, items, functions, again)
+        lonely = writer.stacks_without_twins() - wanted
         if not lonely:
             return writer.source()
         # Inside the entries of such a list there may be a list of equal blocks: outline that one instead.
@@ -115,8 +120,11 @@ def _adds_nothing(node: fx.Node) -> bool:
 class _Writer:
     """Texts of the blocks, then of the function around them."""
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[str], items: list[Item], helpers: Mapping[str, str]) -> None:
-        self.graph, self.inputs, self.items, self.helpers = graph, inputs, items, helpers
+    def __init__(
+        self, graph: fx.Graph, inputs: Sequence[str], items: list[Item], helpers: Mapping[str, str],
+        again: Again | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.inputs, self.items, self.helpers, self.again = graph, inputs, items, helpers, again
         self.blocks = [item for item in items if isinstance(item, Block)]
         self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
         self.names = Names(frozenset(helpers))
@@ -247,7 +255,8 @@ class _Writer:
         function.blocks.append(block)
         passed: list[fx.Node | str] = [f'weights["{name}"]' for name in outside]
         passed += [*order, *(["device"] if body.uses_device else [])]
-        return Call(block, function, carried, tuple(passed), distances)
+        checkpoint = self.again.call(block) if self.again else None
+        return Call(block, function, carried, tuple(passed), distances, checkpoint)
 
     def _carried(self, block: Block) -> tuple[fx.Node, ...]:
         """What flows into a block: the results of the block before it in their order, then those of earlier ones."""

@@ -24,6 +24,14 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A block that the backward runs again: whether it `draws` random numbers, and what to say of it."""
+
+    draws: bool
+    comment: str
+
+
+@dataclass(frozen=True)
 class Call:
     """How a block is called: `carried` are values that blocks hand on, `passed` is the rest, in order.
 
@@ -35,6 +43,15 @@ class Call:
     carried: tuple[fx.Node, ...]
     passed: tuple[fx.Node | str, ...]
     earlier: tuple[int, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+    def text(self, arguments: Sequence[str]) -> str:
+        """The call itself."""
+        given = ", ".join(part for part in arguments if part)
+        if self.checkpoint is None:
+            return f"{self.function.name}({given})"
+        options = f"use_reentrant=False, preserve_rng_state={self.checkpoint.draws}"
+        return f"checkpoint({self.function.name}, {given}, {options})"
 
 
 Origin = tuple[bool, int]  # of a carried value: whether the block before made it, and its place there
@@ -98,9 +115,9 @@ class Loops:
         carried = [self.known[node] for node in call.carried]
         index = call.block.index
         weights = [_entries(call.block.stack, index - back, index - back + 1) + "[0]" for back in (0, *call.earlier)]
-        arguments = ", ".join(part for part in (*weights, *carried, self._values(call)) if part)
+        statement = f"{', '.join(results)} = {call.text((*weights, *carried, self._values(call)))}"
         self.known.update(zip(call.block.outputs, results, strict=True))
-        return wrapped(f"{', '.join(results)} = {call.function.name}({arguments})")
+        return [*_said([call]), *wrapped(statement)]
 
     def _loop(self, calls: Sequence[Call]) -> list[str]:
         first, last = calls[0], calls[-1]
@@ -111,7 +128,7 @@ class Loops:
         for number, node in enumerate(first.carried[1:], 1):
             keeps = node.meta.get(HANDED_ON) and all(user in read for user in node.users)
             state.append(self.known[node] if keeps else self.names.claim(self._stem(number, node)))
-        lines = []
+        lines = _said(calls)
         for name, node in zip(state, first.carried, strict=True):
             if self.known[node] != name:
                 lines.append(f"{name} = {self.known[node]}")
@@ -128,8 +145,7 @@ class Loops:
         entries = f"zip({', '.join(ranges)})" if len(ranges) > 1 else ranges[0]
         texts: dict[str, list[int]] = {}
         for call in calls:
-            arguments = ", ".join(part for part in (targets, *state, self._values(call)) if part)
-            text = f"{', '.join(results)} = {call.function.name}({arguments})"
+            text = f"{', '.join(results)} = {call.text((targets, *state, self._values(call)))}"
             texts.setdefault(text, []).append(call.block.index - first.block.index)
         if len(texts) == 1:
             return [*lines, *_headed(f"for {targets} in {entries}"), *_indented(wrapped(next(iter(texts))), 1),
@@ -159,6 +175,10 @@ class Loops:
         if not moves:
             return results, []
         return results, [f"{', '.join(name for name, _ in moves)} = {', '.join(source for _, source in moves)}"]
+
+
+def _said(calls: Sequence[Call]) -> list[str]:
+    return list(dict.fromkeys(f"# {call.checkpoint.comment}" for call in calls if call.checkpoint is not None))
 
 
 def _origins(before: Call, after: Call) -> tuple[Origin, ...] | None:

@@ -26,7 +26,7 @@ def written_names(plan: Plan, graph: Graph, trained: Iterable[str], events: Iter
 
 def running_statistics(graph: Graph) -> list[str]:
     """Names of the tensors that the forward itself writes in training."""
-    written = [target for node in graph.module.graph.nodes for target in _written(node) if target.op == "get_attr"]
+    written = [target for node in graph.module.graph.nodes for target in written_by(node) if target.op == "get_attr"]
     return list(dict.fromkeys(str(target.target) for target in written))
 
 
@@ -58,7 +58,7 @@ def _memory(tensor: Tensor) -> _Memory:
     return (tensor.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors a node writes into."""
     if isinstance(node.target, torch._ops.OpOverload):
         found = []
@@ -77,7 +77,7 @@ def _assigned(graph: fx.Graph) -> list[str]:
     """Placeholders that an event writes, directly or through a view such as `W.transpose(0, 1)`."""
     found = []
     for node in graph.nodes:
-        for target in _written(node):
+        for target in written_by(node):
             while target.op == "call_method" and isinstance(target.args[0], fx.Node):
                 target = target.args[0]
             if target.op == "placeholder":
