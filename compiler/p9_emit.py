@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.compiler.diagnostics import fail
+from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
@@ -38,7 +39,8 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     It needs torch alone, and defines `forward`, the loss, `make_optimizer`, `schedule`, `gradients` and `train_step`.
     Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what is no Python.
     """
-    forward = forward_source(graph, autocast=plan.step.precision != "model")
+    again = Again.of(plan)
+    forward = forward_source(graph, plan.step.precision != "model", again)
     loss = _loss(plan, graph)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
@@ -61,7 +63,7 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     parts += [
         _title("The step")
         + (f"{CUT_PADDING}\n\n" if cuts else "")
-        + gradients_source(plan.step, graph.inputs, loss, cuts),
+        + gradients_source(plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph))),
         step_source(plan.step, happenings, running_statistics(graph)),
         MAIN,
     ]

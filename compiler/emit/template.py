@@ -130,10 +130,13 @@ PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
 """.splitlines()
 
 
-def gradients_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False) -> str:
+def gradients_source(
+    plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False, moves_twice: bool = False
+) -> str:
     """`gradients`: forward and backward of a step's batch, and nothing that the host must wait for or decide.
 
-    `cuts_padding`: micro-batches end at their own last real token.
+    `cuts_padding`: micro-batches end at their own last real token. `moves_twice`: the backward runs blocks again that
+    have running statistics.
     """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
@@ -160,7 +163,9 @@ def gradients_source(plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts
     backward = "scaler.scale(share).backward()" if scaled else "share.backward()"
     lines += [
         f'        share = {loss.total}(output, part["{loss.labels}"]) / count',
+        *(["        moved = {name: weights[name].clone() for name in STATISTICS}"] if moves_twice else []),
         f"        {backward}",
+        *(["        put_back(weights, moved)  # the backward ran blocks again"] if moves_twice else []),
         "        loss = loss + share.detach()",
         "    return loss",
     ]
