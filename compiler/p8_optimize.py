@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch import fx
 
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
+from surgery.compiler.optimize.attention import group_queries
 
 # Each changes a graph in place and returns in how many places it did.
-OPTIMIZATIONS: tuple[Callable[[fx.GraphModule], int], ...] = ()
+OPTIMIZATIONS: tuple[Callable[[fx.GraphModule], int], ...] = (group_queries,)
 
 
 def run(graph: Graph) -> Graph:
