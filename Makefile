@@ -7,7 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTHON ?= python3# for `gpu` and `bench`: the interpreter that sees the device
+OUT ?= runs/scaling
+PYTHON ?= python3# for `gpu`, `bench-gpu` and `scaling-gpu`: the interpreter that sees the device
 
 # The first interpreter that runs, is new enough and can make environments: a name on PATH may be a shim of a
 # version manager that answers with an error, and some distributions ship Python without `venv`.
@@ -16,10 +17,10 @@ FIND_PYTHON := for candidate in python3.11 python3.12 python3.13 python3.14 pyth
 		echo "$$candidate"; exit 0; fi; done; \
 	echo "surgery needs Python 3.11 or newer with the venv module; none was found on PATH" >&2; exit 1
 
-.PHONY: help setup demo test check golden docs gpu bench
+.PHONY: help setup demo test check golden docs gpu bench bench-gpu scaling-gpu
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make .venv with everything pinned, once
 
@@ -52,5 +53,11 @@ docs: $(READY)  ## write the pages of the method library anew
 gpu:  ## the tests that need a CUDA device, with the machine's own Python
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -q -m gpu tests/gpu $(ARGS)
 
-bench:  ## the Delta-LoRA step beside its frozen floor and peft, on a CUDA device
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) tests/benchmarks/step_on_gpu.py $(ARGS)
+bench: $(READY)  ## the CPU rows of the speed table: a small encoder's step beside peft's
+	$(BIN)/python -m tests.benchmarks.speed --device cpu --parts encoder $(ARGS)
+
+bench-gpu:  ## the speed table, on a CUDA device: under ten minutes
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m tests.benchmarks.speed --all $(ARGS)
+
+scaling-gpu:  ## plots of the step over depth, width, tokens and rank, on a CUDA device (OUT=folder)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m tests.benchmarks.scaling --out $(OUT) $(ARGS)
