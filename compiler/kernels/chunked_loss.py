@@ -1,0 +1,160 @@
+"""The cross entropy of a language model without its logits: they are made and used up by chunks of rows.
+
+The logits of a step, [rows, vocabulary], are often its largest tensors: in the head's dtype, in float32 and as a
+gradient at once. Here a chunk's gradient follows its loss right away, so that what is kept is the gradient of the
+head's input, which is as large as that input, and of what is trained in the head itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for a CPU comes without it; plain torch is what runs there
+    triton = None
+
+Head = Callable[[dict[str, Tensor], Tensor], Tensor]
+IGNORED = -100  # the target of a row that has none
+_BLOCK = 8192  # columns that a program reads at once
+
+
+def chunked_loss(
+    head: Head, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor, count: Tensor, rows: int
+) -> Tensor:
+    """The summed cross entropy of `head(weights, hidden)` divided by `count`, 0-d in float32 or wider.
+
+    `hidden` [..., width] are the head's inputs, `targets` [...] whole numbers, -100 where there is none. The head maps
+    each row on its own, and no more than `rows` of them at a time; of `weights` those that require a gradient get it,
+    summed over the chunks in float32 or wider.
+    """
+    result: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        head, tuple(weights), rows, torch.is_grad_enabled(), targets, count, hidden, *weights.values()
+    )
+    return result
+
+
+def chunked_loss_reference(
+    head: Head, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor, count: Tensor
+) -> Tensor:
+    """What `chunked_loss` is by definition, on whole logits."""
+    logits = head(dict(weights), hidden.flatten(0, -2))
+    logits = logits.to(_wide(logits))
+    return functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / count
+
+
+class _Chunked(torch.autograd.Function):
+    """Forward and backward of `chunked_loss`; the forward has done the work of both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, names: tuple[str, ...], most: int, graded: bool, targets: Tensor, count: Tensor,
+        hidden: Tensor, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        needs = [graded and tensor.requires_grad for tensor in (hidden, *weights)]
+        own = [weight.detach().requires_grad_(need) for weight, need in zip(weights, needs[1:], strict=True)]
+        inputs, wanted = hidden.detach().flatten(0, -2), targets.flatten()
+        # Gradients are those of the sum over the fraction of `count`; its power of two is left to the backward, which
+        # is exact there: each number is rounded as often as in the plain form, and none underflows before it is scaled.
+        fraction, exponent = torch.frexp(count.double())
+        sums = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in own if tensor.requires_grad]
+        kept = [torch.empty_like(inputs)] if needs[0] else []
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        length = inputs.shape[0]
+        step = -(-length // -(-length // most)) if length else 1  # chunks of one size, but for the last
+        for start in range(0, length, step):
+            part = inputs[start : start + step].requires_grad_(needs[0])
+            with torch.set_grad_enabled(any(needs)):
+                logits = head(dict(zip(names, own, strict=True)), part)
+            loss, gradient = loss_and_gradient(logits.detach(), wanted[start : start + step], fraction.reciprocal())
+            total += loss
+            of = [tensor for tensor in (part, *own) if tensor.requires_grad]
+            found = list(torch.autograd.grad(logits, of, gradient)) if of else []
+            if needs[0]:
+                kept[0][start : start + step] = found.pop(0)
+            for whole, share in zip(sums, found, strict=True):
+                whole += share
+        ctx.shape = hidden.shape
+        ctx.needed = [(need, tensor.dtype) for need, tensor in zip(needs, (hidden, *weights), strict=True)]
+        ctx.save_for_backward(exponent, *kept, *sums)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, share: Tensor) -> tuple[Any, ...]:
+        exponent, *found = ctx.saved_tensors
+        factor = torch.ldexp(share.double(), -exponent)
+        kept = iter(found)
+        gradients = [_scaled(next(kept), factor, dtype) if need else None for need, dtype in ctx.needed]
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].view(ctx.shape)
+        return *[None] * 6, *gradients
+
+
+def _scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (kept.to(_wide(kept)) * factor).to(dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross entropy of rows and, in the logits' dtype, its gradient times `factor`, computed in float32.
+
+    `logits` [rows, vocabulary], `targets` [rows] with -100 where there is none, `factor` 0-d.
+    """
+    if triton is not None and logits.is_cuda and logits.dtype != torch.float64:
+        return _fused(logits.contiguous(), targets.contiguous(), factor)
+    counted = targets != IGNORED
+    index = targets.where(counted, 0).unsqueeze(1)
+    wide = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    loss = -wide.gather(1, index).squeeze(1).where(counted, 0).sum()
+    wide = wide.exp_().scatter_add_(1, index, wide.new_full((), -1).expand_as(index))
+    return loss, wide.mul_(factor).where(counted.unsqueeze(1), 0).to(logits.dtype)
+
+
+def _fused(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    gradient = torch.empty_like(logits)
+    block = min(triton.next_power_of_2(vocabulary), _BLOCK)
+    with torch.cuda.device(logits.device):
+        _rows[(rows,)](logits, targets, losses, gradient, factor.float(), vocabulary, BLOCK=block, num_warps=8)
+    return losses.sum(), gradient
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _rows(logits, targets, losses, gradient, factor, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One row: its log-sum-exp as it goes along, then the gradient in a second read, out of the cache."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * vocabulary
+        gradient += row * vocabulary
+        target = tl.load(targets + row)
+        counted = target != -100
+        highest = -3.4e38  # finite: minus infinity less itself is no number
+        total = 0.0
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(highest, tl.max(x, 0))
+            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+            highest = higher
+        whole = highest + tl.log(total)
+        own = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
+        tl.store(losses + row, tl.where(counted, whole - own, 0.0))
+        times = tl.where(counted, tl.load(factor), 0.0)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+            share = tl.exp(x - whole) - tl.where(columns == target, 1.0, 0.0)
+            tl.store(gradient + columns, (share * times).to(gradient.dtype.element_ty), mask=columns < vocabulary)
