@@ -57,6 +57,7 @@ class Candidate(Record):
     """One way to run a site, with its cost at the planned tokens (forward and backward, beyond the frozen site)."""
 
     strategy: str
+    operation: str = ""  # of surgery's own, that it runs with; empty: plain torch
     flops: int
     bytes: int
     kept: int = 0  # bytes that the forward keeps for the backward, parameters not counted
@@ -94,6 +95,7 @@ class Site(Record):
     trainable: int  # numbers trained at this site (a shared tensor counts at its first site)
     frozen: int  # numbers of the method that are not trained
     strategy: str = ""  # branch, fold or recompute; set by p4_choose
+    operation: str = ""  # as of the candidate
     reason: str = ""
     update: Literal["none", "literal", "telescope"] = "none"
     facts: Facts
@@ -110,6 +112,7 @@ class Formula(Record):
     inputs: int
     coordinates: dict[str, int] = Field(default_factory=dict)  # those of layer, slot, site, heads ... that it reads
     telescope: bool = False  # the event that moves W is read as its closed form
+    from_start: bool = False  # it writes W as the sum of all steps, from what W was at the start
     equation: str  # for people: "delta = (16 / 8) * B @ A"
 
 
@@ -213,6 +216,22 @@ class EventPlan(Record):
     place: Place
 
 
+class MemoryPlan(Record):
+    """Bytes at the peak of a training step, where nothing is compiled: `peak` is the sum of the parts."""
+
+    rows: int  # of one forward
+    length: int
+    weights: int  # the model and the method's frozen tensors
+    trained: int
+    gradients: int  # of what is trained
+    optimizer: int  # its state
+    kept: int  # what the repeated blocks hold for the backward
+    outputs: int  # what is held around them: embeddings, logits, the loss, the batch
+    backward: int  # gradients of activations, and what the backward runs again
+    peak: int
+    blocks: dict[str, int]  # `kept` by the block's path
+
+
 class Totals(Record):
     """Sums over the plan."""
 
@@ -240,6 +259,7 @@ class Plan(Record):
     recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch
     totals: Totals
+    memory: MemoryPlan | None = None  # where it was asked for
 
     def span(self, place: Place) -> Span:
         """A place as a span of the text that the plan keeps: the spec's, or that of a method's file."""

@@ -1,0 +1,262 @@
+"""How much memory a training step takes: the step's own text is run on tensors without storage, and counted.
+
+There is no second model of memory beside the code. A storage counts from the operation that makes it until nobody holds
+it, as the allocator sees it; what a kernel takes for itself is not seen. Attention is counted as the fused kernels do it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from surgery.compiler.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from surgery.runtime.step import TrainingStep
+
+WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD = (
+    "weights", "trained", "gradients", "optimizer", "outputs", "backward",
+)  # fmt: skip
+
+
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that are alive, by what they are for, `now` and at the `peak`.
+
+    `label` is what the next ones are for; what the backward makes is always its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.label = OUTPUTS
+        self._labels: dict[int, str] = {}  # by storage
+
+    @property
+    def most(self) -> int:
+        """All bytes at the peak."""
+        return self.peak.total()
+
+    def add(self, tensor: Tensor, label: str) -> None:
+        """Count a tensor's storage, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._labels:
+            return
+        self._labels[key] = label
+        self.now[label] += storage.nbytes()
+        weakref.finalize(storage, self._end, key, storage.nbytes())
+        if self.now.total() > self.most:
+            self.peak = +self.now
+
+    def _end(self, key: int, size: int) -> None:
+        self.now[self._labels.pop(key)] -= size
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """From now on the storage is for something else."""
+        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        self.now[self._labels[key]] -= size
+        self.now[label] += size
+        self._labels[key] = label
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """What is made inside is for `label`."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
+            return 1.0  # "is the loss finite", and how many steps an optimizer has taken
+        result = operation(*args, **(kwargs or {}))
+        label = BACKWARD if torch._C._current_graph_task_id() >= 0 else self.label
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf, label)
+        return result
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+class _OfAGPU:
+    """`torch.nn.functional` with attention as a GPU runs it: by a kernel that forms no `[length, length]` matrix.
+
+    Tensors without storage would take the path that does.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+    @staticmethod
+    def scaled_dot_product_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if attn_mask is None:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention
+            return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        if attn_mask.dtype == torch.bool:  # as torch itself prepares it
+            attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+
+def predicted(step: TrainingStep, length: int, device: str = "cuda") -> MemoryPlan:
+    """The memory of `step`, which may be on meta, at the spec's batch of rows of `length`, where nothing is compiled.
+
+    On "cpu" attention is what the CPU's kernels take.
+    """
+    with FakeTensorMode():
+        weights, model = _without_storage(step)
+        batch = _batch(step, weights, length)
+        replaced = {"without_padding": lambda part: part}  # at most all is real
+        if device == "cuda":
+            replaced["F"] = _OfAGPU()
+        return measured(step, weights, model, batch, replaced)
+
+
+def measured(
+    step: TrainingStep, weights: Mapping[str, Tensor], model: list[Tensor], batch: Mapping[str, Tensor],
+    replaced: Mapping[str, Any] = MappingProxyType({}),
+) -> MemoryPlan:  # fmt: skip
+    """The memory of two steps over these weights, beside which the `model`'s other tensors stay.
+
+    The second is the first one with the state of the optimizer. `replaced` are names of step.py.
+    """
+    namespace = _executed(step.source)
+    namespace.update(replaced)
+    storages = Storages()
+    for tensor in weights.values():
+        storages.add(tensor, TRAINED if tensor.requires_grad else WEIGHTS)
+    for tensor in model:
+        storages.add(tensor, WEIGHTS)
+    for tensor in batch.values():
+        storages.add(tensor, OUTPUTS)
+    hooks = [
+        tensor.register_post_accumulate_grad_hook(lambda one: _is_gradient(storages, one))
+        for tensor in dict.fromkeys(weights.values())
+        if tensor.requires_grad
+    ]
+    _label_blocks(namespace, weights, storages)
+    optimizer = namespace["make_optimizer"](weights)
+    optimizer.step = _labelled(optimizer.step, storages, OPTIMIZER)
+    scaler = (torch.amp.GradScaler(enabled=False),) if step.plan.step.precision == "float16" else ()
+    try:
+        with storages:
+            for number in range(2):
+                namespace["train_step"](weights, optimizer, dict(batch), number, 2, *scaler)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = next(iter(batch.values()))
+    parts = dict(storages.peak)
+    sums = {name: parts.pop(name, 0) for name in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD)}
+    return MemoryPlan(
+        rows=min(step.plan.step.micro_batch or len(first), len(first)),
+        length=first.shape[1] if first.ndim > 1 else 1,
+        kept=sum(parts.values()), peak=storages.most, blocks=parts, **sums,
+    )  # fmt: skip
+
+
+def _is_gradient(storages: Storages, tensor: Tensor) -> None:
+    assert tensor.grad is not None
+    storages.relabel(tensor.grad, GRADIENTS)
+
+
+def _labelled(function: Callable[..., Any], storages: Storages, label: str) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        with storages.labelled(label):
+            return function(*arguments, **options)
+
+    return run
+
+
+def _label_blocks(namespace: dict[str, Any], weights: Mapping[str, Tensor], storages: Storages) -> None:
+    """What a block function makes is labelled with the path of the block that it runs."""
+    names = {id(tensor): name for name, tensor in weights.items()}
+
+    def labelled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(w: Mapping[str, Tensor], *arguments: Any) -> Any:
+            inner, tensor = next(iter(w.items()), ("", None))
+            path = names.get(id(tensor), "").removesuffix(f".{inner}") or "blocks"
+            with storages.labelled(path):
+                return function(w, *arguments)
+
+        return run
+
+    for name in namespace["COMPILED"]:
+        if name != "forward":
+            namespace[name] = labelled(namespace[name])
+
+
+def _without_storage(step: TrainingStep) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The step's tensors by name, and the model's where they are others on the same device; fake, ties kept."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            learns = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learns else empty
+        return made[id(tensor)]
+
+    weights = {name: fake(tensor) for name, tensor in step.weights.items()}
+    own = {tensor.untyped_storage()._cdata for tensor in step.weights.values()}
+    others = [
+        tensor
+        for tensor in dict.fromkeys([*step.model.parameters(), *step.model.buffers()])
+        if tensor.device == step.device and tensor.untyped_storage()._cdata not in own
+    ]
+    return weights, [fake(tensor) for tensor in others]
+
+
+def _batch(step: TrainingStep, weights: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A batch of the spec's size: `[rows, length]` for what has a length, else the captured sizes."""
+    from surgery.compiler.p9_emit import chosen_loss
+
+    rows, batch = step.plan.step.batch, dict[str, Tensor]()
+    for node in step.graph.module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            whole = not value.is_floating_point() and value.ndim > 1
+            sizes = [_size(size, length if whole else None) for size in value.shape]
+            batch[str(node.target)] = torch.empty([rows, *sizes[1:]], dtype=value.dtype)
+    chosen = chosen_loss(step.plan, step.graph)
+    if chosen.labels not in batch:
+        with torch.no_grad():
+            output = _executed(step.source)["forward"](weights, *batch.values(), training=False)
+        output = output if chosen.output is None else output[chosen.output]
+        numbers = chosen.loss.name in ("mse", "binary")
+        shape, dtype = (output.shape, torch.float32) if numbers else (output.shape[:-1], torch.int64)
+        batch[chosen.labels] = torch.empty(shape, dtype=dtype)
+    return batch
+
+
+def _size(size: int | torch.SymInt, length: int | None) -> int:
+    """The planned size of an axis: where it is dynamic `length`, or if that is not for it what the example had."""
+    if isinstance(size, torch.SymInt):
+        return length or int(size.node.hint)
+    return size
+
+
+def _executed(source: str) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "surgery_step"}
+    exec(compile(source, "<step.py>", "exec"), namespace)
+    return namespace
