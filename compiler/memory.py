@@ -20,7 +20,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from surgery.compiler.plan import MemoryPlan
+from surgery.compiler.graph import tensors
+from surgery.compiler.plan import MemoryPlan, Plan
+from surgery.compiler.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from surgery.runtime.step import TrainingStep
@@ -116,6 +118,37 @@ class _OfAGPU:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+
+
+def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None = None) -> MemoryPlan:
+    """The memory of a plan's step for `model`, which may be a skeleton on meta; it is captured, which takes a while.
+
+    Raises SurgError as `surgery.compile` does where the model cannot be captured or the loss is not known.
+    """
+    from surgery.compiler import p5_capture, pipeline
+    from surgery.compiler.examples import example_inputs
+    from surgery.runtime.initialise import Sources, initialise
+    from surgery.runtime.step import TrainingStep
+
+    place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    given = example_inputs(model, plan.model.task) if examples is None else examples
+    graph = p5_capture.run(model, {name: value.to(place) for name, value in given.items()}, plan.model.task)
+    empty = {
+        tensor.key: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=place)
+        for site in plan.sites
+        for tensor in site.tensors
+    }
+    starts = initialise(plan, tensors(graph.module), Sources(saved=empty))
+    plain = plan.model_copy(update={"step": plan.step.model_copy(update={"compile": "off"})})
+    return predicted(TrainingStep(plain, pipeline.adapt(plain, graph, starts), model), planned_length(plan, model))
+
+
+def planned_length(plan: Plan, model: nn.Module) -> int:
+    """How long the rows of a batch are: as the data are cut, else what makes the planned tokens."""
+    if plan.data is not None:
+        return plan.data.max_length
+    length = max(2, plan.tokens // (plan.step.micro_batch or plan.step.batch))
+    return min(length, Skeleton(model).positions or length)
 
 
 def predicted(step: TrainingStep, length: int, device: str = "cuda") -> MemoryPlan:

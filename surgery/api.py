@@ -29,13 +29,16 @@ def parse(path_or_text: str | Path, folder: str | Path | None = None, name: str 
     `name` is what diagnostics call a text. Raises `SurgError` with everything that is wrong.
     """
     from surgery.compiler import p1_parse, p2_check
+    from surgery.compiler.pass_log import logged
     from surgery.compiler.source import read
 
     text = str(path_or_text)
     if isinstance(path_or_text, Path) or (text.endswith(".surg") and "\n" not in text and "{" not in text):
-        path = Path(path_or_text)
-        return p2_check.run(p1_parse.run(read(path)), Path(folder) if folder else path.parent)
-    return p2_check.run(p1_parse.run(Source(name, text)), Path(folder) if folder else Path())
+        source, home = read(Path(path_or_text)), Path(path_or_text).parent
+    else:
+        source, home = Source(name, text), Path()
+    program: Program = logged(p2_check, logged(p1_parse, source), Path(folder) if folder else home)
+    return program
 
 
 def _check_given(program: object, model: object) -> None:
@@ -49,19 +52,24 @@ def _check_given(program: object, model: object) -> None:
         raise TypeError(f"`model` is a torch.nn.Module, not a {type(model).__name__}")
 
 
-def plan(program: Program, model: nn.Module | None = None, *, allow_code: bool = False) -> Plan:
+def plan(
+    program: Program, model: nn.Module | None = None, *, memory: bool = False, allow_code: bool = False
+) -> Plan:
     """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
 
-    No weights are loaded. Raises `SurgError` with everything that does not fit the model.
+    No weights are loaded. With `memory` the step is run on tensors without storage: the plan then says what memory it
+    takes. Raises `SurgError` with everything that does not fit the model.
     """
     from surgery.compiler import pipeline
+    from surgery.compiler.memory import of_plan
     from surgery.runtime.models import load_skeleton
 
     _check_given(program, model)
     if model is None:
         with _at_model_line(program):
             model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
-    return pipeline.resolve(program, model)
+    made = pipeline.resolve(program, model)
+    return made.model_copy(update={"memory": of_plan(made, model)}) if memory else made
 
 
 @contextmanager
@@ -107,6 +115,7 @@ def _compile(
     from surgery.compiler import p5_capture, pipeline
     from surgery.compiler.examples import example_inputs as make_examples
     from surgery.compiler.graph import tensors
+    from surgery.compiler.pass_log import logged
     from surgery.runtime.calibrate import calibrate, missing
     from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.models import load_model
@@ -128,7 +137,7 @@ def _compile(
     where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
     examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
     examples = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in examples.items()}
-    graph = p5_capture.run(model, examples, task)
+    graph = logged(p5_capture, model, examples, task)
     for found in graph.warnings:
         warnings.warn(render(found), stacklevel=2)
     seen = calibrate(made, graph, calibration) if reads_data and calibration else None

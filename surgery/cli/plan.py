@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, output, reporting, show, write_text
+from surgery.cli.common import CodeOption, Format, FormatOption, output, pass_log, reporting, show, write_text
 
 EXAMPLE = "Example: surgery plan specs/demo.surg -v -o plan.json"
 NEEDS_ARGUMENTS = True
@@ -20,7 +20,11 @@ def run(
         Path | None, typer.Option("-o", "--output", help="also write the plan as JSON", show_default=False)
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="every site on its own, and the cost of each way to run it")
+        bool, typer.Option("-v", "--verbose", help="each pass; every site on its own; the cost of each way to run it")
+    ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="also predict the memory of a step; captures the model, which takes a while"),
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of plans and exit")] = False,
     format: FormatOption = Format.text,
@@ -30,7 +34,7 @@ def run(
 
     Only the model's config is read, never its weights: planning a 70B model takes seconds and little memory.
     """
-    with reporting(format):
+    with reporting(format), pass_log(verbose):
         if schema:
             typer.echo(schema_text(), nl=False)
             return
@@ -40,7 +44,7 @@ def run(
         from surgery.cli.plan_table import print_plan
 
         program = surgery.parse(spec)
-        plan = surgery.plan(program, allow_code=allow_code)
+        plan = surgery.plan(program, memory=memory, allow_code=allow_code)
         text = plan.model_dump_json(indent=2) + "\n"
         if write is not None:
             write_text(write, text)

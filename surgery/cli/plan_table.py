@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from surgery.compiler.plan import Facts, Plan, Site, StepPlan, WholeParameter
+from surgery.compiler.plan import Facts, Plan, Site, StepPlan, WholeParameter, way_text
 
 NARROW = 140
 UNBOUNDED = 10_000
@@ -41,6 +41,10 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     if verbose and plan.sites:
         _print_candidates(console, plan)
     console.print(Text(_step(plan.step)))
+    if plan.recomputed:
+        console.print(Text(_recompute(plan)))
+    for line in _memory(plan, verbose):
+        console.print(Text(line))
     console.print(Text(_totals(plan), style="bold"))
 
 
@@ -234,8 +238,8 @@ def _ways(site: Site) -> list[tuple[str, list[str], str]]:
     for way in site.candidates:
         costs = [f"{way.flops / 1e9:,.3f}", f"{way.bytes / 1e6:,.3f}", f"{way.kept / 1e6:,.3f}"] if way.legal else []
         chosen = way.strategy == site.strategy
-        name, reason = (f"{way.strategy} (chosen)", site.reason) if chosen else (way.strategy, way.reason)
-        found.append((name, costs, reason))
+        name = way_text(way.strategy, way.operation) + (" (chosen)" if chosen else "")
+        found.append((name, costs, site.reason if chosen else way.reason))
     return found
 
 
@@ -244,6 +248,42 @@ def _step(step: StepPlan) -> str:
     length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
     pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""
     return f"step: {length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
+
+
+def _recompute(plan: Plan) -> str:
+    setting, count = plan.step.recompute, len(plan.recomputed)
+    spelt = f"budget({setting.share:g})" if setting.name == "budget" else setting.name
+    return f"recompute: {spelt}, the backward runs {count} block{'s' * (count > 1)} again: {_blocks(plan.recomputed)}"
+
+
+def _blocks(paths: Sequence[str]) -> str:
+    """Paths of blocks, those of one list folded."""
+    lists: dict[str, list[str]] = {}
+    for path in paths:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    return ", ".join(map(folded_path, lists.values()))
+
+
+def _memory(plan: Plan, verbose: bool) -> list[str]:
+    """What a step takes, on one line, and with `verbose` what each block keeps."""
+    found = plan.memory
+    if found is None:
+        return ["memory: not predicted; `--memory` runs the step on tensors without storage, which takes a while"]
+    unit, name = (2**30, "GiB") if found.peak >= 2**30 else (2**20, "MiB")
+
+    def said(size: int) -> str:
+        return f"{size / unit:,.2f}"
+
+    parts = (
+        f"weights {said(found.weights)}, trained {said(found.trained)} with gradients {said(found.gradients)} and "
+        f"optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, around them with logits and loss "
+        f"{said(found.outputs)}, backward {said(found.backward)}"
+    )
+    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, not compiled: {parts}"]
+    alike: dict[int, list[str]] = {}
+    for path, size in found.blocks.items() if verbose else ():
+        alike.setdefault(size, []).append(path)
+    return lines + [f"  {_blocks(paths)}: {said(size)} {name} each" for size, paths in alike.items()]
 
 
 def _totals(plan: Plan) -> str:
