@@ -11,7 +11,7 @@ if __name__ != "surgery.compiler":
     raise ImportError("import surgery.compiler, not compiler")
 
 if TYPE_CHECKING:
-    from surgery.compiler.pipeline import rewrite as rewrite
+    from surgery.compiler.own_graph import rewrite as rewrite
 
 __all__ = ["rewrite"]
 
@@ -19,6 +19,6 @@ __all__ = ["rewrite"]
 def __getattr__(name: str) -> Any:  # torch is imported when it is needed
     if name != "rewrite":
         raise AttributeError(f"module 'surgery.compiler' has no attribute '{name}'")
-    from surgery.compiler.pipeline import rewrite
+    from surgery.compiler.own_graph import rewrite
 
     return rewrite

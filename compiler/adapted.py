@@ -64,12 +64,12 @@ class AdaptedSite(nn.Module):
         if formula.form == "output":
             y = rows(formula.expression)
         elif formula.reads_plain_x:
-            change = self._evaluated(self._change(formula.expression), base, values)
+            change = self._evaluated(formula.change(formula.expression), base, values)
             y = base.linear(x, (base.base_weight().to(change.dtype) + change).to(base.dtype), bias)
             return y
         else:
             for term in formula.terms:
-                y = y + self._times(rows(term.input), self._change(term.matrix), base, values, transposed=True)
+                y = y + self._times(rows(term.input), formula.change(term.matrix), base, values, transposed=True)
         y = base.output(y)
         return y
 
@@ -92,9 +92,3 @@ class AdaptedSite(nn.Module):
         stack = sides if self._is_stacked(matrix) else None
         result: Tensor = base.product(part, dense, transposed=transposed, stack=stack)
         return result
-
-    def _change(self, matrix: Expression) -> Expression:
-        """What is added to W: a `delta` itself, of a `weight` the difference."""
-        if self.adaptation.formula.form == "delta":
-            return matrix
-        return Expression("subtract", (matrix, Expression("weight", (), matrix.shape, name="W")), matrix.shape)

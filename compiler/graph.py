@@ -33,6 +33,7 @@ class Graph:
     output: Literal["logits", "tree"]  # the logits tensor, or the flat list of the module's outputs
     output_spec: pytree.TreeSpec | None = None  # rebuilds the outputs where `output` is "tree"
     warnings: tuple[Diagnostic, ...] = ()
+    log: tuple[str, ...] = ()  # what the optimizations did: "12 groups of sites that read one input"
 
     def rebuild(self, outputs: Any) -> Any:
         """What the model itself would have returned, from what `module` returned (logits stay logits)."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.compiler.algebra.affine import why_not_folded
+from surgery.compiler.algebra.branch import FUSED
 from surgery.compiler.algebra.cost import Cost, branch_is_dense, measure
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.narrow import has_narrow_part
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.plan import Candidate, Plan, Site
 from surgery.compiler.span import Span
@@ -21,6 +23,7 @@ HALF = ("bfloat16", "float16")
 # A byte takes as long as this many operations on an H200 (4.3 TB/s; 67 TFLOP/s in float32, some 600 in half precision).
 # Only the order of the candidates matters; a processor's ratio in float32 is of the same size.
 OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16": 140}
+PLAIN_PRODUCTS = ("Linear", "Conv1D", "Parameter")  # the classes whose use of W is `x @ W.T`
 MOST_TOKENS = 1 << 20  # beyond them all costs only grow alike, and sizes in bytes would not fit 64 bits
 
 ROUNDED = "on demand: loses small updates to rounding"
@@ -31,16 +34,29 @@ def run(plan: Plan) -> Plan:
     """Choose how every site is run. Raises SURG032 where the spec forces a way that is not legal."""
     diagnostics = Diagnostics()
     chooser = _Chooser(plan, diagnostics)
-    known: dict[tuple[str, ...], tuple[str, str, tuple[Candidate, ...]]] = {}
+    known: dict[tuple[str, ...], tuple[Candidate, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
         key = (site.formula, site.dtype, site.strategy, site.module_class, str(site.experts))
         if key not in known:
             known[key] = chooser.choose(site)
-        strategy, reason, candidates = known[key]
-        sites.append(site.model_copy(update={"strategy": strategy, "reason": reason, "candidates": candidates}))
+        chosen, reason, candidates = known[key]
+        way = {"strategy": chosen.strategy, "operation": chosen.operation}
+        sites.append(site.model_copy(update={**way, "reason": reason, "candidates": candidates}))
     diagnostics.raise_errors()
     return plan.model_copy(update={"sites": tuple(sites)})
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a strategy runs with, an operation of surgery's own or plain torch, and what that costs."""
+
+    operation: str
+    cost: Cost
+
+    def candidate(self, strategy: str, reason: str) -> Candidate:
+        """The strategy, which is legal, as the plan has it."""
+        return Candidate(strategy=strategy, operation=self.operation, legal=True, reason=reason, **vars(self.cost))
 
 
 @dataclass
@@ -50,37 +66,33 @@ class _Chooser:
     plan: Plan
     diagnostics: Diagnostics
     _parts: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _costs: dict[tuple[object, ...], tuple[dict[str, Cost], bool]] = field(default_factory=dict)
+    _costs: dict[tuple[object, ...], tuple[dict[str, Way], bool]] = field(default_factory=dict)
 
-    def choose(self, site: Site) -> tuple[str, str, tuple[Candidate, ...]]:
-        """The strategy of a site, why, and all candidates."""
+    def choose(self, site: Site) -> tuple[Candidate, str, tuple[Candidate, ...]]:
+        """How a site is run, why, and all candidates."""
         formula = instance(self.plan, site.formula)
         illegal = why_not_folded(formula)
-        costs, dense = self._measured(formula, site, not illegal)
         precision = self.plan.step.precision
         dtype = site.dtype if precision == "model" else precision  # what products run in: autocast rounds W to it
+        ways, dense = self._measured(formula, site, dtype, not illegal)
         manual = {} if illegal else self._manual(dtype, dense)
-        candidates = tuple(
-            Candidate(
-                strategy=strategy,
-                flops=costs[strategy].flops if strategy in costs else 0,
-                bytes=costs[strategy].bytes if strategy in costs else 0,
-                kept=costs[strategy].kept if strategy in costs else 0,
-                legal=strategy in costs,
-                reason=manual.get(strategy, "") if strategy in costs else illegal,
-            )
+        candidates = {
+            strategy: ways[strategy].candidate(strategy, manual.get(strategy, ""))
+            if strategy in ways
+            else Candidate(strategy=strategy, flops=0, bytes=0, legal=False, reason=illegal)
             for strategy in STRATEGIES
-        )
+        }
+        every = tuple(candidates.values())
         if site.strategy:
-            if site.strategy not in costs:
+            if site.strategy not in ways:
                 message = f"`strategy = {site.strategy}` is not legal: {illegal}"
-                legal = " or ".join(f"`strategy = {strategy}`" for strategy in costs)
+                legal = " or ".join(f"`strategy = {strategy}`" for strategy in ways)
                 span = _clause(self.plan.span(site.place))
                 self.diagnostics.error("SURG032", message, span, help=f"write {legal}, or leave it out")
-            return site.strategy, "as the spec says", candidates
-        times = {strategy: _time(cost, dtype) for strategy, cost in costs.items() if strategy not in manual}
+            return candidates[site.strategy], "as the spec says", every
+        times = {strategy: _time(way.cost, dtype) for strategy, way in ways.items() if strategy not in manual}
         best = min(times, key=lambda strategy: times[strategy])
-        return best, _reason(best, times, illegal), candidates
+        return candidates[best], _reason(best, times, illegal), every
 
     @staticmethod
     def _manual(dtype: str, dense: bool) -> dict[str, str]:
@@ -89,20 +101,27 @@ class _Chooser:
             return {}
         return {"fold": ROUNDED, "recompute": ROUNDED} if dtype in HALF else {"recompute": NOT_DENSE}
 
-    def _measured(self, formula: MethodFormula, site: Site, folds: bool) -> tuple[dict[str, Cost], bool]:
-        """The cost of every legal strategy, and whether the branch forms an `[out, in]` matrix."""
+    def _measured(self, formula: MethodFormula, site: Site, dtype: str, folds: bool) -> tuple[dict[str, Way], bool]:
+        """Every legal strategy as it is cheapest, and whether the branch forms an `[out, in]` matrix."""
         adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.dtype != "int64"), site.dtype)
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
         kind, stored = site.module_class, (site.dtype, adapter_dtype, site.module_class, site.experts)
-        key = (formula.form, self._number(formula.expression), terms, tensors, stored)
+        key = (formula.form, self._number(formula.expression), terms, tensors, stored, dtype)
         if key not in self._costs:
             experts = site.experts or 1  # each has its share of the tokens
             tokens = max(1, min(self.plan.tokens, MOST_TOKENS) // experts)
             dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
             legal = STRATEGIES if folds else ("branch",)
-            costs = {strategy: measure(formula, strategy, tokens, *dtypes, kind) * experts for strategy in legal}
-            self._costs[key] = costs, folds and branch_is_dense(formula, tokens)
+            ways = {}
+            narrow = kind in PLAIN_PRODUCTS and site.experts is None and has_narrow_part(formula)
+            for strategy in legal:
+                operations = (FUSED, "") if strategy == "branch" and narrow else ("",)
+                found = [
+                    Way(name, measure(formula, strategy, tokens, *dtypes, kind, name) * experts) for name in operations
+                ]
+                ways[strategy] = min(found, key=lambda way: _time(way.cost, dtype))
+            self._costs[key] = ways, folds and branch_is_dense(formula, tokens)
         return self._costs[key]
 
     def _number(self, root: Expression) -> int:

@@ -62,7 +62,7 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
         dtypes |= {name: (tensors if key in tensors else named)[key].dtype for name, key in site.earlier.items()}
         strategy = site.strategy or "branch"
         dtype = getattr(torch, site.dtype) if weight is None else weight.dtype
-        adaptation = Adaptation(formula, strategy, plan.tokens, dtype, dtypes, stacked(site))
+        adaptation = Adaptation(formula, strategy, plan.tokens, dtype, dtypes, stacked(site), site.operation)
         for reason in dict.fromkeys(use.reason for use in uses[site.path] if isinstance(use, Misuse)):
             diagnostics.error("SURG041", f"`{site.parameter}` cannot be adapted: {reason}", span)
         for number, use in enumerate(uses[site.path]):

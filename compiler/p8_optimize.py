@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
 from surgery.compiler.optimize.attention import group_queries
+from surgery.compiler.optimize.shared_inputs import join_sites
 
-# Each changes a graph in place and returns in how many places it did.
-OPTIMIZATIONS: tuple[Callable[[fx.GraphModule], int], ...] = (group_queries,)
+# Each changes a graph in place and returns in how many places it did; here with the log's word for these.
+OPTIMIZATIONS: Mapping[Callable[[fx.GraphModule], int], str] = {
+    group_queries: "attentions without repeated keys",
+    join_sites: "groups of sites that read one input",
+}
 
 
 def run(graph: Graph) -> Graph:
     """Apply every optimization, in order; the graph given is not changed."""
-    return replace(graph, module=optimize_module(graph.module))
+    twin = graph.copy()
+    return replace(twin, log=(*graph.log, *_optimize(twin.module)))
 
 
 def optimize_module(module: fx.GraphModule) -> fx.GraphModule:
     """`run` on a GraphModule."""
     twin = copy_module(module)
-    for optimization in OPTIMIZATIONS:
-        optimization(twin)
-    drop_dead_nodes(twin.graph)
-    twin.graph.lint()
-    twin.recompile()
+    _optimize(twin)
     return twin
+
+
+def _optimize(module: fx.GraphModule) -> list[str]:
+    """What was done to the module, in the log's words."""
+    counts = {word: optimization(module) for optimization, word in OPTIMIZATIONS.items()}
+    drop_dead_nodes(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return [f"{count} {word}" for word, count in counts.items() if count]

@@ -15,6 +15,11 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def way_text(strategy: str, operation: str) -> str:
+    """How a site is run, for people: `branch`, or `branch with low_rank_linear`."""
+    return f"{strategy} with {operation}" if operation else strategy
+
+
 class Place(Record):
     """Where in the spec a thing comes from: file, line and column (from 1), and offsets into that file's text."""
 
@@ -168,7 +173,7 @@ class StepPlan(Record):
     precision: Literal["model", "bfloat16", "float16"] = "model"  # forward under autocast
     adapter_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None  # None: float32, or W's if wider
     seed: int = 0
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off", "reduce_overhead"] = "auto"
     recompute: RecomputePlan = RecomputePlan()
     loss: Literal["auto", "causal_lm", "cross_entropy", "mse", "output"] = "auto"
     evaluate: int | None = None  # every so many steps

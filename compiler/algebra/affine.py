@@ -46,23 +46,17 @@ def effective(formula: MethodFormula, biased: bool = True) -> Affine:
     else:
         plain = base
         for term, rows in zip(formula.terms, inputs, strict=True):
-            plain = _add(plain, _times(_change(formula, term.matrix), rows.matrix))
+            plain = _add(plain, _times(formula.change(term.matrix), rows.matrix))
     offset = _bias(formula.shape) if biased else None
     for term, rows in zip(formula.terms, inputs, strict=True):
         if rows.offset is not None:
-            moved = _row_times(rows.offset, _transpose(_change(formula, term.matrix)))
+            moved = _row_times(rows.offset, _transpose(formula.change(term.matrix)))
             offset = moved if offset is None else _add(offset, moved)
     return Affine(plain, offset)
 
 
 def _bias(shape: Shape) -> Expression:
     return Expression("tensor", (), shape[:1], name=BIAS)
-
-
-def _change(formula: MethodFormula, matrix: Expression) -> Expression:
-    if formula.form == "delta":
-        return matrix
-    return Expression("subtract", (matrix, Expression("weight", (), matrix.shape, name="W")), matrix.shape)
 
 
 def why_not_merged(formula: MethodFormula) -> str:

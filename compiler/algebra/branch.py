@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import torch
+from torch import fx
 from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
@@ -14,20 +16,61 @@ from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.inputs import Input
+from surgery.compiler.algebra.narrow import narrow, summands, total, turned
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.price import bounds, is_parted, price
 from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
+from surgery.compiler.kernels.low_rank import low_rank_linear
+
+FUSED = low_rank_linear.__name__  # what a branch runs with that takes W and a narrow product in one operation
 
 
 @dataclass
 class Branch:
-    """Products with an activation, from the right, in the cheapest order; matrices are cast to its dtype."""
+    """Products with an activation, from the right, in the cheapest order; matrices are cast to its dtype.
+
+    With `fused` a product with W and the narrow part of what is added to it are one `low_rank_linear`.
+    """
 
     base: Base
     evaluator: Evaluator
     dtype: torch.dtype  # of the activation
     rows: int  # planned tokens: they decide the order of multiplication
+    fused: bool = False
+    _with_weight: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # x and `x @ W.T`, by identity
+
+    def adapted(self, x: Tensor, inside: Tensor, change: Expression, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + inside @ change.T + bias`; `inside` is x, or rows of its shape."""
+        found = narrow(change) if self.fused else None
+        if found is None:
+            return self.base_linear(x, bias) + self.product(inside, change)
+        operands = {
+            "weights": [self.base.base_weight()], "biases": [bias], "lefts": [self._side(found.left)],
+            "rights": [self._side(found.right)], "scales": [found.scale],
+        }  # fmt: skip
+        if inside is not x:
+            operands["narrow"] = inside
+        y = _low_rank_linear(x, operands)
+        for part in found.rest:
+            if part.operation == "negate":
+                y = y - self.product(inside, part.arguments[0])
+            else:
+                y = y + self.product(inside, part)
+        return y
+
+    def _side(self, node: Expression) -> Tensor:
+        """A factor of a narrow product: a stored tensor as it is, a computed one in the dtype of weight algebra."""
+        stored = self.evaluator.view(node)
+        return self.evaluator(node) if stored is None else stored
+
+    def base_linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + bias`; without a bias computed once."""
+        if bias is not None:
+            return self.base.base_linear(x, bias)
+        if id(x) not in self._with_weight:
+            self._with_weight[id(x)] = (x, self.base.base_linear(x))
+        return self._with_weight[id(x)][1]
 
     def product(self, x: Tensor, node: Expression, transposed: bool = True, stopped: bool = False) -> Tensor:
         """`x @ M.T`, or `x @ M` if not transposed."""
@@ -39,6 +82,11 @@ class Branch:
 
     def _sum(self, x: Tensor, factor: Factor) -> Tensor:
         node = factor.node
+        parts = [part if factor.transposed else turned(part) for part in summands(node)] if self.fused else []
+        others = [part for part in parts if part.operation != "weight"]
+        if others and len(others) == len(parts) - 1:
+            change = total(others)
+            return self.adapted(x, x, Expression("stop", (change,), change.shape) if factor.stopped else change)
         left, right = (self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments)
         return left + right if node.operation == "add" else left - right
 
@@ -58,7 +106,7 @@ class Branch:
         return x
 
     def _cost(self, factors: list[Factor], sizes: list[int], first: int, split: int, last: int) -> int:
-        if first == 0 and split + 1 == last:
+        if first == 0 and split + 1 == last and not self._formed(factors[last - 1].node):
             return price(factors[last - 1].node, sizes[0])
         return 2 * sizes[first] * sizes[split + 1] * sizes[last + 1]
 
@@ -72,7 +120,7 @@ class Branch:
         factor = factors[first - 1]
         node = factor.node
         if node.operation == "weight":
-            return self.base.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
+            return self.base_linear(x) if factor.transposed else self.base.base_linear_transposed(x)
         stacked = self.evaluator.is_stacked(node)
         if node.operation in STRUCTURES and not isinstance(x, Input):
             structure = STRUCTURES[node.operation]
@@ -91,13 +139,20 @@ class Branch:
         return self.base.per_row(x, value, node.shape) if self.evaluator.is_stacked(node) else value
 
     def _structured(self, x: Tensor, factor: Factor) -> Tensor:
-        """A structure's own product, in the dtype that it needs."""
+        """A structure's own product, in the dtype that it needs, or one with its matrix where that is quicker."""
         node, structure = factor.node, STRUCTURES[factor.node.operation]
+        if self._formed(node):
+            matrix = structure.evaluate(node, *(self.cast(part, factor.stopped) for part in node.arguments))
+            return self.base.product(x, matrix, transposed=factor.transposed)
         if not structure.wide or self.evaluator.dtype == self.dtype:
             values = [self.vector(x, part, factor.stopped) for part in node.arguments]
             return structure.product(node, x, factor.transposed, *values)
         values = [self.evaluator(part, factor.stopped) for part in node.arguments]
         return structure.product(node, x.to(self.evaluator.dtype), factor.transposed, *values).to(self.dtype)
+
+    def _formed(self, node: Expression) -> bool:
+        """Whether a structure with a product of its own is multiplied as the matrix that it is."""
+        return node.operation in STRUCTURES and STRUCTURES[node.operation].forms(node, self.dtype)
 
     def _stack(self, x: Tensor, factor: Factor) -> Tensor:
         """A product with matrices side by side or one above the other: results side by side, or their sum."""
@@ -147,3 +202,13 @@ class Branch:
 def _distributes(node: Expression) -> bool:
     """Whether a node is a sum of matrices of its own shape (a broadcast term is no matrix to multiply with)."""
     return node.operation in ("add", "subtract") and all(part.shape == node.shape for part in node.arguments)
+
+
+def _low_rank_linear(x: Tensor, operands: dict[str, Any]) -> Tensor:
+    """The output of one site; on a proxy one node of its graph, which nothing looks into."""
+    results: Any
+    if isinstance(x, fx.Proxy):
+        results = x.tracer.create_proxy("call_function", low_rank_linear, (x,), operands)
+    else:
+        results = low_rank_linear(x, **operands)
+    return results[0]

@@ -175,14 +175,16 @@ def _count(adaptation: Adaptation | None, site: tuple[Base, Tensor], tensors: Ma
 
 def measure(
     formula: MethodFormula, strategy: str, rows: int, dtype: torch.dtype, adapter_dtype: torch.dtype,
-    kind: str = "Linear",
+    kind: str = "Linear", operation: str = "",
 ) -> Cost:  # fmt: skip
     """The cost of a strategy on `rows` tokens beyond the frozen site (its forward and the gradient to its input).
 
-    `kind` is the class of the site's module as the plan has it.
+    `kind` is the class of the site's module as the plan has it, `operation` what of surgery's own
+    the strategy runs with.
     """
     tensors, sides = _tensors(formula, adapter_dtype, rows, dtype), _sides(formula)
-    adaptation = Adaptation(formula, strategy, rows, dtype, {name: tensor.dtype for name, tensor in tensors.items()})
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    adaptation = Adaptation(formula, strategy, rows, dtype, dtypes, operation=operation)
     adapted = _count(adaptation, _site(kind, rows, sides, dtype), tensors)
     return adapted - _count(None, _site(kind, rows, sides, dtype), {})
 

@@ -69,6 +69,27 @@ class Evaluator:
         tensor = self.tensors[node.name]
         return tensor.detach() if stopped else tensor
 
+    def view(self, node: Expression, stopped: bool = False) -> Tensor | None:
+        """W or a tensor of the method as it is stored, transposed or in part; None for what is computed."""
+        match node.operation:
+            case "weight":
+                return self.weight()
+            case "tensor":
+                return self.leaf(node, stopped)
+            case "stop":
+                return self.view(node.arguments[0], True)
+            case "transpose" | "slice":
+                inner = self.view(node.arguments[0], stopped)
+                if inner is None:
+                    return None
+                return inner.transpose(-1, -2) if node.operation == "transpose" else inner[_index(node)]
+        return None
+
+    def stored(self, node: Expression, stopped: bool = False) -> Tensor:
+        """An operand of a kernel: what is stored as it is, what is computed in the working dtype."""
+        view = self.view(node, stopped)
+        return self(node, stopped) if view is None else view
+
     def cast(self, value: Tensor, name: str) -> Tensor:
         """A stored tensor in the working dtype; no cast is recorded where it already is, and positions stay whole."""
         return value if self.dtype_of(value, name) == self.dtype or self.is_index(value, name) else value.to(self.dtype)
@@ -126,6 +147,8 @@ class Evaluator:
                 left, right = self._aligned(node, stopped)
                 return left**right
         structure = STRUCTURES[node.operation]
+        if structure.as_stored:
+            return structure.evaluate(node, *(self.stored(part, stopped) for part in parts))
         like = (self.like(),) if structure.constant else ()
         return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
 

@@ -91,6 +91,7 @@ class EventFormula:
     changes: tuple[ChangeFormula, ...]
     text: str
     span: Span | None = field(default=None, compare=False, repr=False)
+    from_start: bool = False  # W is what it was at the start of the run, and the change of its `+=`
 
     @property
     def moves_base(self) -> bool:
@@ -164,6 +165,12 @@ class MethodFormula:
         if self.form == "output":
             return largest_dropout(self.expression)
         return max(term.dropout for term in self.terms)
+
+    def change(self, matrix: Expression) -> Expression:
+        """What the matrix of a term adds to W: a `delta` itself, of a `weight` the difference."""
+        if self.form == "delta":
+            return matrix
+        return Expression("subtract", (matrix, Expression("weight", (), matrix.shape, name="W")), matrix.shape)
 
     @property
     def reads_plain_x(self) -> bool:

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.branch import Branch
+from surgery.compiler.algebra.branch import FUSED, Branch
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.formula import MethodFormula, reads_rows
+from surgery.compiler.algebra.narrow import narrow, summands
+from surgery.compiler.algebra.norms import with_norms_by_parts
 from surgery.compiler.algebra.recompute import checkpointed, gradient_factors, rebuilt
 from surgery.compiler.algebra.rows import Rows
 from surgery.compiler.algebra.structures import Tensor
+from surgery.compiler.algebra.updated import built, updated
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Adaptation:
     dtype: torch.dtype  # of the activation and of W
     adapter_dtypes: Mapping[str, torch.dtype]
     stacked: frozenset[str] = frozenset()  # what has the axis of the experts in front
+    operation: str = ""  # of surgery's own, that a branch runs with; empty: plain torch
 
     def __call__(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
@@ -49,9 +53,14 @@ class Adaptation:
     def weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
         """The effective weight `[out, in]` by the method's expression, rounded once."""
         evaluator = self._evaluator(base, tensors)
+        weight = Expression("weight", (), expression.shape, name="W")
+        is_change = self.formula.form == "delta"
+        whole = Expression("add", (weight, expression), expression.shape) if is_change else expression
+        if not self.stacked and (found := updated(whole)):
+            return built(found, evaluator)
         value = evaluator(expression)
-        if self.formula.form == "delta":
-            value = evaluator(Expression("weight", (), expression.shape, name="W")) + value
+        if is_change:
+            value = evaluator(weight) + value
         return value if evaluator.dtype == base.dtype else value.to(base.dtype)
 
     def _recompute(self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -65,8 +74,9 @@ class Adaptation:
     def _branch(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
     ) -> Tensor:
-        formula = self.formula
-        branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows)
+        formula = self.formula if self.stacked else with_norms_by_parts(self.formula)
+        fused = self.operation == FUSED and base.is_matrix and base.dtype == self.dtype
+        branch = Branch(base, self._evaluator(base, tensors), self.dtype, self.rows, fused)
         row = base.input(x)
         leaves = {"x": row} | {name: base.input(tensors[name]) for name in tensors if name.startswith(f"x{MARK}")}
         rows = Rows(
@@ -80,11 +90,16 @@ class Adaptation:
                 leaves["y"] = base.base_linear(row, bias)
             return base.output(rows(formula.expression))
         if formula.form == "delta":
-            changes = (branch.product(rows.input(term.input), term.matrix) for term in formula.terms)
-            return base.output(sum(changes, base.base_linear(row, bias)))
+            terms = [(rows.input(term.input), term.matrix) for term in formula.terms]
+            first = next((number for number, (_, matrix) in enumerate(terms) if fused and narrow(matrix)), 0)
+            y = branch.adapted(row, *terms.pop(first), bias)
+            return base.output(sum((branch.product(inside, matrix) for inside, matrix in terms), y))
         (term,) = formula.terms
         inside = rows.input(term.input)
+        apart = not term.reads_plain_x or any(part.operation == "weight" for part in summands(term.matrix))
+        if fused and apart and narrow(formula.change(term.matrix)):
+            return branch.adapted(row, inside, formula.change(term.matrix), bias)
         y = branch.product(inside, term.matrix)
         if not term.reads_plain_x:  # x @ W.T + input @ (M - W).T
-            y = base.base_linear(row) + (y - base.base_linear(inside))
+            y = branch.base_linear(row) + (y - branch.base_linear(inside))
         return base.output(y if bias is None else y + bias)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 from torch import fx
 
@@ -11,6 +12,12 @@ from torch import fx
 def identifier(name: str) -> str:
     """A tensor's name as Python may have it: those of a composition have a point."""
     return name.replace(".", "_")
+
+
+def called(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """What a kernel gives; on proxies a node of their graph, which nothing looks into."""
+    tracer = next((value.tracer for value in arguments if isinstance(value, fx.Proxy)), None)
+    return kernel(*arguments) if tracer is None else tracer.create_proxy("call_function", kernel, arguments, {})
 
 
 class Recorder(Mapping[str, fx.Proxy]):
@@ -41,8 +48,8 @@ class Recorder(Mapping[str, fx.Proxy]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def finish(self, result: fx.Proxy | None = None) -> fx.Graph:
+    def finish(self, result: fx.Proxy | tuple[fx.Proxy, ...] | None = None) -> fx.Graph:
         """The graph, which gives `result`."""
-        self.graph.output(None if result is None else result.node)
+        self.graph.output(self._tracer.create_arg(result))
         self.graph.lint()
         return self.graph

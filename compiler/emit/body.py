@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,12 @@ from torch import fx
 from surgery.compiler.emit.naming import Names, by_factor, by_operation, is_skip, operation, snake
 from surgery.compiler.emit.outline import module_path
 from surgery.compiler.emit.spelling import Text, spell
+from surgery.compiler.kernels.low_rank import low_rank_linear
 from surgery.compiler.span import Span
 
 WIDTH = 112
 _NESTED = 84  # longer expressions get a name of their own
+_NAMED_LIST = re.compile(r"\w+=\[.*,")
 _SHORT = 20  # what is as short as this may stand in any call
 
 
@@ -47,10 +51,12 @@ class Body:
         wanted = wanted or {}
         self._modules = {}
         for node in nodes:
-            self._modules.setdefault(module_path(node), []).append(node)
+            if not _gives_several(node):  # its results stand for it
+                self._modules.setdefault(module_path(node), []).append(node)
         inside = set(nodes)
         for node in nodes:
-            self._node(node, inside, wanted)
+            if not (node.target is operator.getitem and _gives_several(node.args[0])):
+                self._node(node, inside, wanted)
         self._flush(wanted)
 
     def text(self, node: fx.Node) -> Text:
@@ -103,6 +109,8 @@ class Body:
         """Read exactly once, in this body, and not the result of a module, which deserves its name."""
         if node in self.kept or node in wanted or len(node.users) != 1 or self._is_result(node):
             return False
+        if _gives_several(node):
+            return False
         user = next(iter(node.users))
         uses = sum(argument is node for argument in _flat((user.args, tuple(user.kwargs.values()))))
         telling = operation(node) in ("scaled_dot_product_attention", "getitem") or is_skip(node)
@@ -124,11 +132,14 @@ class Body:
 
     def _assign(self, node: fx.Node, text: Text, wanted: dict[fx.Node, str]) -> None:
         self._comment(node)
-        statement = text.source
+        results = _results(node)
         if node.users or node in self.kept:
-            self.known[node] = wanted[node] if node in wanted else self.names.claim(self._name(node))
-            statement = f"{self.known[node]} = {statement}"
-        self.lines += wrapped(statement, self._trailing(node))
+            for result in filter(None, results):
+                self.known[result] = wanted[result] if result in wanted else self.names.claim(self._name(result))
+            targets = ["_" if result is None else self.known[result] for result in results]
+            left = f"({targets[0]},)" if _gives_several(node) and len(targets) == 1 else ", ".join(targets)
+            text = Text(f"{left} = {text.source}")
+        self.lines += wrapped(text.source, self._trailing(results))
 
     def _name(self, node: fx.Node) -> str:
         if self._is_result(node):
@@ -159,12 +170,26 @@ class Body:
         self._section = section
         self.lines.append(f"# {section}")
 
-    def _trailing(self, node: fx.Node) -> str:
-        """Where in the spec a node comes from, said once for a run of nodes from one line."""
-        span = node.meta.get("span")
-        place = (Path(span.file).name, span.line) if isinstance(span, Span) else None
-        new, self._place = place is not None and place != self._place, place
-        return f"{place[0]}:{place[1]}" if new and place is not None else ""
+    def _trailing(self, results: Sequence[fx.Node | None]) -> str:
+        """Where in the spec the results of one statement come from, said once for a run of nodes from one line."""
+        spans = [node.meta.get("span") for node in results if node is not None]
+        places = dict.fromkeys((Path(span.file).name, span.line) for span in spans if isinstance(span, Span))
+        new = [place for place in places if place != self._place]
+        self._place = next(reversed(places), None)
+        return ", ".join(f"{file}:{line}" for file, line in new)
+
+
+def _gives_several(node: object) -> bool:
+    """Whether a call gives a list, which is taken apart where it stands."""
+    return isinstance(node, fx.Node) and node.target is low_rank_linear
+
+
+def _results(node: fx.Node) -> list[fx.Node | None]:
+    """What a statement gives names to: the node, or the entries of its list, None for one that nobody reads."""
+    if not _gives_several(node):
+        return [node]
+    taken = {user.args[1]: user for user in node.users}
+    return [taken.get(number) for number in range(len(node.kwargs["weights"]))]  # type: ignore[arg-type]
 
 
 def _flat(value: object) -> list[object]:
@@ -176,13 +201,14 @@ def _flat(value: object) -> list[object]:
 
 
 def wrapped(statement: str, comment: str = "") -> list[str]:
-    """A statement on one line, or with the arguments of its outermost call on lines of their own."""
-    if comment and len(statement) + len(comment) + 4 > WIDTH:
-        return [f"# {comment}", *wrapped(statement)]
-    if comment:
-        return [f"{statement}  # {comment}"]
+    """A statement on one line, or with the arguments of its outermost call on lines of their own.
+
+    Where arguments are lists by name, each argument has a line; what is too long for one is wrapped itself.
+    """
     if len(statement) <= WIDTH or not statement.endswith((")", "]")):
-        return [statement]
+        if comment and len(statement) + len(comment) + 4 > WIDTH:
+            return [f"# {comment}", statement]
+        return [f"{statement}  # {comment}" if comment else statement]
     depth, cuts, start = 0, [], -1
     for position in range(len(statement) - 1, -1, -1):
         character = statement[position]
@@ -198,11 +224,17 @@ def wrapped(statement: str, comment: str = "") -> list[str]:
     bounds = [start, *reversed(cuts), len(statement) - 1]
     parts = [statement[left + 1 : right].strip() for left, right in zip(bounds, bounds[1:], strict=False)]
     lines, row = [statement[: start + 1]], ""
+    apart = any(_NAMED_LIST.match(part) for part in parts)
     for part in parts:
-        if row and len(row) + len(part) + 6 > WIDTH:
+        if row and (apart or len(row) + len(part) + 6 > WIDTH):
             lines.append(f"    {row}")
             row = ""
-        row += (" " if row else "") + part + ","
+        if len(part) + 6 > WIDTH:
+            *inner, last = wrapped(part)
+            lines += [f"    {line}" for line in (*inner, f"{last},")]
+        else:
+            row += (" " if row else "") + part + ","
     if row:
         lines.append(f"    {row.rstrip(',') if len(parts) == 1 else row}")
-    return [*lines, statement[-1]]
+    end = statement[-1]
+    return [*lines, f"{end}  # {comment}" if comment else end]

@@ -9,8 +9,11 @@ from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 
 IMPORTS = {
+    "low_rank_linear": "from surgery.compiler.kernels.low_rank import low_rank_linear",
     "checkpoint": "from torch.utils.checkpoint import checkpoint",
     "rebuilt_linear": "from surgery.compiler.kernels.recompute import rebuilt_linear",
+    "updated_row_norms": "from surgery.compiler.kernels.row_norms import updated_row_norms",
+    "updated_weight": "from surgery.compiler.kernels.updated_weight import updated_weight",
 }
 
 

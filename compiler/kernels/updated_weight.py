@@ -8,18 +8,13 @@ arXiv:2501.08582) or W itself (HiRA, openreview:TwJrTz9cRS). Of torch's operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for a CPU comes without it; the reference is what runs there
-    triton = None
 
 _library = torch.library.Library("surgery", "FRAGMENT")
 _library.define("updated_weight(Tensor weight, Tensor left, Tensor right, float scale, str times) -> Tensor")
@@ -55,10 +50,18 @@ def _under(weight: Tensor, times: str, update: Tensor) -> Tensor:
 
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if triton and all(tensor.is_cuda and tensor.dtype in floats for tensor in (weight, left, right)):
-        return _fused(weight, left, right, scale, times)
+    if has_kernel(weight, left, right):
+        from surgery.compiler.kernels.updated_weight_triton import updated_weight as fused
+
+        with torch.cuda.device_of(weight):
+            return fused(weight, left, right, scale, times)
     return updated_weight_reference(weight, left, right, scale, times)
+
+
+def has_kernel(*tensors: Tensor) -> bool:
+    """Whether a kernel in Triton takes these: on a CUDA device, of a dtype that fits into float32."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return all(tensor.is_cuda and tensor.dtype in floats for tensor in tensors) and find_spec("triton") is not None
 
 
 class _UpdatedWeight(torch.autograd.Function):
@@ -99,58 +102,3 @@ torch.library.register_fake("surgery::updated_weight", lambda weight, *rest: tor
 def _operations(weight: Sequence[int], left: Sequence[int], *rest: Any, **more: Any) -> int:
     """The product of the factors, and one multiplication and addition for each entry."""
     return 2 * weight[0] * weight[1] * (left[1] + 1)
-
-
-# --- the kernel -------------------------------------------------------------------------------------------------------
-
-if triton is not None:
-
-    @triton.jit
-    def _update(
-        weight, left, right, result, outputs, inputs, rank, scale,
-        weight_row, weight_column, left_row, left_column, right_row, right_column, result_row, result_column,
-        TIMES: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    ):  # fmt: skip
-        """One tile of the result: its piece of the product, and W once."""
-        rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-        inside = (rows < outputs) & (columns < inputs)
-        wide = tl.load(weight + rows * weight_row + columns * weight_column, inside, 0.0).to(tl.float32)
-        product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, rank, RANK):
-            index = start + tl.arange(0, RANK)
-            mask = (rows < outputs) & (index[None, :] < rank)
-            a = tl.load(left + rows * left_row + index[None, :] * left_column, mask, 0.0)
-            mask = (index[:, None] < rank) & (columns < inputs)
-            b = tl.load(right + index[:, None] * right_row + columns * right_column, mask, 0.0)
-            if HALF:
-                product = tl.dot(a, b, product)
-            else:  # tf32 alone rounds the factors to 10 bits; three products of it have what float32 has
-                product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
-        product *= scale
-        if TIMES == "mask":
-            product = tl.where(wide != 0, product, 0.0)
-        if TIMES == "weight":
-            product *= wide
-        value = (wide + product).to(result.dtype.element_ty)
-        tl.store(result + rows * result_row + columns * result_column, value, inside)
-
-
-def _fused(
-    weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str, rows: int = 64, columns: int = 128,
-    warps: int = 4,
-) -> Tensor:  # fmt: skip
-    """`updated_weight` by the kernel, in tiles of `rows` and `columns`."""
-    if weight.stride(0) == 1 and weight.stride(1) != 1:  # neighbours in a tile are to be neighbours in memory
-        return _fused(weight.T, right.T, left.T, scale, times, rows, columns, warps).T
-    result = torch.empty_like(weight)
-    (outputs, inputs), rank = weight.shape, left.shape[1]
-    if not weight.numel():
-        return result
-    strides = (*weight.stride(), *left.stride(), *right.stride(), *result.stride())
-    _update[triton.cdiv(inputs, columns), triton.cdiv(outputs, rows)](
-        weight, left, right, result, outputs, inputs, rank, scale, *strides,
-        TIMES=times, HALF=left.dtype == right.dtype != torch.float32, ROWS=rows, COLUMNS=columns,
-        RANK=min(64, max(16, triton.next_power_of_2(rank))), num_warps=warps,
-    )  # fmt: skip
-    return result

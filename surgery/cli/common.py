@@ -56,6 +56,9 @@ DeviceOption = Annotated[
     typer.Option("--device", help="cpu, cuda, cuda:1, ...; left out: a GPU if there is one", show_default=False,
                  callback=_usable),
 ]  # fmt: skip
+VerboseOption = Annotated[
+    bool, typer.Option("-v", "--verbose", help="one line per pass on standard error: its number, seconds, what it gave")
+]
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="a .surg file", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
 
@@ -147,6 +150,18 @@ def reporting(format: Format) -> Iterator[None]:
     except OSError as error:
         where = f"`{error.filename}`: " if error.filename else ""
         stop([Diagnostic("SURG011", f"{where}{error.strerror or error}")], format)
+
+
+@contextmanager
+def pass_log(wanted: bool) -> Iterator[None]:
+    """Show a line for every pass that runs inside, on standard error, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    from surgery.compiler.pass_log import listening
+
+    with listening(note):
+        yield
 
 
 def check_output(folder: Path) -> None:

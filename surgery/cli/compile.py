@@ -13,9 +13,11 @@ from surgery.cli.common import (
     Format,
     FormatOption,
     SpecArgument,
+    VerboseOption,
     answer,
     calibration_of,
     check_output,
+    pass_log,
     quiet,
     reporting,
     show,
@@ -29,6 +31,7 @@ NEEDS_ARGUMENTS = True
 def run(
     spec: SpecArgument,
     folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write")],
+    verbose: VerboseOption = False,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
@@ -46,10 +49,12 @@ def run(
         if is_run(folder) and load_state(folder).step > 0:
             raise typer.BadParameter(f"`{folder}` holds a run; choose another folder", param_hint="-o")
         quiet()
-        program = surgery.parse(spec)
+        with pass_log(verbose):
+            program = surgery.parse(spec)
         show(program.warnings)
         batches = calibration_of(surgery.plan(program, allow_code=allow_code), program.folder)
-        step = surgery.compile(program, device=device, calibration=batches, allow_code=allow_code)
+        with pass_log(verbose):
+            step = surgery.compile(program, device=device, calibration=batches, allow_code=allow_code)
         step.save(folder)
         write_text(folder / "graph.py", step.graph_source)
     if format is Format.json:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import surgery
-from surgery.compiler import pipeline
+from surgery.compiler import own_graph
 from surgery.compiler.output_sizes import output_sizes
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Layout, Weight
@@ -54,7 +54,7 @@ def test_every_spelling_of_a_product(use: str, scope: str) -> None:
         found, delta = model(x), dict(model.named_parameters())["D"]
     else:
         graph = torch.export.export(holder, (x,)).module() if scope == "exported" else fx.symbolic_trace(holder)
-        adapted = pipeline.rewrite(graph, surgery.plan(program, holder))
+        adapted = own_graph.rewrite(graph, surgery.plan(program, holder))
         found, delta = adapted(x), dict(adapted.named_parameters())["0.D"]
     assert bool(delta.any())
     torch.testing.assert_close(found, SPELLINGS[use](x, weight + delta))
@@ -88,7 +88,7 @@ def test_called_modules_are_looked_into(name: str, strategy: str) -> None:
     )
     text = f"method m() {{ {own};  delta = {change} }}\nadapt {name} {{ with m()  strategy = {strategy} }}"
     plan = surgery.plan(surgery.parse(text), model)
-    adapted = pipeline.rewrite(fx.symbolic_trace(model), plan)
+    adapted = own_graph.rewrite(fx.symbolic_trace(model), plan)
     tensor = dict(adapted.named_parameters())[plan.sites[0].tensors[0].key]
     stored = model.get_parameter(f"{name}.weight")
     changed = stored + (tensor.T if name == "table" else tensor.reshape(stored.shape))

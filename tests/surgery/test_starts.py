@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.compiler.algebra import decompose
 from surgery.compiler.graph import tensors
-from surgery.compiler.pipeline import rewrite
+from surgery.compiler.own_graph import rewrite
 from surgery.runtime.initialise import initialise
 from tests.models import ARCHITECTURES
 

@@ -41,6 +41,7 @@ class Structure(ABC):
     entrywise = False  # whether the product multiplies entry by entry, so that every row may have values of its own
     rowwise = False  # whether it treats every row of an activation by itself
     constant = False  # its dtype follows from no argument, so that it must be told dtype and device
+    as_stored = False  # whether it takes what is stored without a cast, and computes in the dtype of weight algebra
     internal = False  # made by the compiler alone, no function of the language
 
     @abstractmethod
@@ -63,6 +64,10 @@ class Structure(ABC):
     def product_cost(self, node: Expression, rows: int) -> int:
         """Floating-point operations of `product` on `rows` rows, either way."""
         raise AssertionError(f"{self.name} has no fast product")
+
+    def forms(self, node: Expression, dtype: torch.dtype) -> bool:
+        """Whether products with the matrix itself, formed each time, are quicker for activations of that dtype."""
+        return False
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         """Whether the value is zero, given which arguments are."""

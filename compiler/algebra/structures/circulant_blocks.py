@@ -13,6 +13,7 @@ import torch
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+from surgery.compiler.algebra.structures.displacement import along_diagonals, forms_quicker
 
 
 @structure("grid_circ", "grid_circ_turned")
@@ -32,7 +33,7 @@ class CirculantBlocks(Structure):
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         width = whole_of(node.arguments[0].shape[-1])
-        blocks = torch.cat((values[0][..., 1:], values[0]), -1).unfold(-1, width, 1).flip(-1)
+        blocks = along_diagonals(values[0], values[0][..., 1:].flip(-1), width, width)
         if self.name == "grid_circ_turned":
             blocks = blocks.transpose(-1, -2)
         return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
@@ -45,6 +46,9 @@ class CirculantBlocks(Structure):
         pieces = torch.fft.rfft(x.unflatten(-1, (q if transposed else p, b)), n=b)
         equation = "...qf,pqf->...pf" if transposed else "...pf,pqf->...qf"
         return torch.fft.irfft(torch.einsum(equation, pieces, spectrum), n=b).flatten(-2)
+
+    def forms(self, node: Expression, dtype: torch.dtype) -> bool:
+        return forms_quicker(max(whole_of(size) for size in node.shape), dtype)
 
     def product_cost(self, node: Expression, rows: int) -> int:
         p, q, b = (whole_of(size) for size in node.arguments[0].shape)

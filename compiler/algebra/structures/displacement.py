@@ -34,8 +34,12 @@ class _Displacement(Structure):
         return (*vector, vector[-1])
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
-        # row i of all windows of the diagonals is row i of the matrix, backwards
-        return torch.cat(self.diagonals(*values), -1).unfold(-1, whole_of(node.shape[-1]), 1).flip(-1)
+        rows, columns = (whole_of(size) for size in node.shape[-2:])
+        above, column = self.diagonals(*values)
+        return along_diagonals(column, above.flip(-1), rows, columns)
+
+    def forms(self, node: Expression, dtype: torch.dtype) -> bool:
+        return forms_quicker(max(whole_of(size) for size in node.shape[-2:]), dtype)
 
     def product(self, node: Expression, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         rows, columns = (whole_of(size) for size in node.shape[-2:])
@@ -56,6 +60,29 @@ class _Displacement(Structure):
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return all(zeros)
+
+
+def along_diagonals(column: Tensor, right: Tensor, rows: int, columns: int) -> Tensor:
+    """The Toeplitz matrix `[..., rows, columns]` of its first column and, without its first entry, its first row.
+
+    Row i of a period one longer than the distance of two rows begins i entries earlier in it. So the matrix is a view of
+    a repeated vector, whose gradient, the sums along the diagonals, is one sum over the repetitions. Rows are multiples
+    of 8 entries apart, as products on tensor cores want them.
+    """
+    apart = -(-max(rows + columns - 2, columns) // 8) * 8
+    below = functional.pad(column[..., 1:].flip(-1), (apart + 2 - rows - columns, 0))
+    period = torch.cat((column[..., :1], right, below), -1)
+    repeated = torch.tile(period, (rows,)).narrow(-1, 0, rows * apart)
+    return repeated.unflatten(-1, (rows, apart)).narrow(-1, 0, columns)
+
+
+def forms_quicker(side: int, dtype: torch.dtype) -> bool:
+    """Whether a product with the matrix itself, whose longer side that is, is quicker than one by Fourier transforms.
+
+    Transforms run in float32 and read and write an activation some ten times; tensor cores multiply with the matrix
+    meanwhile, in half precision alone (tests/benchmarks/NOTES.md).
+    """
+    return dtype in (torch.bfloat16, torch.float16) and side <= 4096
 
 
 def _circular(x: Tensor, first: Tensor, length: int, transposed: bool) -> Tensor:

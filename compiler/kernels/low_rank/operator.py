@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from surgery.compiler.kernels.low_rank import plain
+from surgery.compiler.kernels.low_rank import choice, plain, product
+from surgery.compiler.kernels.low_rank import narrow as fused
 
-_library = torch.library.Library("surgery", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "low_rank_linear(Tensor x, Tensor? narrow, Tensor[] weights, Tensor?[] biases, Tensor[] lefts, Tensor[] rights, "
     "float[] scales) -> Tensor[]"
 )
-_library.define(
+_library.define(  # type: ignore[no-untyped-call]
     "low_rank_linear_backward(Tensor[] dys, Tensor? source, Tensor? u, Tensor[] weights, Tensor[] lefts, "
     "Tensor[] rights, float[] scales, bool apart, bool[] needed) -> Tensor[]"
 )
@@ -42,25 +44,37 @@ def low_rank_linear(
         x, narrow = x.to(dtype), None if narrow is None else narrow.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    results: list[Tensor] = torch.ops.surgery.low_rank_linear(x, narrow, weights, biases, lefts, rights, scales)
+    run = torch.ops.surgery.low_rank_linear if _is_watched() else _differentiable
+    results: list[Tensor] = run(x, narrow, weights, biases, lefts, rights, scales)
     return results[:-1]
 
 
+def _is_watched() -> bool:
+    """Whether something traces or counts operations, for which this has to be one; else the dispatcher costs time."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _forward(
-    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
-    rights: list[Tensor], scales: list[float],
+    x: Tensor, narrow: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     """The outputs, and `scale * narrow @ right.T` of all sites, `[rows, sum of ranks]`."""
     rows = x.reshape(-1, x.shape[-1])
     source = rows if narrow is None else narrow.reshape(rows.shape)
-    u = plain.narrow_product(source, rights, scales)
-    ys = plain.outputs(rows, u, weights, biases, lefts, rights)
+    with _device_of(x):
+        form = fused if choice.has_narrow_kernels(source, sum(right.shape[0] for right in rights)) else plain
+        u = form.narrow_product(source, rights, scales)
+        tiling = choice.tiling_of_outputs(rows, weights)
+        if tiling is None:
+            ys = plain.outputs(rows, u, weights, biases, lefts)
+        else:
+            ys = product.outputs(rows, u, weights, biases, lefts, tiling)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), u]
 
 
 def _backward(
-    dys: list[Tensor], source: Tensor | None, u: Tensor | None, weights: list[Tensor], lefts: list[Tensor],
-    rights: list[Tensor], scales: list[float], apart: bool, needed: list[bool],
+    dys: Sequence[Tensor], source: Tensor | None, u: Tensor | None, weights: Sequence[Tensor],
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float], apart: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed ones of the gradients to x, narrow, each bias, each left and each right, in this order.
 
@@ -70,27 +84,41 @@ def _backward(
     rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     shape = (*dys[0].shape[:-1], weights[0].shape[1])
     need_x, need_narrow, need_biases, need_lefts, need_rights = _unpacked(needed)
-    through_rights = need_narrow or (need_x and not apart)
-    right = plain.joined(rights, rows[0].dtype) if through_rights else None
-    du, dlefts = None, []
-    if through_rights or any(need_rights):
-        du = rows[0].new_empty(rows[0].shape[0], sum(part.shape[0] for part in rights))
-    for site, span in enumerate(plain.spans(rights)):
-        if du is not None:
-            plain.narrow_gradient(rows[site], lefts[site], scales[site], du[:, span])
-        if need_lefts[site]:
-            dlefts.append(plain.left_gradient(rows[site], u[:, span], lefts[site]))  # type: ignore[index]
-    gradients = []
-    if need_x:
-        gradients.append(plain.input_gradient(rows, weights, *((None, None) if apart else (du, right))).view(shape))
-    if need_narrow:
-        gradients.append((du @ right).view(shape))  # type: ignore[operator]
-    gradients += [dy.sum(0) for dy, need in zip(rows, need_biases, strict=True) if need]
-    gradients += dlefts
-    if any(need_rights):
-        drights = plain.right_gradients(du, source.reshape(-1, shape[-1]), rights)  # type: ignore[arg-type, union-attr]
-        gradients += [dright for dright, need in zip(drights, need_rights, strict=True) if need]
+    need_du = need_narrow or (need_x and not apart) or any(need_rights)
+    gradients: list[Tensor] = []
+    dlefts: list[Tensor] = []
+    with _device_of(dys[0]):
+        if need_du and u is not None and choice.has_narrow_kernels(rows[0], max(left.shape[1] for left in lefts)):
+            du, dlefts = fused.narrow_gradients(rows, u, lefts, scales)
+        else:
+            du = plain.narrow_gradient(rows, lefts, scales) if need_du else None
+            dlefts = plain.left_gradients(rows, u, lefts) if u is not None else []
+        if need_x:
+            gradients.append(_input_gradient(rows, weights, None if apart else du, rights).view(shape))
+        if need_narrow and du is not None:
+            gradients.append((du @ plain.joined(rights, rows[0].dtype)).view(shape))
+        gradients += [dy.sum(0) for dy, need in zip(rows, need_biases, strict=True) if need]
+        gradients += [dleft for dleft, need in zip(dlefts, need_lefts, strict=u is not None) if need]
+        if source is not None and du is not None:
+            inputs = source.reshape(-1, source.shape[-1])
+            form = fused if choice.has_narrow_kernels(inputs, du.shape[1]) else plain
+            drights = form.right_gradients(du, inputs, rights)
+            gradients += [dright for dright, need in zip(drights, need_rights, strict=True) if need]
     return gradients
+
+
+def _input_gradient(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], du: Tensor | None, rights: Sequence[Tensor]
+) -> Tensor:
+    tiling = choice.tiling_of_input_gradient(dys, weights)
+    if tiling is None:
+        return plain.input_gradient(dys, weights, du, rights)
+    return product.input_gradient(dys, weights, du, rights, tiling)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _unpacked(needed: Sequence[bool]) -> tuple[bool, bool, Sequence[bool], Sequence[bool], Sequence[bool]]:
@@ -101,16 +129,16 @@ def _unpacked(needed: Sequence[bool]) -> tuple[bool, bool, Sequence[bool], Seque
 
 
 def _forward_fake(
-    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
-    rights: list[Tensor], scales: list[float],
+    x: Tensor, narrow: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     rows, ranks = prod(x.shape[:-1]), sum(right.shape[0] for right in rights)
     return [*(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights), x.new_empty(rows, ranks)]
 
 
 def _backward_fake(
-    dys: list[Tensor], source: Tensor | None, u: Tensor | None, weights: list[Tensor], lefts: list[Tensor],
-    rights: list[Tensor], scales: list[float], apart: bool, needed: list[bool],
+    dys: Sequence[Tensor], source: Tensor | None, u: Tensor | None, weights: Sequence[Tensor],
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float], apart: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     need_x, need_narrow, *need = _unpacked(needed)
     inputs = [dys[0].new_empty(*dys[0].shape[:-1], weights[0].shape[1]) for wanted in (need_x, need_narrow) if wanted]
@@ -129,12 +157,19 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights: list[Tensor], scales: list[float], x: Tensor, narrow: Tensor | None, *parts: Tensor | None
+        ctx: Any,
+        weights: Sequence[Tensor],
+        scales: Sequence[float],
+        x: Tensor,
+        narrow: Tensor | None,
+        *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(weights)
-        biases, lefts, rights = parts[:count], parts[count : 2 * count], parts[2 * count :]
+        biases = parts[:count]
+        lefts, rights = cast(tuple[Tensor, ...], parts[count : 2 * count]), cast(tuple[Tensor, ...], parts[2 * count :])
         with torch._C._AutoDispatchBelowAutograd():
-            *ys, u = torch.ops.surgery.low_rank_linear(x, narrow, weights, biases, lefts, rights, scales)
+            run = torch.ops.surgery.low_rank_linear if _is_watched() else _forward
+            *ys, u = run(x, narrow, weights, biases, lefts, rights, scales)
         ctx.needed = ctx.needs_input_grad[2:]
         ctx.scales, ctx.apart, ctx.count = scales, narrow is not None, count
         _, _, _, need_lefts, need_rights = _unpacked(ctx.needed)
@@ -148,17 +183,14 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         source, u, *saved = ctx.saved_tensors
         weights, lefts, rights = (saved[start : start + ctx.count] for start in range(0, 3 * ctx.count, ctx.count))
-        gradients = iter(
-            torch.ops.surgery.low_rank_linear_backward(
-                dys[:-1], source, u, weights, lefts, rights, ctx.scales, ctx.apart, ctx.needed
-            )
-        )
+        run = torch.ops.surgery.low_rank_linear_backward if _is_watched() else _backward
+        gradients = iter(run(dys[:-1], source, u, weights, lefts, rights, ctx.scales, ctx.apart, ctx.needed))
         return None, None, *(next(gradients) if need else None for need in ctx.needed)
 
 
 def _differentiable(
-    x: Tensor, narrow: Tensor | None, weights: list[Tensor], biases: list[Tensor | None], lefts: list[Tensor],
-    rights: list[Tensor], scales: list[float],
+    x: Tensor, narrow: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: Sequence[float],
 ) -> list[Tensor]:  # fmt: skip
     return [*_LowRankLinear.apply(weights, scales, x, narrow, *biases, *lefts, *rights)]  # type: ignore[no-untyped-call]
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 
-def spans(rights: Sequence[Tensor]) -> list[slice]:
+def spans(ranks: Sequence[int]) -> list[slice]:
     """The columns of each site in a matrix `[rows, sum of ranks]`."""
-    ends = list(accumulate(right.shape[0] for right in rights))
-    return [slice(end - right.shape[0], end) for end, right in zip(ends, rights, strict=True)]
+    return [slice(end - rank, end) for end, rank in zip(accumulate(ranks), ranks, strict=True)]
 
 
 def joined(rights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -31,49 +30,70 @@ def narrow_product(rows: Tensor, rights: Sequence[Tensor], scales: Sequence[floa
     if len({*scales}) == 1:
         return u.addmm_(rows, right.T, beta=0, alpha=scales[0])
     torch.mm(rows, right.T, out=u)
-    for span, scale in zip(spans(rights), scales, strict=True):
+    for span, scale in zip(spans([right.shape[0] for right in rights]), scales, strict=True):
         u[:, span].mul_(scale)
     return u
 
 
-def narrow_gradient(dy: Tensor, left: Tensor, scale: float, du: Tensor) -> None:
-    """Writes `scale * dy @ left` to `du` `[rows, rank]`, which may be columns of a wider matrix."""
-    du.addmm_(dy, left.to(dy.dtype), beta=0, alpha=scale)
+def narrow_gradients(
+    dys: Sequence[Tensor], u: Tensor, lefts: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """`scale * dy @ left` of every site beside each other, like u, and each site's `dy.T @ u`, like its left."""
+    return narrow_gradient(dys, lefts, scales), left_gradients(dys, u, lefts)
 
 
-def left_gradient(dy: Tensor, u: Tensor, left: Tensor) -> Tensor:
-    """`dy.T @ u`, `[out, rank]`."""
-    return (dy.T @ u).to(left.dtype)
+def narrow_gradient(dys: Sequence[Tensor], lefts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """`scale * dy @ left` of every site beside each other, `[rows, sum of ranks]`."""
+    du = dys[0].new_empty(dys[0].shape[0], sum(left.shape[1] for left in lefts))
+    for dy, left, scale, span in zip(dys, lefts, scales, spans([left.shape[1] for left in lefts]), strict=True):
+        du[:, span].addmm_(dy, left.to(dy.dtype), beta=0, alpha=scale)
+    return du
+
+
+def left_gradients(dys: Sequence[Tensor], u: Tensor, lefts: Sequence[Tensor]) -> list[Tensor]:
+    """Each site's `dy.T @ u`, `[out, rank]`."""
+    columns = (u[:, span] for span in spans([left.shape[1] for left in lefts]))
+    return [_product(dy.T, part, left.dtype) for dy, part, left in zip(dys, columns, lefts, strict=True)]
 
 
 def right_gradients(du: Tensor, rows: Tensor, rights: Sequence[Tensor]) -> list[Tensor]:
     """`du.T @ rows` of every site, `[rank, in]` each, from one product."""
-    whole = du.T @ rows
     if len(rights) == 1:
-        return [whole.to(rights[0].dtype)]
-    parts = torch.split_with_sizes_copy(whole, [right.shape[0] for right in rights])
+        return [_product(du.T, rows, rights[0].dtype)]
+    dtypes = {right.dtype for right in rights}
+    whole = _product(du.T, rows, dtypes.pop() if len(dtypes) == 1 else du.dtype)
+    parts = torch.ops.aten.split_with_sizes_copy(whole, [right.shape[0] for right in rights])
     return [part.to(right.dtype) for part, right in zip(parts, rights, strict=True)]
 
 
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` in a dtype; on a GPU a float32 result keeps the product's precision and needs no cast."""
+    if left.is_cuda and dtype == torch.float32 != left.dtype and left.dtype != torch.float64:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
 def outputs(
-    rows: Tensor, u: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """`rows @ weight.T + bias + u @ left.T` of each site, `[rows, out]` each."""
+    rows: Tensor, u: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lefts: Sequence[Tensor]
+) -> list[Tensor]:
+    """`rows @ weight.T + bias + u @ left.T` of each site, `[rows, out]` each; u has the columns of all sites."""
     result = []
-    for weight, bias, left, span in zip(weights, biases, lefts, spans(rights), strict=True):
+    columns = (u[:, span] for span in spans([left.shape[1] for left in lefts]))
+    for weight, bias, left, part in zip(weights, biases, lefts, columns, strict=True):
         narrow = left.to(rows.dtype).T
         # the narrow product first: what it rounds is then the small change, not the sum
-        y = u[:, span] @ narrow if bias is None else torch.addmm(bias, u[:, span], narrow)
+        y = part @ narrow if bias is None else torch.addmm(bias, part, narrow)
         result.append(y.addmm_(rows, weight.T))
     return result
 
 
-def input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], du: Tensor | None, right: Tensor | None) -> Tensor:
-    """The sum of `dy @ weight` over the sites, and `du @ right` where the change reads the same input: `[rows, in]`."""
+def input_gradient(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], du: Tensor | None, rights: Sequence[Tensor]
+) -> Tensor:
+    """The sum of `dy @ weight` over the sites, and of `du @ right` if du is given, `[rows, in]`."""
     products = [*zip(dys, weights, strict=True)]
-    if du is not None and right is not None:
-        products.insert(0, (du, right))
+    if du is not None:
+        products.insert(0, (du, joined(rights, du.dtype)))
     dx = products[0][0] @ products[0][1]
     for dy, weight in products[1:]:
         dx.addmm_(dy, weight)

@@ -328,8 +328,7 @@ def test_no_gradient_of_the_weights_size_is_formed() -> None:
     weight = masked(W, tensors["A"], tensors["B"]).detach()
     dense = [(name, value) for name, value in backward.results if set(value.shape) == {OUT, IN}]
     assert any(torch.equal(value, weight) for _, value in dense), "the weight is built again"
-    (product,) = [value for name, value in dense if name in ("mm", "addmm", "bmm")]
-    torch.testing.assert_close(product, (tensors["A"] @ tensors["B"]).detach())
+    assert not [name for name, _ in dense if name in ("mm", "addmm", "bmm")], "not even the product of the factors"
     gradient = random(ROWS, OUT, seed=21, trained=False).T @ x.detach()
     masked_gradient = gradient * (W != 0)
     for _, value in dense:
