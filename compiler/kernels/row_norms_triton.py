@@ -1,0 +1,61 @@
+"""The norms of `row_norms.py` in Triton: a program walks along its rows once and has all three terms at the end."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _norms(
+    weight, left, right, norms, products, outputs, inputs, rank, scale,
+    weight_row, weight_column, left_row, left_column, right_row, right_column,
+    HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A block of rows: `W @ right.T`, the squares of W and `right @ right.T` along one walk over the columns."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    index = tl.arange(0, RANK)
+    product = tl.zeros((ROWS, RANK), tl.float32)
+    inner = tl.zeros((RANK, RANK), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, inputs, COLUMNS):
+        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = (rows < outputs)[:, None] & (columns < inputs)[None, :]
+        w = tl.load(weight + rows[:, None] * weight_row + columns[None, :] * weight_column, mask, 0.0)
+        mask = (index < rank)[:, None] & (columns < inputs)[None, :]
+        r = tl.load(right + index[:, None] * right_row + columns[None, :] * right_column, mask, 0.0)
+        wide = w.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        if HALF:
+            product = tl.dot(w, tl.trans(r), product)
+            inner = tl.dot(r, tl.trans(r), inner)
+        else:  # three products in tf32 have what one in float32 has
+            r = r.to(tl.float32)
+            product = tl.dot(wide, tl.trans(r), product, input_precision="tf32x3")
+            inner = tl.dot(r, tl.trans(r), inner, input_precision="tf32x3")
+    mask = (rows < outputs)[:, None] & (index < rank)[None, :]
+    tl.store(products + rows[:, None] * rank + index[None, :], product, mask)
+    factor = tl.load(left + rows[:, None] * left_row + index[None, :] * left_column, mask, 0.0).to(tl.float32)
+    turned = tl.dot(factor, inner, input_precision="tf32x3")
+    squares += tl.sum(factor * (2 * scale * product + scale * scale * turned), 1)
+    tl.store(norms + rows, tl.sqrt(tl.maximum(squares, 0.0)), rows < outputs)
+
+
+def norms_and_product(
+    weight: Tensor, left: Tensor, right: Tensor, scale: float, rows: int = 16, columns: int = 256, warps: int = 4,
+    stages: int = 4,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The norms, and `weight @ right.T`; a program takes `rows` rows, `columns` columns at a time."""
+    (outputs, inputs), rank = weight.shape, right.shape[0]
+    norms = weight.new_empty(outputs, dtype=torch.float32)
+    products = norms.new_empty(outputs, rank)
+    if outputs:
+        _norms[triton.cdiv(outputs, rows),](
+            weight, left, right, norms, products, outputs, inputs, rank, scale,
+            *weight.stride(), *left.stride(), *right.stride(),
+            HALF=weight.dtype == right.dtype != torch.float32, ROWS=rows, COLUMNS=columns,
+            RANK=max(16, triton.next_power_of_2(rank)), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return norms, products
