@@ -1,0 +1,74 @@
+"""The narrow passes of a low-rank linear: the plain forms, and how the kernels cut the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.compiler.kernels.low_rank import narrow, plain
+
+RANKS = [(1,), (3, 8), (16, 16, 16), (48,), (128,)]
+SHARED_MEMORY = 227 * 1024
+"""Bytes that one program may have on Hopper."""
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def expected(
+    x: Tensor, dys: Sequence[Tensor], u: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor], scales: list[float]
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """u, du, and the gradients to lefts and to rights (with u in the place of du), in float64 by their definitions."""
+    parts = torch.split(u.double(), [right.shape[0] for right in rights], 1)
+    triples = [*zip(scales, dys, lefts, strict=True)]
+    return (
+        torch.cat([s * (x.double() @ right.double().T) for s, right in zip(scales, rights, strict=True)], 1),
+        torch.cat([s * (dy.double() @ left.double()) for s, dy, left in triples], 1),
+        [dy.double().T @ part for dy, part in zip(dys, parts, strict=True)],
+        [part.T @ x.double() for part in parts],
+    )
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (37, 65), (64, 128)])
+def test_the_plain_forms_are_their_definitions(ranks: tuple[int, ...], rows: int, width: int) -> None:
+    torch.manual_seed(sum(ranks) + rows)
+    x, u = drawn(width, rows).T, drawn(rows, sum(ranks))
+    rights, lefts = [drawn(r, width) for r in ranks], [drawn(width + i, r) for i, r in enumerate(ranks)]
+    dys, scales = [drawn(rows, 2 * left.shape[0])[:, ::2] for left in lefts], [0.5 + i for i in range(len(ranks))]
+    want_u, want_du, want_lefts, want_rights = expected(x, dys, u, lefts, rights, scales)
+    du = torch.full_like(u, float("nan"))
+    given = []
+    for dy, span, left, scale in zip(dys, plain.spans(rights), lefts, scales, strict=True):
+        plain.narrow_gradient(dy, left, scale, du[:, span])
+        given.append(plain.left_gradient(dy, u[:, span], left))
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(plain.narrow_product(x, rights, scales), want_u, **close)
+    torch.testing.assert_close(du, want_du, **close)
+    torch.testing.assert_close(given, want_lefts, **close)
+    torch.testing.assert_close(plain.right_gradients(u, x, rights), want_rights, **close)
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 16, 48, 64, 128])
+@pytest.mark.parametrize("width", [64, 512, 2048, 4096, 8192, 14336, 131072])
+@pytest.mark.parametrize("rows", [1, 60, 1024, 8192, 32768])
+def test_the_blocks_cover_the_matrix_and_fit_into_shared_memory(rows: int, width: int, ranks: int) -> None:
+    rank = narrow.padded(ranks)
+    for size in (2, 4):
+        blocks = narrow.product_blocks(rows, width, ranks, size)
+        stage = 2 * blocks.rows * blocks.columns + size * rank * blocks.columns
+        assert blocks.stages * stage + 2 * rank * blocks.columns <= SHARED_MEMORY
+        assert blocks.parts >= 1 and blocks.stages >= 2
+    for both, blocks in (
+        (True, narrow.gradient_blocks(rows, width, ranks)),
+        (False, narrow.sum_blocks(rows, width, ranks)),
+    ):
+        stage = 2 * blocks.rows * (blocks.columns + rank)
+        assert blocks.stages * stage + both * 2 * rank * blocks.columns <= SHARED_MEMORY
+        # what the parts of the sums add to one read of the matrix
+        parts = 8 * rank * (blocks.parts * width + both * rows * -(-width // blocks.columns))
+        assert blocks.parts >= 1 and (rows < 1024 or width < 512 or parts <= 2 * rank / 16 * 2 * rows * width)
