@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """`target` `[count, ranks]` gets `scale` times the sum of `parts[first:last]`, `[parts, *, RANK]`, at rows `offset:`."""
+    """`target` `[count, ranks]`: `scale` times the sum of `parts[first:last]` `[parts, *, RANK]` at rows `offset:`."""
 
     parts: Tensor
     target: Tensor

@@ -109,7 +109,7 @@ def _sums_of_one_dtype(
     parts, targets, firsts, lasts, strides, offsets, counts, ranks, scales, target_strides, rank_strides, starts,
     BEGIN: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The block of this program in one of the sums from BEGIN to END; the sum is chosen, so that it is compiled once."""
+    """The block of this program in one of the sums from BEGIN to END, which are chosen among and compiled once."""
     program = tl.program_id(0)
     part, target, first, last, stride = parts[BEGIN], targets[BEGIN], firsts[BEGIN], lasts[BEGIN], strides[BEGIN]
     offset, count, columns, scale = offsets[BEGIN], counts[BEGIN], ranks[BEGIN], scales[BEGIN]
