@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from surgery.compiler.kernels.factor_gradients import factor_gradients
+
 Build = Callable[..., Tensor]
 
 
@@ -68,10 +70,8 @@ class _Rebuilt(torch.autograd.Function):
             dbias = rows.sum(0)
         if need_left or need_right:
             inputs = x.reshape(-1, x.shape[-1]).to(dy.dtype)  # autocast runs the product below x's dtype
-            if need_left:
-                dleft = (rows.T @ (inputs @ right.T.to(dy.dtype))).to(left.dtype)
-            if need_right:
-                dright = ((rows @ left.to(dy.dtype)).T @ inputs).to(right.dtype)
+            factors = iter(factor_gradients(rows, inputs, left, right, need_left, need_right))
+            dleft, dright = (next(factors) if need else None for need in (need_left, need_right))
         return None, dx, dbias, dleft, dright, *([None] * len(operands))
 
 
