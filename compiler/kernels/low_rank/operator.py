@@ -86,6 +86,7 @@ def _backward(
     need_x, need_narrow, need_biases, need_lefts, need_rights = _unpacked(needed)
     need_du = need_narrow or (need_x and not apart) or any(need_rights)
     gradients: list[Tensor] = []
+    du: Tensor | None = None
     dlefts: list[Tensor] = []
     with _device_of(dys[0]):
         if need_du and u is not None and choice.has_narrow_kernels(rows[0], max(left.shape[1] for left in lefts)):

@@ -38,9 +38,9 @@ class Tiling(NamedTuple):
 @cache
 def _kernels() -> Any:
     """The module of the kernels; torch for a CPU comes without Triton."""
-    from surgery.compiler.kernels.low_rank import product_kernels
+    from surgery.compiler.kernels.low_rank import product_triton
 
-    return product_kernels
+    return product_triton
 
 
 def ceil_div(length: int, block: int) -> int:
