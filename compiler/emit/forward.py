@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import Body, wrapped
+from surgery.compiler.emit.head import Head, head_of, head_source
 from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
@@ -37,24 +38,29 @@ class Forward:
 
     source: str
     block_functions: tuple[str, ...]
+    head: Head | None = None  # where `forward` is cut in `hidden_states` and `head`
 
 
-def forward_source(graph: Graph, autocast: bool = False, again: Again | None = None) -> Forward:
+def forward_source(
+    graph: Graph, autocast: bool = False, again: Again | None = None, apart: bool = False
+) -> Forward:  # fmt: skip
     """Python for the forward of a graph: the same operations in the same order as its GraphModule runs them.
 
     With `autocast` the types in the graph are not those at run time, so that every cast stays. The backward runs the
-    blocks of `again` a second time; SURG038 where one of them cannot be.
+    blocks of `again` a second time; SURG038 where one of them cannot be. With `apart` the head is a function of its
+    own, where there is one.
     """
     module = graph.copy().module
     module_graph = tidy(module, autocast)
     functions = recomputed_functions(module)
+    head = head_of(module_graph, tensors(module)) if apart else None
     wanted = again.stacks if again else frozenset()
     inline = again.around if again else frozenset()
     while True:
         items = outline(module_graph, inline)
         if again:
             again.check(module, items)
-        writer = _Writer(module_graph, graph.inputs, items, functions, again)
+        writer = _Writer(module_graph, graph.inputs, items, functions, again, head)
         lonely = writer.stacks_without_twins() - wanted
         if not lonely:
             return writer.source()
@@ -122,12 +128,13 @@ class _Writer:
 
     def __init__(
         self, graph: fx.Graph, inputs: Sequence[str], items: list[Item], helpers: Mapping[str, str],
-        again: Again | None = None,
+        again: Again | None = None, head: Head | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.inputs, self.items, self.helpers, self.again = graph, inputs, items, helpers, again
+        self.head = head if head and set(head.nodes + head.prepared) <= set(items) else None
         self.blocks = [item for item in items if isinstance(item, Block)]
         self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
-        self.names = Names(frozenset(helpers))
+        self.names = Names(frozenset(helpers) | ({"hidden_states", "head", "head_weights"} if self.head else set()))
         self.placeholders = {
             node: TRAINING if node.target == TRAINING else self.names.claim(str(node.target))
             for node in graph.nodes
@@ -159,7 +166,7 @@ class _Writer:
         around = self._write_around()
         helper = [HELPER] if "in blocks(" in around or "blocks(weights" in around else []
         names = tuple(function.name for function in self.functions.values())
-        return Forward("\n\n".join([*helper, *self.helpers.values(), *parts, around]), names)
+        return Forward("\n\n".join([*helper, *self.helpers.values(), *parts, around]), names, self.head)
 
     # --- names ---
 
@@ -299,6 +306,9 @@ class _Writer:
             if start is not None and start not in wanted and all(user in call.block.nodes for user in start.users):
                 wanted[start] = self.flow[call.block.stack]
         kept = {node for block in self.blocks for node in block.inputs}
+        apart = set[Item]()
+        if self.head:
+            kept, apart = kept | {self.head.hidden}, {*self.head.nodes, *self.head.prepared}
         body = Body(self.known, lambda name: f'weights["{name}"]', self.names, kept)
         position, uses_device = 0, any("device" in call.passed for call in self.written)
         while position < len(self.items):
@@ -312,23 +322,41 @@ class _Writer:
             else:
                 while end < len(self.items) and isinstance(self.items[end], fx.Node):
                     end += 1
-                body.write([item for item in self.items[position:end] if isinstance(item, fx.Node)], wanted)
+                nodes = [item for item in self.items[position:end] if isinstance(item, fx.Node) and item not in apart]
+                body.write(nodes, wanted)
             position = end
-        value = output.args[0]
+        value = self.head.hidden if self.head else output.args[0]
         result = literal_output(value, body)
         parameters = ["weights: Weights", *(f"{self.placeholders[node]}: {_kind(node)}" for node in self.placeholders)]
-        head = wrapped(f"def forward({', '.join(parameters)})".replace(f"{TRAINING}: bool", f"{TRAINING}: bool = True"))
-        head[-1] += " -> Tensor:" if isinstance(value, fx.Node) else " -> Any:"
+        listed = ", ".join(parameters).replace(f"{TRAINING}: bool", f"{TRAINING}: bool = True")
+        name = "hidden_states" if self.head else "forward"
+        what = "what its head reads" if self.head else "its outputs"
+        heading = wrapped(f"def {name}({listed})")
+        heading[-1] += " -> Tensor:" if isinstance(value, fx.Node) else " -> Any:"
         lines = [
-            *head,
-            '    """The adapted model: its outputs, from inputs [batch, ...]; dropout is live while `training`."""',
+            *heading,
+            f'    """The adapted model: {what}, from inputs [batch, ...]; dropout is live while `training`."""',
         ]
         first = next(iter(self.placeholders.values()))
         if uses_device or body.uses_device:
             lines.append(f"    device = {first}.device")
         body.lines = _without_blank_ends(body.lines)
         lines += [f"    {line}" if line else "" for line in body.lines]
-        return "\n".join([*lines, f"    return {result}"]) + "\n"
+        text = "\n".join([*lines, f"    return {result}"]) + "\n"
+        return f"{text}\n\n{self._write_head(self.head, listed)}" if self.head else text
+
+    def _write_head(self, head: Head, parameters: str) -> str:
+        """The functions of the head, and the whole."""
+        heading = wrapped(f"def forward({parameters})")
+        more = f", {TRAINING}" if head.training else ""
+        lines = [
+            *heading[:-1],
+            f"{heading[-1]} -> Tensor:",
+            '    """The adapted model: its logits, from inputs [batch, ...]; dropout is live while `training`."""',
+            f"    hidden = hidden_states(weights, {', '.join(self.placeholders.values())})",
+            f"    return head(head_weights(weights), hidden{more})",
+        ]
+        return f"{head_source(head)}\n\n" + "\n".join(lines) + "\n"
 
 
 def literal_output(value: Any, body: Body) -> str:
