@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,28 +16,52 @@ from surgery.compiler.algebra.expression import BEFORE, Expression, Shape
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
-from surgery.compiler.algebra.low_rank import factor
+from surgery.compiler.algebra.moved import Moved, moved
 from surgery.compiler.algebra.quantity import Quantity, value_of
-from surgery.compiler.algebra.recorder import Recorder, identifier
+from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
+
+KEPT, START = ".before", ".start"  # behind the name of a tensor: what it was when the step, or the run, began
+FROM = "_at_the_start"  # behind W: the placeholder of what it was when the run began
+BESIDE = {BEFORE: KEPT, FROM: START}
+
+
+@dataclass(frozen=True)
+class Move:
+    """W at all sites by narrow products: `W = start + scale * (product - product before)`, in one operation.
+
+    The program's graph gives the factors: left, right, and those before if there are any. `source` is the placeholder
+    of what W starts from, "W" itself for a change of it.
+    """
+
+    scale: float
+    source: str
+    transposed: bool  # W is stored as [in, out]
 
 
 @dataclass(frozen=True)
 class EventProgram:
     """One statement of an event, for all sites of one size.
 
-    `graph` has a placeholder per tensor it reads or writes ("W", "A", and "A_before" for the value that was kept at
-    the start of the step) and works in place; `sites` names, per site, the weight behind each placeholder.
+    `graph` has a placeholder per tensor it reads or writes and works in place; `sites` names, per site, the weight
+    behind each placeholder: "first.A" behind "A", "first.A.before" behind "A_before", its value at the start of the
+    step. With `move` it writes W, whose name is among them too.
     """
 
     comment: str
     phase: str  # "start" (before everything else in the step) or "after step"
     condition: str  # Python over the whole numbers `step` and `steps`
-    keep: tuple[str, ...]  # placeholders to copy at the start of a step whose condition holds
     function: str
     graph: fx.Graph = field(compare=False)
     sites: tuple[dict[str, str], ...] = ()
+    move: Move | None = None
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of what is copied at the start of a step whose condition holds."""
+        names = [name for site in self.sites for name in site.values() if name.endswith(KEPT)]
+        return [name.removesuffix(KEPT) for name in dict.fromkeys(names)]
 
 
 def programs(plan: Plan) -> tuple[EventProgram, ...]:
@@ -47,8 +72,8 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
         if not sites:
             continue
         formula = instance(plan, key)
-        if plan.formulas[key].telescope:
-            found.append(_snapshot(_original(plan, key), sites))
+        if plan.formulas[key].telescope or plan.formulas[key].from_start:
+            found.append(_snapshot(_original(plan, key), sites, plan.formulas[key].telescope))
         for event in formula.events:
             if event.phase == AT_START:  # done when the step is made
                 continue
@@ -68,7 +93,7 @@ def _stored_alike(sites: list[Site]) -> list[list[Site]]:
 
 
 def _original(plan: Plan, key: str) -> MethodFormula:
-    literal = plan.formulas[key].model_copy(update={"telescope": False})
+    literal = plan.formulas[key].model_copy(update={"telescope": False, "from_start": False})
     return instance(plan.model_copy(update={"formulas": {key: literal}}), key)
 
 
@@ -77,19 +102,20 @@ def _comment(event: EventFormula) -> str:
     return place + event.text
 
 
-def _snapshot(formula: MethodFormula, sites: list[Site]) -> EventProgram:
-    """The telescope's snapshot: at the start of the first step whose condition holds, what delta was is kept."""
+def _snapshot(formula: MethodFormula, sites: list[Site], telescope: bool) -> EventProgram:
+    """At the start of the first step whose condition holds, what delta is is kept: from there the sum counts."""
     (event,) = (event for event in formula.events if event.moves_base)
     found = summed(event)
     assert found is not None
     recorder = Recorder()
     for name, copy in snapshot_names(formula).items():
         recorder[copy].copy_(recorder[name])
-    recorder[switch_name(formula)].fill_(float(value_of(found[0])))
-    comment = f"{_comment(event)}, read as its closed form: W stays, the start of the sum is kept"
+    if telescope:
+        recorder[switch_name(formula)].fill_(float(value_of(found[0])))
+    said = "W stays, the start of the sum is kept" if telescope else "the start of the sum is kept"
     return EventProgram(
-        comment, "start", _first(event.when), (), f"{formula.name}_snapshot", recorder.finish(),
-        tuple(_names(recorder, site) for site in sites),
+        f"{_comment(event)}, read as its closed form: {said}", "start", _first(event.when),
+        f"{formula.name}_snapshot", recorder.finish(), tuple(_names(recorder, site) for site in sites),
     )  # fmt: skip
 
 
@@ -124,36 +150,61 @@ def _program(
         return logical(cast(torch.Tensor, recorder["W"]), sites[0])
 
     evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]), stacked(sites[0]))
-    if change.target == "W":
-        _move(recorder["W"], sites[0], change, formula.shape, evaluator)
-    else:
+    move = result = None
+    if change.target != "W":
         _write(recorder[change.target], change.operator, evaluator(change.value))
-    keep = tuple(identifier(name) for name in recorder.inputs if name.endswith(BEFORE))
+    elif found := _narrow(change, sites[0]):
+        move = Move(found.scale, f"W{FROM}" if event.from_start else "W", sites[0].transposed)
+        result = _factors(found, recorder, evaluator)
+    else:
+        start = recorder[f"W{FROM}"] if event.from_start else None
+        _move(recorder["W"], start, sites[0], change, formula.shape, evaluator)
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
+    written = () if move is None else ("W", move.source)
+    since = f", summed since its start: W from `W{START}`, rounded once" if event.from_start else ""
     return EventProgram(
-        _comment(event), "after step", event.when.source, tuple(name.removesuffix(BEFORE) for name in keep),
-        f"{formula.name}_after_step{suffix}", recorder.finish(), tuple(_names(recorder, site) for site in sites),
+        f"{_comment(event)}{since}", "after step", event.when.source, f"{formula.name}_after_step{suffix}",
+        recorder.finish(result), tuple(_names(recorder, site, written) for site in sites), move,
     )  # fmt: skip
 
 
-def _move(stored: fx.Proxy, site: Site, change: ChangeFormula, shape: Shape, evaluator: Evaluator) -> None:
-    """W in place, as it is stored; a sum of bounded rank is one product added into it, never a matrix of its own."""
+def _narrow(change: ChangeFormula, site: Site) -> Moved | None:
+    """What is added to W as narrow products, if W is stored as a matrix or as a stack of them."""
+    if change.operator != "+=" or is_scalar(change.value) or site.module_class in ("Conv2d", "Norm"):
+        return None
+    return moved(change.value)
+
+
+def _factors(found: Moved, recorder: Recorder, evaluator: Evaluator) -> tuple[Any, ...]:
+    """The factors: as they are stored where all of them are tensors, else in the dtype of weight algebra."""
+    sides = found.factors
+    names = [_stored_name(side) for side in sides]
+    if all(names):
+        return tuple(recorder[name] for name in names)
+    return tuple(map(evaluator, sides))
+
+
+def _stored_name(node: Expression) -> str:
+    """The name of a tensor of the method, or of its copy from before the step; "" for what is computed."""
+    if node.operation == "previous":
+        inner = _stored_name(node.arguments[0])
+        return f"{inner}{BEFORE}" if inner else ""
+    return node.name if node.operation == "tensor" else ""
+
+
+def _move(
+    stored: fx.Proxy, start: fx.Proxy | None, site: Site, change: ChangeFormula, shape: Shape, evaluator: Evaluator
+) -> None:
+    """W in place, as it is stored: changed, or from what it was at the start of the run."""
     value = change.value
     if site.module_class in ("Conv2d", "Norm"):  # no view of what is stored is W
         zeros = Expression("filled", (), shape, value=Quantity.of(0))
         whole = value if value.shape == shape else Expression("add", (zeros, value), shape)
-        _write(stored, change.operator, stored_like(evaluator(whole), site))
-        return
-    target = logical(cast(torch.Tensor, stored), site)
-    factors = factor(value) if change.operator == "+=" and not is_scalar(value) else None
-    if factors is None:
-        _write(target, change.operator, evaluator.lifted(value, 2))
-    elif site.experts is None:
-        target.addmm_(*map(evaluator, factors))
-    elif all(map(evaluator.is_stacked, factors)):
-        target.baddbmm_(*map(evaluator, factors))
+        new = stored_like(evaluator(whole), site)
     else:
-        _write(target, change.operator, evaluator(value))
+        new = evaluator.lifted(value, 2)
+        stored, start = (cast(Any, one if one is None else logical(cast(Any, one), site)) for one in (stored, start))
+    _write(stored, change.operator, new) if start is None else stored.copy_(start + new)
 
 
 def _write(target: Any, operator: str, value: Any) -> None:
@@ -166,10 +217,11 @@ def _dtypes(site: Site) -> dict[str, torch.dtype]:
     return known | {f"{name}{BEFORE}": dtype for name, dtype in known.items()}
 
 
-def _names(recorder: Recorder, site: Site) -> dict[str, str]:
+def _names(recorder: Recorder, site: Site, written: Sequence[str] = ()) -> dict[str, str]:
+    """The names of what a program reads, and of what else it writes."""
     keys = {tensor.name: tensor.key for tensor in site.tensors} | {"W": site.parameter} | site.earlier
-    found = {}
-    for name, proxy in recorder.inputs.items():
-        target = identifier(name.removesuffix(BEFORE)) if name.endswith(BEFORE) else str(proxy.node.target)
-        found[target] = keys[name.removesuffix(BEFORE)]
-    return found
+    beside = {f"{name}{suffix}": f"{key}{mark}" for name, key in keys.items() for suffix, mark in BESIDE.items()}
+    known = beside | keys
+    return {name: known[name] for name in written} | {
+        str(proxy.node.target): known[name] for name, proxy in recorder.inputs.items()
+    }

@@ -224,11 +224,14 @@ class _Resolver:
         update: Update = "none"
         if formula.moves_base:
             wanted = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
-            telescopes = wanted and telescope.why_not(formula) is None
-            update = "telescope" if telescopes else "literal"
+            closed = telescope.why_not(formula) is None
+            update = "telescope" if wanted and closed else "literal"
         if update == "telescope":
             record = record.model_copy(update={"telescope": True})
             formula = telescope.telescoped(formula)
+        elif update == "literal" and weight.dtype in HALF and closed:  # what one step adds would be lost there
+            record = record.model_copy(update={"from_start": True})
+            formula = telescope.from_start(formula)
         known = record.coordinates.items()
         read = {name: size for name, size in known if "earlier" not in name or name in formula.coordinates}
         record = record.model_copy(update={"equation": formula.equation, "coordinates": read})
@@ -294,10 +297,9 @@ class _Resolver:
         where = next((clause.span for clause in rule.node.clauses if isinstance(clause, nodes.With)), None)
         if rule.update == "telescope" and reason:
             self.diagnostics.error("SURG032", f"`{formula.name}` does not telescope: {reason}", where)
-        literal = rule.update == "literal" or (rule.update == "auto" and reason is not None)
-        if weight.dtype in HALF and literal:
+        elif reason and weight.dtype in HALF:
             message = f"moving W in place in {weight.dtype} loses every update below half a unit of its last place"
-            help_text = f"say why it must: {reason}; use dtype = float32" if reason else "use `update = telescope`"
+            help_text = f"its sum has no closed form: {reason}; use dtype = float32"
             self.diagnostics.error("SURG032", message, where, help=help_text)
 
     def _events(self, key: str, rule: Rule, formula: MethodFormula, update: str) -> None:

@@ -12,10 +12,14 @@ from torch import Tensor, fx
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import wrapped
+from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
-from surgery.compiler.emit.recompute import IMPORTS
+from surgery.compiler.emit.recompute import IMPORTS as IMPORTS_OF_FORWARD
 from surgery.compiler.emit.template import (
+    COMPILE_BLOCKS,
+    COMPILE_WHOLE,
+    COMPILED,
     CUT_PADDING,
     HEADER,
     MAIN,
@@ -32,6 +36,8 @@ from surgery.compiler.plan import Plan
 from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
+IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_EVENTS  # by the name that is called
+
 
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
     """The source of step.py; `events` are the plan's own if left out.
@@ -44,7 +50,6 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     loss = _loss(plan, graph)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
-        f'"""{_documentation(plan)}"""\n\n{_header(graph, forward)}',
         _title("Forward") + forward.source,
         _compile_source(forward),
         _title("Loss") + loss.source,
@@ -67,7 +72,8 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
         step_source(plan.step, happenings, running_statistics(graph)),
         MAIN,
     ]
-    text = "\n\n".join(parts)
+    body = "\n\n".join(parts)
+    text = f'"""{_documentation(plan)}"""\n\n{_header(graph, body)}\n\n{body}'
     return text if "math." in text else text.replace("import math\n", "", 1)
 
 
@@ -75,15 +81,15 @@ def graph_source(plan: Plan, graph: Graph) -> str:
     """The source of graph.py: the adapted model's forward, to read."""
     forward = forward_source(graph, autocast=plan.step.precision != "model")
     title = f"The forward of {plan.model.architecture or 'the model'} as {Path(plan.file).name} adapts it."
-    return "\n\n".join([f'"""{title}"""\n\n{_header(graph, forward)}', forward.source])
+    return "\n\n".join([f'"""{title}"""\n\n{_header(graph, forward.source)}', forward.source])
 
 
 def _title(text: str) -> str:
     return f"# --- {text} " + "-" * (113 - len(text)) + "\n\n"
 
 
-def _header(graph: Graph, forward: Forward) -> str:
-    """The imports; operators of other libraries are there once those are imported."""
+def _header(graph: Graph, body: str) -> str:
+    """The imports of a text; operators of other libraries are there once those are imported."""
     used = {
         str(node.target).split(".")[0]
         for node in graph.module.graph.nodes
@@ -92,7 +98,9 @@ def _header(graph: Graph, forward: Forward) -> str:
     others = sorted(used - {"aten", "prim", "prims"})
     lines = [f"import {name}  # registers torch.ops.{name}" for name in others]
     header = HEADER.replace("import torch\n", "\n".join(["import torch", *lines]) + "\n", 1)
-    needed = "".join(f"{line}\n" for name, line in IMPORTS.items() if f"{name}(" in forward.source)
+    if "Callable[" not in body:
+        header = header.replace("from collections.abc import Callable\n", "", 1)
+    needed = "".join(f"{line}\n" for name, line in IMPORTS.items() if f"{name}(" in body)
     return header.replace("from torch import Tensor\n", f"from torch import Tensor\n{needed}", 1) if needed else header
 
 
@@ -124,16 +132,8 @@ def _documentation(plan: Plan) -> str:
 def _compile_source(forward: Forward) -> str:
     names = forward.block_functions or ("forward",)
     (row,) = [f"COMPILED = [{', '.join(repr(name) for name in names)}]".replace("'", '"')]
-    body = [
-        *wrapped(row),
-        "",
-        "",
-        "def compile_forward() -> None:",
-        '    """Let torch compile the forward, block by block: 40 blocks then take no longer than 4."""',
-        "    for name in COMPILED:",
-        "        globals()[name] = torch.compile(globals()[name], dynamic=True)",
-    ]
-    return "\n".join(body) + "\n"
+    parts = ["\n".join(wrapped(row)) + "\n", COMPILED, COMPILE_BLOCKS if forward.block_functions else COMPILE_WHOLE]
+    return "\n\n".join(parts)
 
 
 @dataclass(frozen=True)

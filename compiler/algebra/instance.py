@@ -16,7 +16,7 @@ from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import MARK, Expression, Shape
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.quantity import Quantity
-from surgery.compiler.algebra.telescope import telescoped
+from surgery.compiler.algebra.telescope import from_start, telescoped
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.plan import Formula, Plan, Site
 from surgery.compiler.span import Source
@@ -32,7 +32,7 @@ def build(method: nodes.Method, formula: Formula) -> MethodFormula:
     found, diagnostics = formula_of(method, arguments, {name: Quantity.of(size) for name, size in sizes.items()})
     diagnostics.raise_errors()
     assert found is not None
-    return telescoped(found) if formula.telescope else found
+    return telescoped(found) if formula.telescope else from_start(found) if formula.from_start else found
 
 
 Texts = tuple[tuple[str, str], ...]

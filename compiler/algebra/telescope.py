@@ -1,8 +1,9 @@
-"""Delta-LoRA's sum read without touching W (arXiv:2309.02411, Algorithm 1; language.md, "two exact readings").
+"""Delta-LoRA's sum in closed form (arXiv:2309.02411, Algorithm 1; language.md, "two exact readings").
 
 `W += ratio * (delta - prev(delta))` at every step from the first whose condition holds adds up to
-`ratio * (delta - delta_S)`, with delta_S the value at the start of that step. So the site multiplies with
-`W + delta + ratio * stop(delta - delta_S)`: tensors get the gradient of delta alone, x that of the whole.
+`ratio * (delta - delta_S)`, with delta_S the value at the start of that step. Read without touching W, the site
+multiplies with `W + delta + ratio * stop(delta - delta_S)`: tensors get the gradient of delta alone, x that of the
+whole. Read with W in place, W is `W_start + ratio * (delta - delta_S)`, rounded once however many steps there were.
 """
 
 from __future__ import annotations
@@ -84,22 +85,13 @@ def switch_name(formula: MethodFormula) -> str:
 def telescoped(formula: MethodFormula) -> MethodFormula:
     """The method with its W-moving event replaced by the closed form; the snapshot and the switch are state."""
     names, moving = snapshot_names(formula), _moving(formula)
-
-    def at_snapshot(node: Expression) -> Expression:
-        if node.operation == "tensor":
-            return replace(node, name=names.get(node.name, node.name))
-        return replace(node, arguments=tuple(at_snapshot(part) for part in node.arguments))
-
     delta = formula.expression
-    change = Expression("subtract", (moving, at_snapshot(moving)), delta.shape)
+    change = _since_start(moving, names)
     if factors := factor(change):  # one product of twice the rank instead of two
         change = Expression("matmul", factors, delta.shape)
     switch = Expression("tensor", (), (), name=switch_name(formula))
     moved = Expression("multiply", (switch, Expression("stop", (change,), delta.shape)), delta.shape)
-    shapes = {tensor.name: tensor for tensor in formula.tensors}
-    zeros = Start("zeros", text="zeros")
-    state = [TensorFormula(new, "state", shapes[old].shape, zeros, span=shapes[old].span) for old, new in names.items()]
-    state.append(TensorFormula(switch.name, "state", (), zeros))
+    state = [*_snapshots(formula), TensorFormula(switch.name, "state", (), Start("zeros", text="zeros"))]
     expression = Expression("add", (delta, moved), delta.shape, span=delta.span)
     plain = rows("x", delta.shape[1])  # W meets x itself, whatever the method's input is
     terms = (Term(expression, plain),) if formula.reads_plain_x else (*formula.terms, Term(moved, plain))
@@ -110,3 +102,39 @@ def telescoped(formula: MethodFormula) -> MethodFormula:
         terms=terms,
         events=tuple(event for event in formula.events if not event.moves_base),
     )
+
+
+def from_start(formula: MethodFormula) -> MethodFormula:
+    """The method with its W-moving event as a sum from the start of the run; the snapshot is state."""
+    names, moving = snapshot_names(formula), _moving(formula)
+
+    def closed(event: EventFormula) -> EventFormula:
+        found = summed(event) if event.moves_base else None
+        if found is None:
+            return event
+        (change,), ratio = event.changes, Expression("number", value=found[0])
+        value = Expression("multiply", (ratio, _since_start(moving, names)), moving.shape)
+        return replace(event, changes=(replace(change, value=value),), from_start=True)
+
+    tensors = (*formula.tensors, *_snapshots(formula))
+    return replace(formula, tensors=tensors, events=tuple(map(closed, formula.events)))
+
+
+def _snapshots(formula: MethodFormula) -> list[TensorFormula]:
+    known = {tensor.name: tensor for tensor in formula.tensors}
+    zeros = Start("zeros", text="zeros")
+    return [
+        TensorFormula(new, "state", known[old].shape, zeros, span=known[old].span)
+        for old, new in snapshot_names(formula).items()
+    ]
+
+
+def _since_start(moving: Expression, names: dict[str, str]) -> Expression:
+    """`D - D_S`: D less what it was at the snapshot, whose tensors are `names`."""
+
+    def at_snapshot(node: Expression) -> Expression:
+        if node.operation == "tensor":
+            return replace(node, name=names.get(node.name, node.name))
+        return replace(node, arguments=tuple(map(at_snapshot, node.arguments)))
+
+    return Expression("subtract", (moving, at_snapshot(moving)), moving.shape)

@@ -11,9 +11,17 @@ from torch import fx
 from surgery.compiler.emit.body import WIDTH, Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 from surgery.compiler.emit.tables import names_list
-from surgery.compiler.events import EventProgram
+from surgery.compiler.events import KEPT, EventProgram
 
 PHASES = ("start", "before forward", "after backward", "after step")
+IMPORTS = {"add_products": "from surgery.compiler.kernels.moved_weights import add_products"}
+FACTORS = ("lefts", "rights", "lefts_before", "rights_before")  # what the graph of a program with a `move` gives
+
+KEEP = f'''@torch.no_grad()
+def keep(weights: Weights, names: list[str]) -> None:
+    """Copy tensors beside themselves: `NAME{KEPT}` is what NAME was at the start of the step."""
+    torch._foreach_copy_([weights[f"{{name}}{KEPT}"] for name in names], [weights[name] for name in names])
+'''
 
 
 @dataclass
@@ -27,17 +35,20 @@ class EventSource:
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
-    source, names = EventSource(), Names(frozenset({"kept", "site", "gradients", "train_step", "weights", "key"}))
+    taken = {"site", "keep", "gradients", "train_step", "weights", "key", *IMPORTS}
+    source, names = EventSource(), Names(frozenset(taken))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
     merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}
     for program in programs:
-        body = _function_body(program.graph)
+        body = "" if program.move and _stored(program.graph) else _function_body(program)
         for own, keys in _sites(program):
-            same = (program.phase, program.condition, program.comment, program.keep, body, tuple(keys.items()))
+            same = (program.phase, program.condition, program.comment, program.move, body, tuple(keys.items()))
             merged.setdefault(same, (program, body, keys, []))[3].extend(own)
+    if any(program.kept for program in programs):
+        source.definitions.append(KEEP)
     for program, body, keys, sites in merged.values():
-        if body not in functions:
+        if body and body not in functions:
             functions[body] = names.claim(snake(program.function))
             source.definitions.append(body.replace("NAME", functions[body], 1))
         table = tuple(sites)
@@ -45,32 +56,66 @@ def event_source(programs: Sequence[EventProgram]) -> EventSource:
             tables[table] = names.claim("SITES")
             first, *rest = names_list(table)
             source.definitions.append("\n".join([f"{tables[table]} = {first}", *rest]) + "\n")
-        _add_calls(source, program, functions[body], tables[table], keys)
+        _add_calls(source, program, functions.get(body, ""), tables[table], keys)
     return source
 
 
 def _add_calls(source: EventSource, program: EventProgram, function: str, table: str, keys: dict[str, str]) -> None:
     head = [] if program.condition == "True" else [f"if {program.condition}:"]
     indent = "    " if head else ""
-    arguments = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = str(node.target)
-            kept = name.removesuffix("_before")
-            if name not in keys and kept in program.keep:
-                arguments.append(f"kept[{_key(keys[kept])}]")
-            else:
-                arguments.append(f"weights[{_key(keys[name])}]")
-    loop = f"{indent}for site in {table}:"
-    calls = source.calls[program.phase]
-    calls += wrapped_comment(program.comment) + head + [loop]
-    calls += [f"{indent}    {line}" for line in wrapped(f"{function}({', '.join(arguments)})")]
-    lines = [*head, loop]
-    for name in program.keep:
-        key = _key(keys[name])
-        lines.append(f"{indent}    kept[{key}] = weights[{key}].detach().clone()")
-    if program.keep and source.keeps[-len(lines) :] != lines:
+    weights = {placeholder: f"weights[{_key(name)}]" for placeholder, name in keys.items()}
+    arguments = [weights[str(node.target)] for node in program.graph.nodes if node.op == "placeholder"]
+    call = f"{function}({', '.join(arguments)})"
+    if program.move:
+        lines = _move(program, call if function else "", table, weights)
+    else:
+        lines = [f"for site in {table}:", *(f"    {line}" for line in wrapped(call))]
+    source.calls[program.phase] += [*wrapped_comment(program.comment), *head, *(f"{indent}{line}" for line in lines)]
+    kept = [name.removesuffix(KEPT) for name in keys.values() if name.endswith(KEPT)]
+    lines = [*head, *(f"{indent}{line}" for line in _keep(kept, table))]
+    if kept and source.keeps[-len(lines) :] != lines:
         source.keeps += lines
+
+
+def _keep(kept: Sequence[str], table: str) -> list[str]:
+    """Calls that keep tensors of all sites, by their names with `{site}` in them, and those that sites share."""
+    own = [name.removeprefix("{site}.") for name in kept if name.startswith("{site}.")]
+    shared = [f'"{name}"' for name in kept if not name.startswith("{site}.")]
+    lines = []
+    if own:
+        among = f'("{own[0]}",)' if len(own) == 1 else "(" + ", ".join(f'"{name}"' for name in own) + ")"
+        lines += wrapped(f'keep(weights, [f"{{site}}.{{name}}" for site in {table} for name in {among}])')
+    return lines + (wrapped(f"keep(weights, [{', '.join(shared)}])") if shared else [])
+
+
+def _move(program: EventProgram, call: str, table: str, weights: dict[str, str]) -> list[str]:
+    """W of all sites in one call: lists of the weights and of their factors, which `call` gives where computed."""
+    assert program.move is not None
+    results = _results(program.graph)
+    lists = {"targets": weights["W"]}
+    if program.move.source != "W":
+        lists["sources"] = weights[program.move.source]
+    if not call:
+        lists |= {name: weights[str(node.target)] for name, node in zip(FACTORS, results, strict=False)}
+    lines = [line for name, each in lists.items() for line in wrapped(f"{name} = [{each} for site in {table}]")]
+    if call:
+        names = ", ".join(FACTORS[: len(results)])
+        lines += [f"factors = [{call} for site in {table}]", f"{names} = zip(*factors, strict=True)"]
+    options = [f"scale={program.move.scale}"]
+    options += ["before=(lefts_before, rights_before)"] if len(results) == len(FACTORS) else []
+    options += ["sources=sources"] if "sources" in lists else []
+    options += ["transposed=True"] if program.move.transposed else []
+    return [*lines, *wrapped(f"add_products(targets, lefts, rights, {', '.join(options)})")]
+
+
+def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return tuple(output.args[0] or ())
+
+
+def _stored(graph: fx.Graph) -> bool:
+    """Whether a graph gives what it takes and computes nothing."""
+    return all(node.op == "placeholder" for node in _results(graph))
 
 
 def wrapped_comment(text: str) -> list[str]:
@@ -107,20 +152,23 @@ def _stem(site: dict[str, str]) -> str:
     return max(dict.fromkeys(own), key=own.count)
 
 
-def _function_body(graph: fx.Graph) -> str:
-    names = Names()
-    known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
+def _function_body(program: EventProgram) -> str:
+    names, results = Names(), _results(program.graph)
+    known = {node: names.claim(str(node.target)) for node in program.graph.nodes if node.op == "placeholder"}
     parameters = ", ".join(f"{name}: Tensor" for name in known.values())
     first = next(iter(known.values()))
-    body = Body(known, lambda name: f'weights["{name}"]', names, set())
-    body.write([node for node in graph.nodes if node.op not in ("placeholder", "output")])
-    lines = ["@torch.no_grad()", *_head(parameters)]
-    lines.append('    """What the event does at one site; `..._before` is the value at the start of the step."""')
+    body = Body(known, lambda name: f'weights["{name}"]', names, set(results))
+    body.write([node for node in program.graph.nodes if node.op not in ("placeholder", "output")])
+    lines = ["@torch.no_grad()", *_head(parameters, "tuple[Tensor, ...]" if results else "None")]
+    what = "The factors of what the event adds to W at one site" if results else "What the event does at one site"
+    lines.append(f'    """{what}; `..._before` is the value at the start of the step."""')
     if body.uses_device:
         lines.append(f"    device = {first}.device")
+    if results:
+        body.lines.append(f"return {', '.join(known[node] for node in results)}")
     return "\n".join([*lines, *(f"    {line}" for line in body.lines)]) + "\n"
 
 
-def _head(parameters: str) -> list[str]:
+def _head(parameters: str, result: str) -> list[str]:
     lines = wrapped(f"def NAME({parameters})")
-    return [*lines[:-1], f"{lines[-1]} -> None:"]
+    return [*lines[:-1], f"{lines[-1]} -> {result}:"]

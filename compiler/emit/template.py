@@ -13,6 +13,7 @@ HEADER = """\
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,43 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]  # every tensor of the adapted model by its full name
 """
+
+COMPILED = '''def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled for the shapes that it is first called with, and once for all others; evaluation apart."""
+    fixed, varying = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+    first: dict[bool, list[torch.Size]] = {}
+
+    def run(*given: Any, **options: Any) -> Any:
+        shapes = [value.shape for value in given if isinstance(value, Tensor)]
+        return (fixed if first.setdefault(torch.is_grad_enabled(), shapes) == shapes else varying)(*given, **options)
+
+    return run
+'''
+
+COMPILE_WHOLE = '''def compile_forward() -> None:
+    """Let torch compile the forward."""
+    for name in COMPILED:
+        globals()[name] = compiled(globals()[name])
+'''
+
+COMPILE_BLOCKS = '''def like_the_others(block: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that trains, with a gradient to what enters it: the first needs none, but can share what is compiled."""
+
+    def run(w: Weights, *given: Any) -> Any:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in w.values()):
+            place = next(place for place, value in enumerate(given) if isinstance(value, Tensor))
+            if given[place].is_floating_point() and not given[place].requires_grad:
+                given = (*given[:place], given[place].detach().requires_grad_(), *given[place + 1 :])
+        return block(w, *given)
+
+    return run
+
+
+def compile_forward() -> None:
+    """Let torch compile the forward, block by block: 80 blocks then take no longer than 4."""
+    for name in COMPILED:
+        globals()[name] = like_the_others(compiled(globals()[name]))
+'''
 
 MAIN = """\
 if __name__ == "__main__":
@@ -200,7 +238,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     if scaled or plan.clip is not None:
         lines.append('    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]')
     if events.keeps:
-        lines += ["", "    # 1. keep what the events compare with", "    kept: Weights = {}", *_in(events.keeps)]
+        lines += ["", "    # 1. keep what the events compare with", *_in(events.keeps)]
     lines += _phase(events, "start", "1. before anything is changed")
     lines += _phase(events, "before forward", "2. before the forward")
     if statistics:

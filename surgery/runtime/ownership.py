@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.compiler.events import EventProgram
+from surgery.compiler.events import KEPT, START, EventProgram
 from surgery.compiler.graph import Graph
 from surgery.compiler.plan import Plan
 
@@ -19,9 +19,28 @@ def written_names(plan: Plan, graph: Graph, trained: Iterable[str], events: Iter
     names = dict.fromkeys(trained)
     names |= dict.fromkeys(tensor.key for site in plan.sites for tensor in site.tensors if tensor.role == "state")
     for event in events:
-        for placeholder in _assigned(event.graph):
+        for placeholder in [*_assigned(event.graph), *(["W"] if event.move else [])]:
             names |= dict.fromkeys(site[placeholder] for site in event.sites)
     return list(names | dict.fromkeys(running_statistics(graph)))
+
+
+def beside(
+    events: Iterable[EventProgram], weights: Mapping[str, Tensor], given: Mapping[str, Tensor], corrected: set[str]
+) -> dict[str, Tensor]:
+    """What events read beside the step's tensors, which no run saves.
+
+    `NAME.before` is memory for what NAME is at the start of a step, `NAME.start` what it was at the start of the run:
+    the tensor given, where it lies on the step's device the model's own memory, or a copy if it was corrected.
+    """
+    found: dict[str, Tensor] = {}
+    for name in {name for event in events for site in event.sites for name in site.values()}:
+        if name.endswith(KEPT):
+            found[name] = torch.empty_like(weights[name.removesuffix(KEPT)], requires_grad=False)
+        elif name.endswith(START):
+            moving = name.removesuffix(START)
+            own = weights[moving].detach()
+            found[name] = own.clone() if moving in corrected else given[moving].detach().to(own.device)
+    return found
 
 
 def running_statistics(graph: Graph) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from surgery.compiler import p9_emit
 from surgery.compiler.diagnostics import did_you_mean, fail
-from surgery.compiler.events import EventProgram
+from surgery.compiler.events import START, EventProgram
 from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
 from surgery.compiler.pass_log import logged
@@ -23,7 +23,8 @@ from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.devices import why_not
-from surgery.runtime.ownership import own, written_names
+from surgery.runtime.ownership import beside, own, written_names
+from surgery.runtime.replay import replayed
 
 _NUMBERS = itertools.count(1)
 # After so many steps in a row whose float16 gradients overflow, however small the loss scale, training is broken.
@@ -82,8 +83,9 @@ class TrainingStep:
         self._corrected = corrected_sites(plan)
         moved = [*self._written, *(site.parameter for site in self._corrected)]
         self.weights = own(given, moved, set(self._trained), self.device)
-        self._correct(self._corrected)
+        self._correct({site.parameter: site for site in self._corrected})
         self.module = _module(graph, self.weights, self.device)
+        self.weights |= beside(programs, self.weights, given, {site.parameter for site in self._corrected})
         self.use_source(logged(p9_emit, plan, graph, programs) if source is None else source)
         torch.manual_seed(plan.step.seed)
         scaled = plan.step.precision == "float16"
@@ -91,20 +93,22 @@ class TrainingStep:
         self._skipped = 0
 
     @torch.no_grad()
-    def _correct(self, sites: Sequence[Site]) -> None:
-        """Do what happens to W at the start: from the model's own weight and the start's factors."""
+    def _correct(self, names: Mapping[str, Site]) -> None:
+        """Do what happens to W at the start, by name: from the model's own weight and the start's factors."""
         given = tensors(self.graph.module)
-        for site in sites:
+        for name, site in names.items():
             stored = given[site.parameter].to(self.device)
-            self.weights[site.parameter].copy_(corrected(self.plan, site, stored, self.weights))
+            self.weights[name].copy_(corrected(self.plan, site, stored, self.weights))
 
     def use_source(self, source: str) -> None:
         """Run this text of step.py from now on, with a new optimizer; the weights stay as they are."""
         self.source = source
         self._namespace = _execute(source, self.plan)
         compiled = self.plan.step.compile
-        if compiled == "on" or (compiled == "auto" and self.device.type == "cuda"):
+        if compiled in ("on", "reduce_overhead") or (compiled == "auto" and self.device.type == "cuda"):
             self._namespace["compile_forward"]()
+        if compiled == "reduce_overhead":
+            self._namespace["gradients"] = replayed(self._namespace["gradients"], self.device)
         self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
 
     # --- training ---
@@ -248,7 +252,11 @@ class TrainingStep:
                 raise fail("SURG054", message, help="the state is of another spec or another model")
         for key in self.state_dict()["weights"]:
             self.weights[key].copy_(saved[key])
-        self._correct([site for site in self._corrected if site.parameter not in self._written])
+        for site in self._corrected:  # a W that events move is in the state, what it moves from is not
+            start = f"{site.parameter}{START}"
+            name = start if start in self.weights else site.parameter
+            if name not in self._written:
+                self._correct({name: site})
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         if self._scaler is not None and state.get("scaler"):

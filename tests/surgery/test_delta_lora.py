@@ -10,6 +10,7 @@ with it; SGD with clipping is here because AdamW hides a gradient that is too la
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,12 +228,110 @@ def test_the_readings_differ_in_what_they_store() -> None:
         assert torch.equal(parameter, weights[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_literal_is_refused_where_updates_would_be_lost(dtype: torch.dtype) -> None:
+HALF = [torch.bfloat16, torch.float16]
+
+
+def half(dtype: torch.dtype) -> tuple[Any, nn.Module, bool]:
+    """A literal step over a small Llama in half precision, its model, and that it is causal."""
     model, pattern, causal = llama()
+    model.to(dtype)
+    return compiled(model, pattern, causal, "adamw", "literal"), model, causal
+
+
+def factors(step: Any, path: str, suffix: str = "") -> Tensor:
+    """`(alpha / rank) B A` of a site in float64, of the tensors with this suffix."""
+    tensors = step.parameters_by_site[path]
+    return SCALE * tensors[f"B{suffix}"].detach().double() @ tensors[f"A{suffix}"].detach().double()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_in_half_precision_the_literal_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    step, model, causal = half(dtype)
+    paths = list(step.parameters_by_site)
+    added = {path: model.get_parameter(f"{path}.weight").detach().clone() for path in paths}
+    for number, batch in enumerate(batches(causal)):
+        before = {path: factors(step, path) for path in paths}
+        step(batch)
+        for path in paths if number > START else ():
+            added[path] += (RATIO * (factors(step, path) - before[path])).to(dtype)
+    lost = []
+    for path in paths:
+        start, now = model.get_parameter(f"{path}.weight").detach().double(), step.weights[f"{path}.weight"].double()
+        exact = start + RATIO * (factors(step, path) - factors(step, path, "_start"))
+        unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()  # of the last place
+        error = (now - exact).abs() / unit
+        assert float(error.max()) < 0.51, "half a unit, and the rounding of float32 before it"
+        lost.append(float(((added[path].double() - exact).abs() / unit).mean() / error.mean()))
+    assert min(lost) > 1.5, "adding the change of each step loses more, step by step"
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_in_half_precision_literal_resumes_and_merges(dtype: torch.dtype, tmp_path: Path) -> None:
+    step, model, causal = half(dtype)
+    given = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = batches(causal)
+    for batch in rows[: START + 4]:
+        step(batch)
+    step.save(tmp_path / "run")
+    resumed = surgery.load(tmp_path / "run", model)
+    for batch in rows[START + 4 : START + 10]:
+        assert torch.equal(step(batch).loss, resumed(batch).loss)
+    merged = resumed.merge()
+    for path in step.parameters_by_site:
+        name = f"{path}.weight"
+        assert torch.equal(step.weights[name], resumed.weights[name])
+        assert not torch.equal(step.weights[name], given[name])
+        moved = step.weights[name].float() + factors(step, path).float()
+        torch.testing.assert_close(merged.get_parameter(name), moved.to(dtype))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, given[name]), "the user's model is what the sum starts from, and never written"
+
+
+def test_in_half_precision_literal_needs_a_closed_form() -> None:
+    """What is added step by step is lost there; where the sum has no closed form it is refused."""
+    model, pattern, _ = llama()
+    text = f"""
+        method now_and_then(rank: int = 2) {{
+            A = train kaiming_uniform[rank, in];  B = train zeros[out, rank];  delta = B @ A
+            after step when step % 2 == 0 {{ W += delta - prev(delta) }}
+        }}
+        adapt {pattern} {{ with now_and_then()  update = literal }}
+    """
+    surgery.plan(surgery.parse(text), model.float())
     with pytest.raises(surgery.SurgError) as raised:
-        compiled(model.to(dtype), pattern, causal, "adamw", "literal")
+        surgery.plan(surgery.parse(text), model.bfloat16())
     assert {diagnostic.code for diagnostic in raised.value.diagnostics} == {"SURG032"}
+
+
+CORRECTED = """
+method moving(rank: int = 2) {
+    A = train normal(0.3)[rank, in];  B = train normal(0.3)[out, rank];  delta = B @ A
+    at start { W -= delta }
+    after step when step > 1 { W += delta - prev(delta) }
+}
+adapt blocks.*.* { with moving()  update = literal }
+step { optimizer = sgd(lr = 0.5)  batch = 5  steps = 8  loss = mse }
+"""
+
+
+def test_the_sum_starts_from_the_corrected_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks(nn.ModuleList([nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})])).bfloat16()
+    batch = {"x": torch.randn(5, 6).bfloat16(), "labels": torch.randn(5, 6).bfloat16()}
+    step = surgery.compile(surgery.parse(CORRECTED), model=model, example_inputs={"x": batch["x"]})
+    starts = {path: step.weights[f"{path}.weight"].clone() for path in step.parameters_by_site}
+    for _ in range(4):
+        step(batch)
+    step.save(tmp_path / "run")
+    resumed = surgery.load(tmp_path / "run", model, example_inputs={"x": batch["x"]})
+    for each in (step, resumed):
+        each(batch)
+        for path, start in starts.items():
+            tensors = each.parameters_by_site[path]
+            now, then = (tensors[f"B{s}"].double() @ tensors[f"A{s}"].double() for s in ("", "_start"))
+            exact = start.double() + now - then
+            assert not torch.equal(start, model.get_parameter(f"{path}.weight"))
+            torch.testing.assert_close(each.weights[f"{path}.weight"].double(), exact, rtol=2**-8, atol=0)
 
 
 SHARED = """
