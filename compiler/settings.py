@@ -239,7 +239,7 @@ STEP: dict[str, Reader] = {
     "precision": word("model", "bfloat16", "float16"),
     "adapter_dtype": word(*DTYPES),
     "seed": whole(0, LARGEST),
-    "compile": word("auto", "on", "off"),
+    "compile": word("auto", "on", "off", "reduce_overhead"),
     "loss": word("auto", "causal_lm", "cross_entropy", "mse", "output"),
     "evaluate": _every(),
     "save": _every("keep"),
