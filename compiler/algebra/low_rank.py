@@ -50,21 +50,21 @@ def factor(node: Expression) -> Factors | None:
             if first is None or second is None:
                 return None
             minus = second[0] if node.operation == "add" else Expression("negate", (second[0],), second[0].shape)
-            return _call("hstack", first[0], minus), _call("vstack", first[1], second[1])
+            return structure("hstack", first[0], minus), structure("vstack", first[1], second[1])
         case "sum_for":
             if inner := factor(parts[0]):
-                return _call("hstack_for", inner[0], parts[1]), _call("vstack_for", inner[1], parts[1])
+                return structure("hstack_for", inner[0], parts[1]), structure("vstack_for", inner[1], parts[1])
         case "blockdiag":
             inner = factor(parts[0])
             if inner and _share_axes(parts[0], *inner):
-                return _call("blockdiag", inner[0]), _call("blockdiag", inner[1])
+                return structure("blockdiag", inner[0]), structure("blockdiag", inner[1])
         case "grid":
             inner = factor(parts[0])
             if inner and _share_axes(parts[0], *inner):
-                return _call("grid_left", inner[0]), _call("grid_right", inner[1])
+                return structure("grid_left", inner[0]), structure("grid_right", inner[1])
         case "kron" if len(node.shape) == 2:
             (left, right), (above, below) = (factor(part) or _with_identity(part) for part in parts)
-            return _if_narrow(node, _call("kron", left, above), _call("kron", right, below))
+            return _if_narrow(node, structure("kron", left, above), structure("kron", right, below))
     return None
 
 
@@ -87,16 +87,16 @@ def _factor_entries(node: Expression) -> Factors | None:
     first, second = factor(parts[0]), factor(parts[1])
     if first is None or second is None:
         return None
-    rows = _call("khatri_rao", _transpose(first[0]), _transpose(second[0]))
-    return _if_narrow(node, _transpose(rows), _call("khatri_rao", first[1], second[1]))
+    rows = structure("khatri_rao", _transpose(first[0]), _transpose(second[0]))
+    return _if_narrow(node, _transpose(rows), structure("khatri_rao", first[1], second[1]))
 
 
 def _with_identity(node: Expression) -> Factors:
     """A matrix times the identity, on its narrow side."""
     rows, columns = node.shape[-2:]
     if _narrower(rows, columns):
-        return _call("eye", Expression("number", value=rows)), node
-    return node, _call("eye", Expression("number", value=columns))
+        return structure("eye", Expression("number", value=rows)), node
+    return node, structure("eye", Expression("number", value=columns))
 
 
 def _if_narrow(node: Expression, left: Expression, right: Expression) -> Factors | None:
@@ -130,10 +130,11 @@ def _circulants(blocks: Expression) -> Expression | None:
     inner = blocks.arguments[0] if turned else blocks
     if inner.operation != "circ" or len(inner.shape) != 4:
         return None
-    return _call("grid_circ_turned" if turned else "grid_circ", inner.arguments[0])
+    return structure("grid_circ_turned" if turned else "grid_circ", inner.arguments[0])
 
 
-def _call(name: str, *arguments: Expression) -> Expression:
+def structure(name: str, *arguments: Expression) -> Expression:
+    """A structure of `structures/` by its name, with its shape."""
     return Expression(name, arguments, STRUCTURES[name].shape(*arguments))
 
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from surgery.compiler.algebra.expression import MARK, Expression
 from surgery.compiler.algebra.facts import reads_weight, tensors_read
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula, Term, rows
-from surgery.compiler.algebra.low_rank import factor
+from surgery.compiler.algebra.low_rank import factor, structure
+from surgery.compiler.algebra.narrow import without_numbers
 from surgery.compiler.algebra.quantity import Quantity
 
 SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio
@@ -86,22 +87,59 @@ def telescoped(formula: MethodFormula) -> MethodFormula:
     """The method with its W-moving event replaced by the closed form; the snapshot and the switch are state."""
     names, moving = snapshot_names(formula), _moving(formula)
     delta = formula.expression
-    change = _since_start(moving, names)
-    if factors := factor(change):  # one product of twice the rank instead of two
-        change = Expression("matmul", factors, delta.shape)
     switch = Expression("tensor", (), (), name=switch_name(formula))
-    moved = Expression("multiply", (switch, Expression("stop", (change,), delta.shape)), delta.shape)
     state = [*_snapshots(formula), TensorFormula(switch.name, "state", (), Start("zeros", text="zeros"))]
-    expression = Expression("add", (delta, moved), delta.shape, span=delta.span)
     plain = rows("x", delta.shape[1])  # W meets x itself, whatever the method's input is
-    terms = (Term(expression, plain),) if formula.reads_plain_x else (*formula.terms, Term(moved, plain))
+    expression = _one_product(moving, names, switch) if delta == moving and formula.reads_plain_x else None
+    if expression is None:
+        change = _since_start(moving, names)
+        if factors := factor(change):  # one product of twice the rank instead of two
+            change = Expression("matmul", factors, delta.shape)
+        moved = _times(switch, _stopped(change))
+        expression = _plus(delta, moved)
+        terms = (Term(expression, plain),) if formula.reads_plain_x else (*formula.terms, Term(moved, plain))
+    else:
+        terms = (Term(expression, plain),)
     return replace(
         formula,
         tensors=(*formula.tensors, *state),
-        expression=expression,
+        expression=replace(expression, span=delta.span),
         terms=terms,
         events=tuple(event for event in formula.events if not event.moves_base),
     )
+
+
+def _one_product(delta: Expression, names: dict[str, str], switch: Expression) -> Expression | None:
+    """`delta + s * stop(delta - delta_S)` for `delta = L @ R` as one product of twice the rank.
+
+        [L + s * stop(L), -s * L_S] @ [stop(R) + (R - stop(R)) / (1 + s); R_S]
+
+    The left factor grows with s, so the right one's gradient is that much too large and is divided by it.
+    """
+    factors = factor(delta)
+    if factors is None:
+        return None
+    (left_scale, left), (right_scale, right) = map(without_numbers, factors)
+    old_left, old_right = (_at_snapshot(side, names) for side in (left, right))
+    grown = _plus(Expression("number", value=Quantity.of(1)), switch)
+    shrunk = Expression("divide", (Expression("subtract", (right, _stopped(right)), right.shape), grown), right.shape)
+    negated = Expression("negate", (_times(switch, _stopped(old_left)),), left.shape)
+    wide = structure("hstack", _plus(left, _times(switch, _stopped(left))), negated)
+    tall = structure("vstack", _plus(_stopped(right), shrunk), _stopped(old_right))
+    scale = Expression("number", value=Quantity.of(left_scale * right_scale))
+    return _times(scale, Expression("matmul", (wide, tall), delta.shape))
+
+
+def _plus(left: Expression, right: Expression) -> Expression:
+    return Expression("add", (left, right), left.shape)
+
+
+def _times(number: Expression, matrix: Expression) -> Expression:
+    return Expression("multiply", (number, matrix), matrix.shape)
+
+
+def _stopped(matrix: Expression) -> Expression:
+    return Expression("stop", (matrix,), matrix.shape)
 
 
 def from_start(formula: MethodFormula) -> MethodFormula:
@@ -131,10 +169,10 @@ def _snapshots(formula: MethodFormula) -> list[TensorFormula]:
 
 def _since_start(moving: Expression, names: dict[str, str]) -> Expression:
     """`D - D_S`: D less what it was at the snapshot, whose tensors are `names`."""
+    return Expression("subtract", (moving, _at_snapshot(moving, names)), moving.shape)
 
-    def at_snapshot(node: Expression) -> Expression:
-        if node.operation == "tensor":
-            return replace(node, name=names.get(node.name, node.name))
-        return replace(node, arguments=tuple(map(at_snapshot, node.arguments)))
 
-    return Expression("subtract", (moving, at_snapshot(moving)), moving.shape)
+def _at_snapshot(node: Expression, names: dict[str, str]) -> Expression:
+    if node.operation == "tensor":
+        return replace(node, name=names.get(node.name, node.name))
+    return replace(node, arguments=tuple(_at_snapshot(part, names) for part in node.arguments))

@@ -40,8 +40,8 @@ def tiles_for(dtype: torch.dtype, rank: int) -> Tiles:
     return Tiles(64, 128, 2048, 4, 1, precision)
 
 
-@triton.jit
-def _move(
+@triton.jit  # type: ignore[untyped-decorator]
+def _move(  # type: ignore[no-untyped-def]
     sites,
     strips,
     scale,
