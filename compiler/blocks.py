@@ -47,17 +47,23 @@ def _groups(skeleton: Skeleton, plan: Plan) -> Iterable[list[str]]:
 
 
 def stacks(skeleton: Skeleton) -> list[list[str]]:
-    """The outermost lists that hold a block twice: paths of their blocks, `model.layers.0` to the last."""
+    """The outermost lists that hold a block twice: paths of their blocks, `model.layers.0` to the last.
+
+    Stages that differ in size hold such lists themselves; where there are none, blocks of one class are alike.
+    """
     lists: dict[str, list[str]] = {}
     for path, module in skeleton.modules.items():
         stack, _, index = path.rpartition(".")
         if stack and index.isdecimal() and any(True for _ in module.children()):
             lists.setdefault(stack, []).append(path)
-    found: dict[str, list[str]] = {}
-    for stack, blocks in lists.items():
-        repeated = len({_structure(skeleton.modules[path]) for path in blocks}) < len(blocks)
-        if repeated and not any(stack.startswith(f"{path}.") for outer in found.values() for path in outer):
-            found[stack] = blocks
+    for alike in (_structure, type):
+        found: dict[str, list[str]] = {}
+        for stack, blocks in lists.items():
+            repeated = len({alike(skeleton.modules[path]) for path in blocks}) < len(blocks)
+            if repeated and not any(stack.startswith(f"{path}.") for outer in found.values() for path in outer):
+                found[stack] = blocks
+        if found:
+            break
     return list(found.values())
 
 

@@ -6,6 +6,7 @@ it, as the allocator sees it; what a kernel takes for itself is not seen. Attent
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,7 @@ def _label_blocks(namespace: dict[str, Any], weights: Mapping[str, Tensor], stor
         return run
 
     for name in namespace["COMPILED"]:
-        if name != "forward":
+        if next(iter(inspect.signature(namespace[name]).parameters)) == "w":  # else it is not one of a block
             namespace[name] = labelled(namespace[name])
 
 

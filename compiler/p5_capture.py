@@ -220,4 +220,5 @@ def _warnings(model: nn.Module, module: fx.GraphModule) -> tuple[Diagnostic, ...
     if not (asked or called):
         return ()
     message = "the model's activation checkpointing is not part of the captured graph: activations are kept"
-    return (Diagnostic("SURG056", message, severity="warning"),)
+    help = "write `recompute = blocks` in the step block: the backward then runs each block again"
+    return (Diagnostic("SURG056", message, severity="warning", help=help),)

@@ -140,8 +140,13 @@ def always_tied(folder: Path) -> None:
     compiled(model, text, **inputs).merge()
 
 
+def no_blocks(folder: Path) -> None:
+    text = RULE + "step { recompute = blocks  loss = cross_entropy }\n"
+    surgery.plan(surgery.parse(text), model=Plain())
+
+
 RAISED = {
-    "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs, "SURG043": left_padded,
+    "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs, "SURG043": left_padded,
     "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column, "SURG052": no_rows, "SURG053": diverged,
     "SURG054": no_run, "SURG055": always_tied,
 }  # fmt: skip

@@ -31,7 +31,7 @@ SETTINGS = {
 }
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
 SPECIAL = {"dropout", "previous", "prev", "where"}
-CALLED = {"adamw", "sgd", "every", *(method.name for method in surgery.methods())}
+CALLED = {"adamw", "sgd", "every", "budget", *(method.name for method in surgery.methods())}
 OWN = {"my_dora"}  # the page's own example
 
 
@@ -91,7 +91,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
     "`train` and `freeze` in a step": ("step { train lm_head }", "step { freeze lm_head }"),
     "`active`": ("adapt lm_head { with lora()  active = 5 }",),
     "`quantize`": ('model "a/b" { quantize = nf4 }',),
-    "`recompute`": ("step { recompute = blocks }",),
     "`report` as settings": ("step { report = wandb }",),
     "optimizers other than those above": tuple(f"step {{ optimizer = {name}() }}" for name in LATER_OPTIMIZERS),
     "`prompt` and `completion`": ('data "a.jsonl" { prompt = "{a}" }', 'data "a.jsonl" { completion = "{a}" }'),
