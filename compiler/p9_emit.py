@@ -15,6 +15,8 @@ from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
+from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
+from surgery.compiler.emit.loss import is_by_rows, loss_text
 from surgery.compiler.emit.recompute import IMPORTS as IMPORTS_OF_FORWARD
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
@@ -24,7 +26,6 @@ from surgery.compiler.emit.template import (
     HEADER,
     MAIN,
     Group,
-    LossText,
     gradients_source,
     optimizer_source,
     schedule_source,
@@ -36,7 +37,7 @@ from surgery.compiler.plan import Plan
 from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
-IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_EVENTS  # by the name that is called
+IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_LOSS | IMPORTS_OF_EVENTS  # by the name that is called
 
 
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
@@ -46,8 +47,10 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what is no Python.
     """
     again = Again.of(plan)
-    forward = forward_source(graph, plan.step.precision != "model", again)
-    loss = _loss(plan, graph)
+    chosen = chosen_loss(plan, graph)
+    by_rows = chosen.output is None and is_by_rows(chosen.loss, graph)
+    forward = forward_source(graph, plan.step.precision != "model", again, by_rows)
+    loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
         _title("Forward") + forward.source,
@@ -130,7 +133,9 @@ def _documentation(plan: Plan) -> str:
 
 
 def _compile_source(forward: Forward) -> str:
-    names = forward.block_functions or ("forward",)
+    names = list(forward.block_functions) or ["hidden_states" if forward.head else "forward"]
+    if forward.head and forward.head.pointwise:
+        names.append("head")
     (row,) = [f"COMPILED = [{', '.join(repr(name) for name in names)}]".replace("'", '"')]
     parts = ["\n".join(wrapped(row)) + "\n", COMPILED, COMPILE_BLOCKS if forward.block_functions else COMPILE_WHOLE]
     return "\n\n".join(parts)
@@ -169,13 +174,6 @@ def chosen_loss(plan: Plan, graph: Graph) -> ChosenLoss:
     return ChosenLoss(loss, None if graph.output == "logits" else 0, "labels")
 
 
-def _loss(plan: Plan, graph: Graph) -> LossText:
-    chosen = chosen_loss(plan, graph)
-    reads = "" if chosen.output is None else f"[{chosen.output}]"
-    loss = chosen.loss
-    return LossText(_formatted(loss.source), loss.total.__name__, loss.count.__name__, reads, chosen.labels)
-
-
 def _scalar_output(graph: Graph) -> int | None:
     """The first output without axes, if the graph gives the module's own outputs."""
     if graph.output == "logits":
@@ -188,12 +186,6 @@ def _scalar_output(graph: Graph) -> int | None:
         if isinstance(value, torch.Tensor) and value.ndim == 0:
             return number
     return None
-
-
-def _formatted(source: str) -> str:
-    """Two functions with the distance that the rest of the file keeps, in its spelling of the same names."""
-    source = source.replace("torch.nn.functional.", "F.").replace("torch.Tensor", "Tensor")
-    return source.replace("\n\n\ndef ", "\n\ndef ").replace("\n\ndef ", "\n\n\ndef ")
 
 
 def trained_names(plan: Plan, graph: Graph) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery.compiler.emit.events import EventSource
+from surgery.compiler.emit.loss import LossText
 from surgery.compiler.emit.tables import names_list
 from surgery.compiler.plan import OptimizerPlan, SchedulePlan, StepPlan
 
@@ -75,17 +76,6 @@ class Group:
     names: tuple[str, ...]
     lr: float
     weight_decay: float
-
-
-@dataclass(frozen=True)
-class LossText:
-    """The task's loss: its functions' source, their names, and which output of the forward they read."""
-
-    source: str
-    total: str
-    count: str
-    reads: str  # what stands behind `forward(...)`: "" or "[0]"
-    labels: str  # the entry of the batch that the loss compares with
 
 
 def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group]) -> str:
@@ -191,16 +181,17 @@ def gradients_source(
         f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
         *(["        part = without_padding(part)"] if cuts_padding else []),
     ]
-    if plan.precision == "model":
-        lines.append(f"        output = forward(weights, {arguments}, training=True){loss.reads}")
-    else:
-        lines += [
-            f"        with torch.autocast(labels.device.type, torch.{plan.precision}):",
-            f"            output = forward(weights, {arguments}, training=True){loss.reads}",
-        ]
+    share = f'share = {loss.total}(output, part["{loss.labels}"]) / count'
+    run = [f"output = forward(weights, {arguments}, training=True){loss.reads}"]
+    if loss.chunked:
+        share = f'share = {loss.total}(weights, hidden, part["{loss.labels}"], count)'
+        run = [f"hidden = hidden_states(weights, {arguments}, training=True)", share]
+    if plan.precision != "model":
+        run = [f"with torch.autocast(labels.device.type, torch.{plan.precision}):", *(f"    {line}" for line in run)]
     backward = "scaler.scale(share).backward()" if scaled else "share.backward()"
     lines += [
-        f'        share = {loss.total}(output, part["{loss.labels}"]) / count',
+        *(f"        {line}" for line in run),
+        *([] if loss.chunked else [f"        {share}"]),
         *(["        moved = {name: weights[name].clone() for name in STATISTICS}"] if moves_twice else []),
         f"        {backward}",
         *(["        put_back(weights, moved)  # the backward ran blocks again"] if moves_twice else []),

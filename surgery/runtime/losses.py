@@ -45,6 +45,11 @@ def next_token_count(labels: torch.Tensor) -> torch.Tensor:
     return (labels[:, 1:] != -100).sum()
 
 
+def next_token_targets(labels: torch.Tensor) -> torch.Tensor:
+    """The token after each, which is what its logits are of; -100 behind the last."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 def cross_entropy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy over the last axis, summed; -100 marks what has no label."""
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))

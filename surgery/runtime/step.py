@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +156,18 @@ class TrainingStep:
     def evaluate_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The loss's sum over a batch in evaluation mode, and the number of labels."""
         ready = self._ready(batch, labels=True)
+        labels = ready[self._loss.labels]
+        count = self._loss.count(labels)
+        if "head" in self._namespace:  # its loss takes the last hidden states, and makes logits of some rows at a time
+            loss = self._namespace[self._loss.loss.total.__name__]
+            options = {"training": False} if "training" in inspect.signature(loss).parameters else {}
+            with self._precision():
+                hidden = self._run(ready, "hidden_states")
+                return loss(self.weights, hidden, labels, torch.ones_like(count), **options), count
         output = self._run(ready)
         if self._loss.output is not None:
             output = output[self._loss.output]
-        labels = ready[self._loss.labels]
-        return self._loss.total(output, labels), self._loss.count(labels)
+        return self._loss.total(output, labels), count
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor) -> Any:
@@ -170,12 +179,15 @@ class TrainingStep:
         spec = self.graph.output_spec
         return output if spec is None else pytree.tree_unflatten(list(output), spec)
 
-    def _run(self, ready: Mapping[str, Tensor]) -> Any:
+    def _run(self, ready: Mapping[str, Tensor], function: str = "forward") -> Any:
         arguments = [ready[name] for name in self.graph.inputs]
-        if self.plan.step.precision == "model":
-            return self._namespace["forward"](self.weights, *arguments, training=False)
-        with torch.autocast(self.device.type, getattr(torch, self.plan.step.precision)):
-            return self._namespace["forward"](self.weights, *arguments, training=False)
+        with self._precision():
+            return self._namespace[function](self.weights, *arguments, training=False)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The step's autocast."""
+        precision = self.plan.step.precision
+        return nullcontext() if precision == "model" else torch.autocast(self.device.type, getattr(torch, precision))
 
     def _ready(self, batch: Mapping[str, Tensor], *, labels: bool) -> dict[str, Tensor]:
         needed = self._loss.labels if labels else None
