@@ -283,7 +283,9 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
     alike: dict[int, list[str]] = {}
     for path, size in found.blocks.items() if verbose else ():
         alike.setdefault(size, []).append(path)
-    return lines + [f"  {_blocks(paths)}: {said(size)} {name} each" for size, paths in alike.items()]
+    return lines + [
+        f"  {_blocks(paths)}: {said(size)} {name}{' each' * (len(paths) > 1)}" for size, paths in alike.items()
+    ]
 
 
 def _totals(plan: Plan) -> str:

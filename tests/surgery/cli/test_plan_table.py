@@ -9,7 +9,19 @@ import pytest
 from rich.console import Console
 
 from surgery.cli.plan_table import fold, folded_path, print_plan, short_method
-from surgery.compiler.plan import Candidate, Facts, ModelPlan, Place, Plan, Site, Totals, WholeParameter
+from surgery.compiler.plan import (
+    Candidate,
+    Facts,
+    MemoryPlan,
+    ModelPlan,
+    Place,
+    Plan,
+    RecomputePlan,
+    Site,
+    StepPlan,
+    Totals,
+    WholeParameter,
+)
 
 FACTS = Facts(
     identity_at_start=True, rank_bound=8, merges=True, exports_as_lora=True, keeps_zeros=False, moves_base=False,
@@ -108,3 +120,30 @@ def test_alike_whole_parameters_are_one_row() -> None:
     whole = [WholeParameter(name=f"layer.{number}.bias", shape=(8,), numbers=8, place=PLACE) for number in range(3)]
     said = table(plan(site("layer.0.q")).model_copy(update={"trained": tuple(whole)}))
     assert "layer.[0..2].bias" in said and "24" in said
+
+
+def with_memory(**changes: Any) -> Plan:
+    blocks = {f"model.layers.{number}": 3 * 2**30 for number in (1, 3)} | {"model.layers.0": 2**28}
+    parts = {
+        "weights": 2 * 2**30, "trained": 2**27, "gradients": 2**27, "optimizer": 2**28,
+        "kept": sum(blocks.values()), "outputs": 2**30, "backward": 2**29,
+    }  # fmt: skip
+    memory = MemoryPlan(rows=4, length=2048, peak=sum(parts.values()), blocks=blocks, **parts)
+    recompute = RecomputePlan(name="budget", share=0.5)
+    step = StepPlan(batch=4, recompute=recompute)
+    again = tuple(f"model.layers.{number}" for number in (0, 2, 4, 6))
+    return plan(site("a.q")).model_copy(update={"memory": memory, "step": step, "recomputed": again, **changes})
+
+
+def test_memory_is_one_line_and_each_block_where_it_is_asked_for() -> None:
+    said = table(with_memory(), width=400)
+    assert (
+        "memory: 10.25 GiB at the peak of 4 x 2048, not compiled: weights 2.00, trained 0.12 with gradients 0.12 and "
+        "optimizer 0.25, kept by blocks 6.25, around them with logits and loss 1.00, backward 0.50\n" in said
+    )
+    assert "each" not in said
+    assert "recompute: budget(0.5), the backward runs 4 blocks again: model.layers.{0,2,4,6}\n" in said
+    verbose = table(with_memory(), verbose=True, width=400)
+    assert "  model.layers.{1,3}: 3.00 GiB each\n  model.layers.0: 0.25 GiB\n" in verbose
+    assert "--memory" in table(with_memory(memory=None)) and "--memory" not in said
+    assert "recompute" not in table(with_memory(recomputed=()))
