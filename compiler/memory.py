@@ -1,7 +1,7 @@
 """How much memory a training step takes: the step's own text is run on tensors without storage, and counted.
 
-There is no second model of memory beside the code. A storage counts from the operation that makes it until nobody holds
-it, as the allocator sees it; what a kernel takes for itself is not seen. Attention is counted as the fused kernels do it.
+There is no second model of memory beside the code. A storage counts from the operation that makes it until nobody
+holds it, as the allocator sees it; what a kernel takes for itself is not seen. Attention is as the fused kernels do it.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def predicted(step: TrainingStep, length: int, device: str = "cuda") -> MemoryPl
     with FakeTensorMode():
         weights, model = _without_storage(step)
         batch = _batch(step, weights, length)
-        replaced = {"without_padding": lambda part: part}  # at most all is real
+        replaced: dict[str, Any] = {"without_padding": lambda part: part}  # at most all is real
         if device == "cuda":
             replaced["F"] = _OfAGPU()
         return measured(step, weights, model, batch, replaced)
@@ -184,7 +184,9 @@ def measured(
     for tensor in batch.values():
         storages.add(tensor, OUTPUTS)
     hooks = [
-        tensor.register_post_accumulate_grad_hook(lambda one: _is_gradient(storages, one))
+        tensor.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            lambda one: _is_gradient(storages, one)
+        )
         for tensor in dict.fromkeys(weights.values())
         if tensor.requires_grad
     ]

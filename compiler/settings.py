@@ -57,7 +57,7 @@ def at_least(least: float, *, above: bool = False, below: float | None = None) -
 
 def share(node: nodes.Expr) -> float:
     """A number from 0 to 1."""
-    value = at_least(0)(node)
+    value: float = at_least(0)(node)
     if value > 1:
         raise fail("SURG004", f"this is a share, from 0 to 1, not {value:g}", node.span)
     return value

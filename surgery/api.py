@@ -52,9 +52,7 @@ def _check_given(program: object, model: object) -> None:
         raise TypeError(f"`model` is a torch.nn.Module, not a {type(model).__name__}")
 
 
-def plan(
-    program: Program, model: nn.Module | None = None, *, memory: bool = False, allow_code: bool = False
-) -> Plan:
+def plan(program: Program, model: nn.Module | None = None, *, memory: bool = False, allow_code: bool = False) -> Plan:
     """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
 
     No weights are loaded. With `memory` the step is run on tensors without storage: the plan then says what memory it

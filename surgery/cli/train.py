@@ -61,7 +61,12 @@ def run(
         step, data = _start(spec, folder, resume, device, allow_code)
         step.steps = steps_of(step.plan, len(data.train))
         terminal = sys.stderr.isatty()
+        _note_prediction(step)
         outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
+    if step.device.type == "cuda":
+        import torch
+
+        note(f"memory: {torch.cuda.max_memory_allocated(step.device) / 2**30:.2f} GiB at the peak")
     scores = {name: value for name, value in outcome.evaluation.items() if name != "rows"}
     evaluation = "".join(f", held-out {name} {value:.4f}" for name, value in scores.items())
     if outcome.interrupted:
@@ -105,6 +110,18 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
     if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked
         raise _edited(source)
     return step, data
+
+
+def _note_prediction(step: TrainingStep) -> None:
+    """On a GPU say what the step should take, and count what it does take from here on."""
+    if step.device.type == "cuda":
+        import torch
+
+        from surgery.compiler.memory import planned_length, predicted
+
+        found = predicted(step, planned_length(step.plan, step.model))
+        note(f"memory: {found.peak / 2**30:.2f} GiB predicted for {found.rows} x {found.length}, without compiling")
+        torch.cuda.reset_peak_memory_stats(step.device)
 
 
 def _edited(folder: Path) -> SurgError:

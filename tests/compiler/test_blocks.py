@@ -1,4 +1,4 @@
-"""`recompute`: the chosen blocks are run again, keep less, and change no number; what cannot be run again is refused."""
+"""`recompute`: the chosen blocks are run again, keep less and change no number; what cannot be is refused."""
 
 from __future__ import annotations
 

@@ -60,7 +60,9 @@ def test_it_is_what_a_real_run_takes(name: str, method: str, settings: str, drop
 
 def test_a_whole_parameter_counts_with_its_gradient_its_state_and_the_model_s_own(architectures: Any) -> None:
     llama = architectures["llama"]
-    text = 'model "given" { task = causal_lm }\ntrain model.layers.1.mlp.**\nstep { optimizer = adamw(lr = 0.1)  batch = 4 }'
+    text = (
+        'model "given" { task = causal_lm }\ntrain model.layers.1.mlp.**\nstep { optimizer = adamw(lr = 1)  batch = 4 }'
+    )
     step = surgery.compile(surgery.parse(text), model=llama.model())
     trained = 4 * sum(whole.numbers for whole in step.plan.trained)
     found = predicted(step, LENGTH)
@@ -77,7 +79,7 @@ def test_the_plan_of_a_skeleton_has_that_of_the_step(architectures: Any) -> None
         skeleton = llama.factory(0.0)
     plan = surgery.plan(program, skeleton, memory=True)
     assert plan.memory == predicted(surgery.compile(program, model=llama.model()), plan.tokens // 4)
-    assert plan.memory is not None and (plan.memory.rows, plan.memory.length) == (4, 1024)  # the tokens of an unknown batch
+    assert plan.memory is not None and plan.memory.rows * plan.memory.length == plan.tokens
     assert surgery.plan(program, skeleton).memory is None
 
 
