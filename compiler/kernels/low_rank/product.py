@@ -162,9 +162,9 @@ def _descriptor(matrix: Tensor, block: list[int]) -> Any:
 
 
 def _four(values: Iterable[Any]) -> list[Any]:
-    """Padded with repetitions, which no program reads."""
+    """One for each place of a site in a kernel; None where there is no site."""
     given = [*values]
-    return given + given[-1:] * (MOST_SITES - len(given))
+    return given + [None] * (MOST_SITES - len(given))
 
 
 def _constants(count: int, straight: bool, tiling: Tiling) -> dict[str, Any]:
