@@ -9,11 +9,13 @@ from torch import fx
 
 from surgery.compiler.graph import Graph, copy_module, drop_dead_nodes
 from surgery.compiler.optimize.attention import group_queries
+from surgery.compiler.optimize.repeated import share_repeated
 from surgery.compiler.optimize.shared_inputs import join_sites
 
 # Each changes a graph in place and returns in how many places it did; here with the log's word for these.
 OPTIMIZATIONS: Mapping[Callable[[fx.GraphModule], int], str] = {
     group_queries: "attentions without repeated keys",
+    share_repeated: "operations that another site has done",
     join_sites: "groups of sites that read one input",
 }
 

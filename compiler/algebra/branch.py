@@ -14,6 +14,7 @@ from torch.nn import functional
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.facts import reads_weight
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.narrow import narrow, summands, total, turned
@@ -23,6 +24,7 @@ from surgery.compiler.algebra.quantity import value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 from surgery.compiler.kernels.low_rank import low_rank_linear
 
+NEVER = 1 << 100  # above any number of operations
 FUSED = low_rank_linear.__name__  # what a branch runs with that takes W and a narrow product in one operation
 
 
@@ -108,6 +110,8 @@ class Branch:
     def _cost(self, factors: list[Factor], sizes: list[int], first: int, split: int, last: int) -> int:
         if first == 0 and split + 1 == last and not self._formed(factors[last - 1].node):
             return price(factors[last - 1].node, sizes[0])
+        if first > 0 and _merges_weight(factors[first - 1 : last]):
+            return NEVER
         return 2 * sizes[first] * sizes[split + 1] * sizes[last + 1]
 
     def _apply(
@@ -202,6 +206,13 @@ class Branch:
 def _distributes(node: Expression) -> bool:
     """Whether a node is a sum of matrices of its own shape (a broadcast term is no matrix to multiply with)."""
     return node.operation in ("add", "subtract") and all(part.shape == node.shape for part in node.arguments)
+
+
+def _merges_weight(factors: list[Factor]) -> bool:
+    """Whether a product of matrices is as large as a W among them, or a sum with W: rounded, it would lose what is small."""
+    size = factors[0].sides[0] * factors[-1].sides[1]
+    whole = (factor for factor in factors if factor.node.operation == "weight" or _distributes(factor.node))
+    return any(size >= factor.sides[0] * factor.sides[1] and reads_weight(factor.node) for factor in whole)
 
 
 def _low_rank_linear(x: Tensor, operands: dict[str, Any]) -> Tensor:

@@ -53,6 +53,14 @@ def module_path(node: fx.Node) -> str:
     return "" if path.startswith("_") else path
 
 
+def list_entry(node: fx.Node) -> str:
+    """The path of the innermost entry of a list of modules in which a node ran: `model.layers.3`."""
+    parts = module_path(node).split(".")
+    while parts and not parts[-1].isdecimal():
+        parts.pop()
+    return ".".join(parts)
+
+
 def is_ordered(node: fx.Node) -> bool:
     """Whether a node draws random numbers or writes into a tensor, so that it must keep its place among such nodes."""
     target = node.target

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from surgery.compiler.emit.outline import is_ordered, module_path
+from surgery.compiler.emit.outline import is_ordered, list_entry
 from surgery.compiler.graph import writes
 from surgery.compiler.kernels.low_rank import low_rank_linear
 
@@ -45,21 +45,13 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     current: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is low_rank_linear:
-            key = (node.args[0], node.kwargs.get("narrow"), _entry(node))
+            key = (node.args[0], node.kwargs.get("narrow"), list_entry(node))
             if key not in current:
                 found.append(current.setdefault(key, []))
             current[key].append(node)
         elif writes(node) or (node.op == "call_method" and str(node.target).endswith("_")):
             current.clear()
     return found
-
-
-def _entry(node: fx.Node) -> str:
-    """The innermost entry of a list of modules in which a node ran: `model.layers.3`."""
-    parts = module_path(node).split(".")
-    while parts and not parts[-1].isdecimal():
-        parts.pop()
-    return ".".join(parts)
 
 
 def _needed(call: fx.Node, first: fx.Node, position: dict[fx.Node, int]) -> set[fx.Node] | None:
@@ -86,6 +78,8 @@ def _join(graph: fx.Graph, calls: list[fx.Node]) -> None:
     with graph.inserting_before(first):
         whole = graph.call_function(low_rank_linear, first.args, operands)
         whole.meta = {**first.meta, "nn_module_stack": _common(calls)}
+        if list_entry(whole) != list_entry(first):  # what they share, a ModuleDict, has not run: they keep their block
+            whole.meta = dict(first.meta)
         before = 0
         for call in calls:
             results = {user.args[1]: user for user in call.users}
