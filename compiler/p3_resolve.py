@@ -136,8 +136,8 @@ def _trained(
                 diagnostics.error("SURG023", message, rule.node.pattern.span, notes=[other])
             elif id(parameter) not in frozen and id(parameter) not in found:
                 found[id(parameter)] = WholeParameter(
-                    name=name, shape=tuple(parameter.shape), numbers=parameter.numel(),
-                    lr=rule.lr, weight_decay=rule.weight_decay, place=place(rule.node.span),
+                    name=name, shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."),
+                    numbers=parameter.numel(), lr=rule.lr, weight_decay=rule.weight_decay, place=place(rule.node.span),
                 )  # fmt: skip
     return tuple(found.values())
 

@@ -18,6 +18,7 @@ from surgery.compiler.emit.forward import Forward, forward_source
 from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
 from surgery.compiler.emit.loss import is_by_rows, loss_text
 from surgery.compiler.emit.recompute import IMPORTS as IMPORTS_OF_FORWARD
+from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_OPTIMIZERS
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
     COMPILE_WHOLE,
@@ -37,7 +38,8 @@ from surgery.compiler.plan import Plan
 from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
-IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_LOSS | IMPORTS_OF_EVENTS  # by the name that is called
+# by the name that is called
+IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_EVENTS
 
 
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
@@ -56,7 +58,7 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
         _title("Forward") + forward.source,
         _compile_source(forward),
         _title("Loss") + loss.source,
-        _title("Optimizer and schedule") + optimizer_source(plan.step.optimizer, _groups(plan, graph)),
+        _title("Optimizer and schedule") + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.rounds),
         schedule_source(plan.step.schedule),
         *([_title("Events")] if happenings.definitions else []),
     ]

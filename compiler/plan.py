@@ -126,6 +126,7 @@ class WholeParameter(Record):
 
     name: str
     shape: tuple[int, ...]
+    dtype: str
     numbers: int
     lr: float | None = None
     weight_decay: float | None = None
@@ -265,6 +266,12 @@ class Plan(Record):
     tokens: int  # planned tokens per micro-batch
     totals: Totals
     memory: MemoryPlan | None = None  # where it was asked for
+
+    @property
+    def rounds(self) -> bool:
+        """Whether bfloat16 tensors are trained: an update smaller than half a unit is then rounded stochastically."""
+        own = [tensor.dtype for site in self.sites for tensor in site.tensors if tensor.role == "train"]
+        return "bfloat16" in [*own, *(parameter.dtype for parameter in self.trained)]
 
     def span(self, place: Place) -> Span:
         """A place as a span of the text that the plan keeps: the spec's, or that of a method's file."""

@@ -24,9 +24,18 @@ from torch import Tensor
 Weights = dict[str, Tensor]  # every tensor of the adapted model by its full name
 """
 
-COMPILED = '''def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+COMPILED = '''def keeping_less(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Torch's compiler, whose backward computes norms, activations and the like again: only products are kept."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        return compile_fx(graph, inputs)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled for the shapes that it is first called with, and once for all others; evaluation apart."""
-    fixed, varying = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+    fixed = torch.compile(function, backend=keeping_less, dynamic=False)
+    varying = torch.compile(function, backend=keeping_less, dynamic=True)
     first: dict[bool, list[torch.Size]] = {}
 
     def run(*given: Any, **options: Any) -> Any:
@@ -68,6 +77,11 @@ if __name__ == "__main__":
     raise SystemExit(main(__file__))
 """
 
+IMPORTS = {
+    "RoundingAdamW": "from surgery.optimizers.adamw import RoundingAdamW",
+    "RoundingSGD": "from surgery.optimizers.sgd import RoundingSGD",
+}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -78,8 +92,8 @@ class Group:
     weight_decay: float
 
 
-def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group]) -> str:
-    """`TRAINED` tables and `make_optimizer`."""
+def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group], rounds: bool = False) -> str:
+    """`TRAINED` tables and `make_optimizer`; with `rounds`, bfloat16 is trained and rounded stochastically."""
     lines: list[str] = []
     tables = []
     for number, group in enumerate(groups):
@@ -92,19 +106,21 @@ def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group]) -> str:
     if optimizer.name == "sgd":
         options = f"momentum={optimizer.momentum}" + (", nesterov=True" if optimizer.nesterov else "")
     kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.name]
+    rounded = ", bfloat16 rounded stochastically" if rounds else ""
     lines += [
         "def make_optimizer(weights: Weights) -> torch.optim.Optimizer:",
-        f'    """{kind} over what is trained; `base_lr` is the rate that the schedule scales."""',
+        f'    """{kind} over what is trained{rounded}; `base_lr` is the rate that the schedule scales."""',
         "    groups: list[dict[str, Any]] = [",
     ]
     for table, group in tables:
         rates = f'"lr": {group.lr}, "base_lr": {group.lr}, "weight_decay": {group.weight_decay}'
         lines.append(f'        {{"params": [weights[name] for name in {table}], {rates}}},')
-    lines += [
-        "    ]",
-        '    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])',
-        f"    return torch.optim.{kind}(groups, {options}, foreach=False, fused=on_gpu)",
-    ]
+    lines.append("    ]")
+    if rounds:
+        lines.append(f"    return Rounding{kind}(groups, {options})")
+    else:
+        lines.append('    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])')
+        lines.append(f"    return torch.optim.{kind}(groups, {options}, foreach=False, fused=on_gpu)")
     return "\n".join(lines) + "\n"
 
 

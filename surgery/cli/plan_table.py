@@ -41,6 +41,8 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     if verbose and plan.sites:
         _print_candidates(console, plan)
     console.print(Text(_step(plan.step)))
+    if plan.rounds:
+        console.print(Text(_rounded(plan)))
     if plan.recomputed:
         console.print(Text(_recompute(plan)))
     for line in _memory(plan, verbose):
@@ -286,6 +288,14 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
     return lines + [
         f"  {_blocks(paths)}: {said(size)} {name}{' each' * (len(paths) > 1)}" for size, paths in alike.items()
     ]
+
+
+def _rounded(plan: Plan) -> str:
+    """What is trained in bfloat16; the optimizer's state is float32."""
+    own = any(tensor.dtype == "bfloat16" for site in plan.sites for tensor in site.tensors if tensor.role == "train")
+    whole = any(parameter.dtype == "bfloat16" for parameter in plan.trained)
+    what = " and ".join(["adapters"] * own + ["whole parameters"] * whole)
+    return f"{what} in bfloat16, rounded stochastically; the optimizer's state is float32"
 
 
 def _totals(plan: Plan) -> str:

@@ -1,1 +1,1 @@
-"""Optimizers that torch does not have, one file each; none is needed yet."""
+"""Optimizers that torch does not have, one file each: they train bfloat16 tensors without losing small updates."""
