@@ -6,18 +6,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit(do_not_specialize=["rows", "part_steps"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def product(
-    x, rights, scales, out, rows, width, stride, part_steps,
+    x, rights, scales, u, parts, rows, width, stride, steps,
     ENDS: tl.constexpr, SITES: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    BULK: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`scale * x @ right.T` of a block of rows: to `out` `[rows, ranks]`, or parts `[parts, rows, RANK]` of it."""
+    """`scale * x @ right.T` of a block of rows: u `[rows, ranks]`, or if SPLIT parts of it, `[parts, rows, RANK]`."""
     if SPLIT and EARLY:
         gdc_launch_dependents()
-    first_row = tl.program_id(0) * BM
     part = tl.program_id(1)
-    row = (first_row + tl.arange(0, BM)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     rank = tl.arange(0, RANK)
     sources = rights[0] + rank * width
     scale = tl.zeros((RANK,), tl.float32) + scales[0]
@@ -26,33 +25,30 @@ def product(
         scale = tl.where(rank >= ENDS[site - 1], scales[site], scale)
     real = rank < ENDS[SITES - 1]
     total = tl.zeros((BM, RANK), tl.float32)
-    for step in range(part * part_steps, tl.minimum((part + 1) * part_steps, tl.cdiv(width, BK))):
+    for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(width, BK))):
         column = step * BK + tl.arange(0, BK)
         inside = (column < width)[None, :]
-        if BULK:
-            block = x.load([first_row, step * BK])
-        else:
-            block = tl.load(x + row * stride + column[None, :], (row < rows) & inside, 0.0)
+        block = tl.load(x + row * stride + column[None, :], (row < rows) & inside, 0.0)
         right = tl.load(sources[:, None] + column[None, :], real[:, None] & inside, 0.0)
         total = tl.dot(block, tl.trans(right.to(block.dtype)), total)
     total *= scale[None, :]
     if SPLIT:
-        tl.store(out + (part.to(tl.int64) * rows + row) * RANK + rank[None, :], total, row < rows)
+        tl.store(parts + (part.to(tl.int64) * rows + row) * RANK + rank[None, :], total, row < rows)
     else:
-        target = out + row * ENDS[SITES - 1] + rank[None, :]
-        tl.store(target, total.to(out.dtype.element_ty), (row < rows) & real[None, :])
+        target = u + row * ENDS[SITES - 1] + rank[None, :]
+        tl.store(target, total.to(u.dtype.element_ty), (row < rows) & real[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "part_steps", "columns", "starts"])
+@triton.jit(do_not_specialize=["rows", "steps", "starts"])
 def gradients(
-    wides, u, lefts, row_sums, column_sums, rows, widths, strides, u_stride, part_steps, columns, starts, begins, ranks,
-    SITES: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BULK: tl.constexpr,
-    BOTH: tl.constexpr, EARLY: tl.constexpr,
+    wides, u, lefts, parts, column_parts, rows, widths, strides, u_stride, steps, starts, begins, ranks,
+    SITES: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For a block of columns of one site: a part of `wide.T @ u` and, if BOTH, of `wide @ left`.
+    """For a block of columns of one site and some rows: a part of `wide.T @ u` and, if BOTH, of `wide @ left`.
 
-    The parts: `row_sums` `[parts, columns, RANK]`, the columns those of all sites' blocks, and `column_sums`
-    `[blocks, rows, RANK]`. A site has the blocks from `starts` and the columns of u from `begins` on.
+    The parts are `[programs over rows, columns of all blocks, RANK]` and, in `column_parts`, `[blocks, rows, RANK]`. A
+    site has the blocks from `starts` and the columns of u from `begins` on.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -71,79 +67,79 @@ def gradients(
         pointers = left_base + column[:, None] * columns_of_u + rank[None, :]
         left = tl.load(pointers, (column < width)[:, None] & real, 0.0).to(u.dtype.element_ty)
     total = tl.zeros((BN, RANK), tl.float32)
-    for step in range(part * part_steps, tl.minimum((part + 1) * part_steps, tl.cdiv(rows, BM))):
+    for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(rows, BM))):
         row = (step * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-        if BULK:
-            tile = wide.load([step * BM, block * BN])
-        else:
-            tile = tl.load(wide + row * stride + column[None, :], (row < rows) & inside, 0.0)
+        tile = tl.load(wide + row * stride + column[None, :], (row < rows) & inside, 0.0)
         narrow = tl.load(u + row * u_stride + (begin + rank)[None, :], (row < rows) & real, 0.0)
         total = tl.dot(tl.trans(tile), narrow, total)
         if BOTH:
-            target = column_sums + (place.to(tl.int64) * rows + row) * RANK + rank[None, :]
+            target = column_parts + (place.to(tl.int64) * rows + row) * RANK + rank[None, :]
             tl.store(target, tl.dot(tile, left), row < rows)
-    target = row_sums + (part.to(tl.int64) * columns + place * BN + tl.arange(0, BN))[:, None] * RANK
+    columns = starts[SITES] * BN
+    target = parts + (part.to(tl.int64) * columns + place * BN + tl.arange(0, BN))[:, None] * RANK
     tl.store(target + rank[None, :], total)
 
 
 @triton.jit
-def _sum(
-    parts, target, first, last, stride, offset, count, ranks, scale, target_stride, rank_stride, block,
-    ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Rows of `target` `[count, ranks]`: `scale` times the sum of `parts[first:last]`, `stride` rows of RANK apart."""
-    row = block * ROWS + tl.arange(0, ROWS)
-    rank = tl.arange(0, RANK)
-    mask = (row < count)[:, None] & (rank < ranks)[None, :]
+def _sum(parts, first, last, stride, begin, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """`[ROWS, RANK]` from row `begin` on, summed over `parts[first:last]`, `stride` rows of RANK each."""
+    row = tl.minimum(begin + tl.arange(0, ROWS), stride - 1)[None, :, None]
+    rank = tl.arange(0, RANK)[None, None, :]
     total = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(first, last, AT_ONCE):
         part = (start + tl.arange(0, AT_ONCE)).to(tl.int64)[:, None, None]
-        pointers = parts + (part * stride + (offset + row)[None, :, None]) * RANK + rank[None, None, :]
-        total += tl.sum(tl.load(pointers, (part < last) & mask[None, :, :], 0.0), 0)
-    pointers = target + row.to(tl.int64)[:, None] * target_stride + rank.to(tl.int64)[None, :] * rank_stride
-    tl.store(pointers, (total * scale).to(target.dtype.element_ty), mask)
+        total += tl.sum(tl.load(parts + (part * stride + row) * RANK + rank, part < last, 0.0), 0)
+    return total
 
 
-@triton.jit
-def _sums_of_one_dtype(
-    parts, targets, firsts, lasts, strides, offsets, counts, ranks, scales, target_strides, rank_strides, starts,
-    BEGIN: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "row_blocks", "count", "starts"])
+def column_sums(
+    parts, column_parts, u, lefts, rows, row_blocks, count, widths, starts, begins, ranks, scales, u_stride,
+    SITES: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BOTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The block of this program in one of the sums from BEGIN to END, which are chosen among and compiled once."""
-    program = tl.program_id(0)
-    part, target, first, last, stride = parts[BEGIN], targets[BEGIN], firsts[BEGIN], lasts[BEGIN], strides[BEGIN]
-    offset, count, columns, scale = offsets[BEGIN], counts[BEGIN], ranks[BEGIN], scales[BEGIN]
-    row_step, rank_step, block = target_strides[BEGIN], rank_strides[BEGIN], program - starts[BEGIN]
-    for i in tl.static_range(BEGIN + 1, END):
-        if program >= starts[i]:
-            part, target, first, last, stride = parts[i], targets[i], firsts[i], lasts[i], strides[i]
-            offset, count, columns, scale = offsets[i], counts[i], ranks[i], scales[i]
-            row_step, rank_step, block = target_strides[i], rank_strides[i], program - starts[i]
-    _sum(
-        part, target, first, last, stride, offset, count, columns, scale, row_step, rank_step, block,
-        ROWS, RANK, AT_ONCE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["firsts", "lasts", "strides", "offsets", "counts", "starts"])
-def sums(
-    parts, targets, firsts, lasts, strides, offsets, counts, ranks, scales, target_strides, rank_strides, starts,
-    FIRST: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Several sums of parts in one launch; sum i has the programs from `starts[i]` on.
-
-    The targets of the first FIRST sums have one dtype, those of the others one.
-    """
+    """u `[rows, ranks]` from its parts over blocks of columns and, if BOTH, the lefts from their `count` parts."""
     if EARLY:
         gdc_wait()  # launched before the parts are there: the launch itself costs as much as the sums
-    if tl.program_id(0) < starts[FIRST]:
-        _sums_of_one_dtype(
-            parts, targets, firsts, lasts, strides, offsets, counts, ranks, scales, target_strides, rank_strides,
-            starts, 0, FIRST, ROWS, RANK, AT_ONCE,
-        )  # fmt: skip
-    elif FIRST < SUMS:
-        _sums_of_one_dtype(
-            parts, targets, firsts, lasts, strides, offsets, counts, ranks, scales, target_strides, rank_strides,
-            starts, FIRST, SUMS, ROWS, RANK, AT_ONCE,
-        )  # fmt: skip
+    program = tl.program_id(0)
+    rank = tl.arange(0, RANK)[None, :]
+    if program < row_blocks * SITES:
+        first, last, begin, columns, scale = starts[0], starts[1], begins[0], ranks[0], scales[0]
+        site = program // row_blocks
+        for i in tl.static_range(1, SITES):
+            if site == i:
+                first, last, begin, columns, scale = starts[i], starts[i + 1], begins[i], ranks[i], scales[i]
+        row = (program % row_blocks) * ROWS
+        total = _sum(column_parts, first, last, rows, row, ROWS, RANK, AT_ONCE) * scale
+        row = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        tl.store(u + row * u_stride + begin + rank, total.to(u.dtype.element_ty), (row < rows) & (rank < columns))
+    elif BOTH:
+        column = (program - row_blocks * SITES) * ROWS
+        left, width, columns, first = lefts[0], widths[0], ranks[0], 0
+        for i in tl.static_range(1, SITES):
+            if column >= starts[i] * BN:
+                left, width, columns, first = lefts[i], widths[i], ranks[i], starts[i] * BN
+        total = _sum(parts, 0, count, starts[SITES] * BN, column, ROWS, RANK, AT_ONCE)
+        column = (column - first + tl.arange(0, ROWS))[:, None]
+        mask = (column < width) & (rank < columns)
+        tl.store(left + column * columns + rank, total.to(left.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["columns", "count"])
+def row_sums(
+    parts, rights, columns, width, count,
+    ENDS: tl.constexpr, SITES: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """The rights `[rank, width]` of all sites from `count` parts `[columns, RANK]` of them under each other."""
+    if EARLY:
+        gdc_wait()
+    first = tl.program_id(0) * ROWS
+    total = tl.trans(_sum(parts, 0, count, columns, first, ROWS, RANK, AT_ONCE))
+    column = (first + tl.arange(0, ROWS))[None, :]
+    rank = tl.arange(0, RANK)[:, None]
+    begin = 0
+    for site in tl.static_range(SITES):
+        mask = (rank >= begin) & (rank < ENDS[site]) & (column < width)
+        tl.store(rights[site] + (rank - begin) * width + column, total.to(rights[site].dtype.element_ty), mask)
+        begin = ENDS[site]
