@@ -35,8 +35,11 @@ HEADS: list[Callable[[dict[str, Tensor], Tensor], Tensor]] = [linear, capped, ad
 def case(head: Any, dtype: torch.dtype = torch.float64, trained: bool = True, rows: int = 3) -> tuple[Any, ...]:
     """Weights, hidden [rows, 7, width], targets and their count."""
     torch.manual_seed(0)
-    shapes = {linear: {"head": (VOCABULARY, WIDTH)}, capped: {"head": (VOCABULARY, WIDTH), "bias": (VOCABULARY,)}}
-    default = {"head": (VOCABULARY, WIDTH), "A": (4, WIDTH), "B": (VOCABULARY, 4)}
+    shapes: dict[Any, dict[str, tuple[int, ...]]] = {
+        linear: {"head": (VOCABULARY, WIDTH)},
+        capped: {"head": (VOCABULARY, WIDTH), "bias": (VOCABULARY,)},
+    }
+    default: dict[str, tuple[int, ...]] = {"head": (VOCABULARY, WIDTH), "A": (4, WIDTH), "B": (VOCABULARY, 4)}
     weights = {name: torch.randn(shape).to(dtype) for name, shape in shapes.get(head, default).items()}
     for name, weight in weights.items():
         weight.requires_grad_(trained and not (head is adapted and name == "head"))
@@ -129,7 +132,7 @@ def test_without_gradients_none_are_made() -> None:
     torch.testing.assert_close(loss, chunked_loss_reference(linear, weights, hidden, targets, count).detach())
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most numbers that any tensor had that an operation made."""
 
     numbers = 0
@@ -143,9 +146,9 @@ class Largest(TorchDispatchMode):
 
 def test_whole_logits_never_exist() -> None:
     weights, hidden, targets, count = case(linear, trained=False, rows=60)
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         gradients(chunked_loss_reference(linear, weights, hidden, targets, count), weights, hidden)
     assert largest.numbers == hidden.shape[0] * 7 * VOCABULARY
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         gradients(chunked_loss(linear, weights, hidden, targets, count, 16), weights, hidden)
     assert largest.numbers == hidden.numel() > 16 * VOCABULARY

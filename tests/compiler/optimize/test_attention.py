@@ -52,7 +52,7 @@ def outputs_and_gradients(module: fx.GraphModule, **inputs: Tensor) -> list[Tens
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_keys_are_not_repeated(family: str, heads: int) -> None:
-    settings = {"sliding_window": None} if family == "mistral" else {}
+    settings: dict[str, Any] = {"sliding_window": None} if family == "mistral" else {}
     _, graph = captured(family, num_key_value_heads=heads, **settings)
     before = copy_module(graph.module)
     assert group_queries(graph.module) == 2
