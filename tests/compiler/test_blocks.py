@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgery
 from surgery.compiler import p5_capture, pipeline
@@ -116,7 +119,7 @@ def test_stages_of_other_sizes_are_looked_into() -> None:
     runs = []
     for word in WORDS:
         step = step_of(model, graph, program(text, word, "loss = mse  batch = 4"))
-        assert step.source.count("checkpoint(") == {"none": 0, "blocks": 2, "budget(0.5)": 2}[word]
+        assert step.source.count("checkpoint(") == {"none": 0, "blocks": 6, "budget(0.5)": 4}[word]
         runs.append(after_two_steps(step, {"x": torch.ones(4, 4), "labels": torch.ones(4, 16)}))
     assert_equal(runs[0], runs[1])
     assert_equal(runs[0], runs[2])
@@ -217,6 +220,60 @@ def test_compiled_blocks_are_compiled_once(architectures: Any) -> None:
         compiled.append(count)
     assert compiled[1] == compiled[0] <= 2
     assert_equal(*results)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def kept_and_products(step: TrainingStep, inputs: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
+    """What a forward keeps, and the products of its backward."""
+    hooks, run = Kept([*step.weights.values()]), Operations()
+    with hooks:
+        logits = step._namespace["forward"](step.weights, *inputs.values(), training=True)
+    with run:
+        logits.float().square().sum().backward()
+    heavy = ("mm", "addmm", "bmm", "low_rank", "attention")
+    return hooks.bytes, {name: count for name, count in run.counts.items() if any(word in name for word in heavy)}
+
+
+def test_compiled_blocks_keep_products_alone(architectures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter's x is had again from what is kept anyway, for no product and no attention more than without."""
+    torch._dynamo.reset()
+    partition = lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: partition(graph, inputs))
+    llama = architectures["llama"]
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 3}
+    model = llama.model(**sizes).bfloat16()
+    graph = p5_capture.run(model, llama.inputs(2, 5), llama.task)
+    text = (
+        'model "given" { task = causal_lm }\nadapt model.layers.*.**: Linear { with lora(rank = 2)  strategy = branch }'
+    )
+    inputs = llama.inputs(4, 16)
+    step = step_of(model, graph, program(text, "none", "compile = off"))
+    eager, products = kept_and_products(step, inputs)
+    step._namespace["compile_forward"]()
+    less, again = kept_and_products(step, inputs)
+    assert again == products
+    step = step_of(model, graph, program(text, "none", "compile = off"))
+    source = step.source.replace("backend=keeping_less, ", 'backend="aot_eager_decomp_partition", ')
+    assert source != step.source
+    step.use_source(source)
+    step._namespace["compile_forward"]()
+    torch._dynamo.reset()
+    usual, again = kept_and_products(step, inputs)
+    assert again == products
+    block = 2 * 4 * 16 * 64 * 3  # the stream of one block in bfloat16, for three blocks
+    assert less < usual - 5 * block < eager
+    torch._dynamo.reset()
 
 
 # --- what a block writes ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +23,9 @@ BERT = {"hidden_size": 24, "intermediate_size": 36, "num_attention_heads": 4, "v
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
     """Counts the graphs that torch compiles, without graph breaks and without a C++ compiler."""
     counter = CompileCounterWithBackend("aot_eager")
-    compile_function = functools.partial(torch.compile, backend=counter, fullgraph=True)
+    compile_function, changed = torch.compile, {"backend": counter, "fullgraph": True}
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_function(function, **options))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_function(function, **options | changed))
     yield counter
     torch._dynamo.reset()
 
