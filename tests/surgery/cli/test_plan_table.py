@@ -49,7 +49,7 @@ def plan(*sites: Site) -> Plan:
     return Plan(
         spec="", file="demo.surg", sites=sites, formulas={}, tokens=2048,
         model=ModelPlan(source="hub", name="org/tiny", architecture="Tiny", parameters=1000),
-        trained=(WholeParameter(name="classifier.weight", shape=(8, 384), numbers=3072, lr=5e-3, place=PLACE),),
+        trained=(WholeParameter(name="classifier.weight", shape=(8, 384), dtype="float32", numbers=3072, lr=5e-3, place=PLACE),),
         totals=Totals(sites=len(sites), trainable=6144 * len(sites) + 3072, frozen=0, model=10**6, share=0.015),
     )  # fmt: skip
 
@@ -117,7 +117,10 @@ def test_a_narrow_terminal_gets_lists_instead_of_broken_tables(verbose: bool) ->
 
 
 def test_alike_whole_parameters_are_one_row() -> None:
-    whole = [WholeParameter(name=f"layer.{number}.bias", shape=(8,), numbers=8, place=PLACE) for number in range(3)]
+    whole = [
+        WholeParameter(name=f"layer.{number}.bias", shape=(8,), dtype="float32", numbers=8, place=PLACE)
+        for number in range(3)
+    ]
     said = table(plan(site("layer.0.q")).model_copy(update={"trained": tuple(whole)}))
     assert "layer.[0..2].bias" in said and "24" in said
 
