@@ -56,8 +56,8 @@ def passes(
     return [product, du], [*dlefts, *narrow.right_gradients(u, x, rights)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["whole", "strided"])
 @pytest.mark.parametrize(("rows", "width", "sites"), CASES)
 def test_the_passes_are_their_definitions_and_repeat(
     rows: int, width: int, sites: list[tuple[int, int]], strided: bool, dtype: torch.dtype
