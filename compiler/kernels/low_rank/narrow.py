@@ -74,7 +74,7 @@ def narrow_gradients(
 
     The dys are `[rows, out]`, u is `[rows, sum of ranks]`, the lefts are `[out, rank]`.
     """
-    factors, (count, total) = _alike(lefts), u.shape
+    factors, (count, total), u = _alike(lefts), u.shape, _by_row(u)
     ranks = (*(left.shape[1] for left in lefts),)
     widths = (*(left.shape[0] for left in lefts),)
     walk = _cut(count, widths, ranks, True, blocks)
