@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -125,6 +126,11 @@ def drop_dead_nodes(graph: fx.Graph) -> None:
 
 def _keeps(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or writes(node)
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor is a number in the model's code, which export gave a name where it found it."""
+    return re.search(r"(^|\.)(lifted_tensor_|_tensor_constant)\d+$", name) is not None
 
 
 def writes(node: fx.Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from surgery.compiler.emit.head import Head, head_of, head_source
 from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
-from surgery.compiler.emit.recompute import recomputed_functions
-from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, drop_dead_nodes, tensors
+from surgery.compiler.emit.recompute import IMPORTS, recomputed_functions
+from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, drop_dead_nodes, is_constant, tensors
 
 HELPER = '''\
 def blocks(weights: Weights, path: str, indices: range) -> list[Weights]:
@@ -96,11 +95,6 @@ def tidy(module: fx.GraphModule, autocast: bool = False) -> fx.Graph:
     return graph
 
 
-def is_constant(name: str) -> bool:
-    """Whether a tensor is a number in the model's code, which export gave a name where it found it."""
-    return re.search(r"(^|\.)(lifted_tensor_|_tensor_constant)\d+$", name) is not None
-
-
 def _same(named: dict[str, Tensor], node: fx.Node, other: fx.Node) -> bool:
     left, right = named[str(node.target)], named[str(other.target)]
     if left.is_meta or right.is_meta or left.dtype != right.dtype or left.shape != right.shape:
@@ -134,7 +128,8 @@ class _Writer:
         self.head = head if head and set(head.nodes + head.prepared) <= set(items) else None
         self.blocks = [item for item in items if isinstance(item, Block)]
         self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
-        self.names = Names(frozenset(helpers) | ({"hidden_states", "head", "head_weights"} if self.head else set()))
+        own = {"hidden_states", "head", "head_weights"} if self.head else set()
+        self.names = Names(frozenset({*helpers, *IMPORTS, *own}))
         self.placeholders = {
             node: TRAINING if node.target == TRAINING else self.names.claim(str(node.target))
             for node in graph.nodes
