@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from surgery.compiler.capture.causal import restore_causal
 from surgery.compiler.capture.isolate import buffer_contents, keep_layers, restore, untouched
 from surgery.compiler.capture.plain import Uncapturable, plain
+from surgery.compiler.capture.repeated import NotAlike, Repeated
 from surgery.compiler.diagnostics import Diagnostic, SurgError, did_you_mean, fail
 from surgery.compiler.graph import TRAINING, Graph, tensors
 
@@ -34,14 +35,7 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
         model.train()
         keep_layers(model)
         wrapper = _Wrapper(model, tuple(inputs), task)
-        exported = _export(wrapper, inputs)
-        _check_dynamic(exported, inputs)
-        try:
-            module = plain(exported, model, tuple(inputs), single=task is not None)
-        except Uncapturable as reason:
-            raise fail("SURG040", f"the model cannot be captured: {reason}") from reason
-        if not any(tensor.is_meta for tensor in tensors(model).values()):
-            _check_equal(wrapper, module, exported, inputs)
+        exported, module = _once_per_kind(wrapper, inputs) or _whole(wrapper, inputs)
         restore_causal(module)
     return Graph(
         module=module,
@@ -50,6 +44,38 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
         output_spec=exported.call_spec.out_spec if task is None else None,
         warnings=_warnings(model, module),
     )
+
+
+Captured = tuple[ExportedProgram, fx.GraphModule]
+
+
+def _whole(wrapper: _Wrapper, inputs: Inputs) -> Captured:
+    exported = _export(wrapper, inputs)
+    _check_dynamic(exported, inputs)
+    try:
+        module = plain(exported, wrapper.model, tuple(inputs), single=wrapper.task is not None)
+    except Uncapturable as reason:
+        raise fail("SURG040", f"the model cannot be captured: {reason}") from reason
+    if not any(tensor.is_meta for tensor in tensors(wrapper.model).values()):
+        _check_equal(wrapper, module, exported, inputs)
+    return exported, module
+
+
+def _once_per_kind(wrapper: _Wrapper, inputs: Inputs) -> Captured | None:
+    """The same from one block of each kind; None where there are not enough of one, or at any doubt that they are."""
+    repeated = Repeated(wrapper.model)
+    if not repeated.groups:
+        return None
+    try:
+        with repeated.standing_in():
+            exported = _export(wrapper, inputs)
+        module = plain(exported, wrapper.model, tuple(inputs), single=wrapper.task is not None)
+        repeated.write_out(module)
+        if not any(tensor.is_meta for tensor in tensors(wrapper.model).values()):
+            _check_equal(wrapper, module, exported, inputs, to_the_bit=True)
+    except (NotAlike, Uncapturable, SurgError):  # whatever is wrong, the whole model will say it
+        return None
+    return exported, module
 
 
 class _Wrapper(nn.Module):
@@ -159,7 +185,9 @@ def _check_dynamic(exported: ExportedProgram, inputs: Inputs) -> None:
             )
 
 
-def _check_equal(wrapper: _Wrapper, module: fx.GraphModule, exported: ExportedProgram, inputs: Inputs) -> None:
+def _check_equal(
+    wrapper: _Wrapper, module: fx.GraphModule, exported: ExportedProgram, inputs: Inputs, *, to_the_bit: bool = False
+) -> None:
     """SURG040 unless the graph is the model in evaluation, at another batch and length where the model has one."""
     model = wrapper.model
     model.eval()
@@ -180,7 +208,7 @@ def _check_equal(wrapper: _Wrapper, module: fx.GraphModule, exported: ExportedPr
             restore(contents)
             break
     pairs = list(zip(expected, pytree.tree_leaves(got), strict=True))
-    same = all(_alike(theirs, ours) for theirs, ours in pairs)
+    same = all((_identical if to_the_bit else _alike)(theirs, ours) for theirs, ours in pairs)
     if not same or changed_by_model != changed_by_graph:
         raise fail(
             "SURG040",
@@ -202,6 +230,13 @@ def _smaller(exported: ExportedProgram, inputs: Inputs) -> Inputs:
                 value = value.narrow(axis, 0, sizes.setdefault(size.node.expr, wanted))
         smaller[name] = value
     return smaller
+
+
+def _identical(expected: Any, got: Any) -> bool:
+    if not (isinstance(expected, Tensor) and isinstance(got, Tensor)):
+        return bool(expected == got)
+    same = expected.shape == got.shape and expected.dtype == got.dtype
+    return same and torch.equal(expected.nan_to_num(), got.nan_to_num())
 
 
 def _alike(expected: Any, got: Any) -> bool:

@@ -58,7 +58,7 @@ class Replay:
         self.recorded: OrderedDict[Signature, Recorded] = OrderedDict()  # the least recently used first
         self.seen: Counter[Signature] = Counter()
         self.refused = ""  # why nothing is recorded
-        self.stream = torch.cuda.Stream(device)
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()  # one for all: only one graph runs at a time
         self.places: tuple[int, ...] = ()
 
@@ -86,7 +86,8 @@ class Replay:
         with self._beside():
             if self.seen.total() < 2:
                 return self.gradients(weights, batch, *scaler)
-            random, found = torch.get_rng_state(), []
+            random = torch.get_rng_state()
+            found: list[str] = []
             with _waits(found):
                 loss = self.gradients(weights, batch, *scaler)
         if found:
