@@ -69,6 +69,7 @@ def _once_per_kind(wrapper: _Wrapper, inputs: Inputs) -> Captured | None:
     try:
         with repeated.standing_in():
             exported = _export(wrapper, inputs)
+        _check_dynamic(exported, inputs)
         module = plain(exported, wrapper.model, tuple(inputs), single=wrapper.task is not None)
         repeated.write_out(module)
         if not any(tensor.is_meta for tensor in tensors(wrapper.model).values()):
