@@ -26,9 +26,8 @@ def narrow(change: Expression) -> Narrow | None:
     """A change `[out, in]` with as much of it as there is in one narrow product, or None where nothing is narrow."""
     factors, rest = _narrow_factors(change), list[Expression]()
     if factors is None:
-        parts = summands(change)
         chosen: list[Expression] = []
-        for part in parts if len(parts) > 1 else ():
+        for part in summands(change):
             wider = _narrow_factors(total([*chosen, part]))
             if wider is None:
                 rest.append(part)

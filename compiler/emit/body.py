@@ -147,7 +147,8 @@ class Body:
             return snake(last[0]) if last else by_operation(node, None)
         path = [part for part in self._inner(node).split(".") if not part.isdecimal()]
         if isinstance(node.meta.get("span"), Span) and path and path[-1]:
-            return f"{snake(path[-1])}_{by_factor(node) or by_operation(node, None)}"
+            taken = node.target is operator.getitem and _gives_several(node.args[0])
+            return f"{snake(path[-1])}_{'adapted' if taken else by_factor(node) or by_operation(node, None)}"
         first = next((argument for argument in node.args if isinstance(argument, fx.Node)), None)
         while first is not None and first not in self.known and first.op != "get_attr":  # an expression that was nested
             first = next((argument for argument in first.args if isinstance(argument, fx.Node)), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import fx
 
+import surgery
 from surgery.compiler import (
     nodes,
     p1_parse,
@@ -32,7 +33,7 @@ from surgery.compiler.examples import example_inputs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.nodes import Tree
 from surgery.compiler.pipeline import PASSES
-from surgery.compiler.plan import Plan, Site
+from surgery.compiler.plan import Plan, Site, way_text
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program
 from surgery.compiler.span import Source
@@ -138,7 +139,8 @@ def plan_text(plan: Plan) -> str:
         if site.strategy:
             lines.append(f"    {site.strategy}: {site.reason}")
         lines += [
-            f"        {found.strategy}: {found.flops} flops, {found.bytes} bytes{'' if found.legal else ', not legal'}"
+            f"        {way_text(found.strategy, found.operation)}: {found.flops} flops, {found.bytes} bytes"
+            + ("" if found.legal else ", not legal")
             + (f" ({found.reason})" if found.reason else "")
             for found in (site.candidates if first[site.formula] is site else ())  # costs are those of the formula
         ]
@@ -239,6 +241,18 @@ def test_p8_the_optimized_graph(demo: Demo, golden: Golden) -> None:
 @of_the_graph
 def test_p9_the_step(demo: Demo, golden: Golden) -> None:
     golden(demo.step, "golden/demo/p9.txt")
+
+
+@of_the_graph
+def test_a_block_of_a_decoder(golden: Golden, architectures: Any) -> None:
+    """Sites that read one input stand in one call; each names the line of its rule."""
+    architecture = replace(architectures["llama"], adapt="model.layers.*.self_attn.*: Linear")
+    text = architecture.spec("lora(rank = 4, alpha = 8)  strategy = branch")
+    text += "adapt model.layers.*.mlp.{gate,up}_proj { with dora(rank = 2)  strategy = branch }\n"
+    model = architecture.model(hidden_size=64, intermediate_size=96)
+    step = surgery.compile(surgery.parse(text, name="llama.surg"), model, architecture.inputs())
+    start, end = (step.source.index(f"def {name}(") for name in ("llama_decoder_layer", "forward"))
+    golden(step.source[start:end].rstrip() + "\n", "golden/llama_block.txt")
 
 
 def test_a_pass_changes_nothing_that_it_was_given(demo: Demo) -> None:

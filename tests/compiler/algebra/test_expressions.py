@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
+from surgery.compiler.algebra.branch import FUSED
 from surgery.compiler.algebra.evaluate import evaluate
 from surgery.compiler.algebra.expression import Expression, Range
 from surgery.compiler.algebra.facts import identity_at_start, keeps_zeros
@@ -255,21 +256,21 @@ def gradients(y: torch.Tensor, x: torch.Tensor, values: dict[str, torch.Tensor])
 PROPERTY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-@pytest.mark.parametrize("strategy", ["branch", "fold", "recompute"])
+@pytest.mark.parametrize("way", [("branch", ""), ("branch", FUSED), ("fold", ""), ("recompute", "")], ids="-".join)
 @pytest.mark.parametrize("transposed", [False, True])
 @PROPERTY
 @given(formula=formulas(), rows=st.sampled_from([2, 7]), biased=st.booleans())
 def test_lowerings_equal_the_evaluator(
-    strategy: str, transposed: bool, formula: MethodFormula, rows: int, biased: bool
+    way: tuple[str, str], transposed: bool, formula: MethodFormula, rows: int, biased: bool
 ) -> None:
+    strategy, operation = way
     weight, values = weight_of(3), values_of(formula, 3)
     x = torch.randn(rows, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
     bias = torch.randn(OUT, dtype=torch.float64) if biased else None
     effective = evaluate(formula.expression, weight, values) + (weight if formula.form == "delta" else 0)
     expected = functional.linear(x, effective, bias)
-    adaptation = Adaptation(
-        formula, strategy, rows, torch.float64, {name: value.dtype for name, value in values.items()}
-    )
+    dtypes = {name: value.dtype for name, value in values.items()}
+    adaptation = Adaptation(formula, strategy, rows, torch.float64, dtypes, operation=operation)
     stored = weight.T.contiguous() if transposed else weight
     found = adaptation(x, Base(stored, transposed, torch.float64), bias, values, False)
     scale = max(1.0, float(expected.detach().abs().max()))
