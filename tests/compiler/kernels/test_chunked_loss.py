@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.compiler.kernels.chunked_loss import chunked_loss, chunked_loss_reference
+from surgery.compiler.kernels.chunked_loss import (
+    chunked_loss,
+    chunked_loss_reference,
+    loss_and_gradient,
+    loss_and_gradient_reference,
+)
 
 WIDTH, VOCABULARY = 12, 57
 
@@ -152,3 +157,29 @@ def test_whole_logits_never_exist() -> None:
     with Largest() as largest:  # type: ignore[no-untyped-call]
         gradients(chunked_loss(linear, weights, hidden, targets, count, 16), weights, hidden)
     assert largest.numbers == hidden.numel() > 16 * VOCABULARY
+
+
+def rows_of_logits(dtype: torch.dtype, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(VOCABULARY, 9).T if transposed else 4 * torch.randn(9, VOCABULARY)).to(dtype)
+    targets = torch.randint(0, VOCABULARY, (9,))
+    targets[::4] = -100
+    return logits, targets, torch.tensor(1.7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_against_autograd(transposed: bool) -> None:
+    logits, targets, factor = rows_of_logits(torch.float64, transposed)
+    loss, gradient = loss_and_gradient(logits, targets, factor)
+    copy = logits.clone().requires_grad_()
+    expected = functional.cross_entropy(copy, targets, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected * 1.7, copy)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_operation(dtype: torch.dtype) -> None:
+    arguments = rows_of_logits(dtype)
+    torch.library.opcheck(torch.ops.surgery.loss_and_gradient, arguments, test_utils=["test_schema", "test_faketensor"])
+    for found, expected in zip(loss_and_gradient(*arguments), loss_and_gradient_reference(*arguments), strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
