@@ -16,6 +16,7 @@ from surgery.compiler.algebra.expression import BEFORE, Expression, Shape
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.method import KEPT as AT_START_SUFFIX
 from surgery.compiler.algebra.moved import Moved, moved
 from surgery.compiler.algebra.quantity import Quantity, value_of
 from surgery.compiler.algebra.recorder import Recorder
@@ -23,8 +24,7 @@ from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_na
 from surgery.compiler.plan import Plan, Site
 
 KEPT, START = ".before", ".start"  # behind the name of a tensor: what it was when the step, or the run, began
-FROM = "_at_the_start"  # behind W: the placeholder of what it was when the run began
-BESIDE = {BEFORE: KEPT, FROM: START}
+BESIDE = {BEFORE: KEPT, AT_START_SUFFIX: START}  # by the end of the name of a placeholder
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def _program(
     if change.target != "W":
         _write(recorder[change.target], change.operator, evaluator(change.value))
     elif found := _narrow(change, sites[0]):
-        move = Move(found.scale, f"W{FROM}" if event.from_start else "W", sites[0].transposed)
+        move = Move(found.scale, f"W{AT_START_SUFFIX}" if event.from_start else "W", sites[0].transposed)
         result = _factors(found, recorder, evaluator)
     else:
-        start = recorder[f"W{FROM}"] if event.from_start else None
+        start = recorder[f"W{AT_START_SUFFIX}"] if event.from_start else None
         _move(recorder["W"], start, sites[0], change, formula.shape, evaluator)
     suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
     written = () if move is None else ("W", move.source)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 FIELDS = 12  # numbers per site in the table
-WIDEST = 128  # above this rank the product itself costs more than moving the weight: that is cuBLAS's
+WIDEST = 128  # above this rank arithmetic costs more than moving the weight, by count: that is cuBLAS's
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -34,10 +34,14 @@ class Tiles:
     precision: str  # of the products of float32 factors
 
 
-def tiles_for(dtype: torch.dtype, rank: int) -> Tiles:
-    """What was fastest for a dtype of the weights, by measurement on an H200."""
-    precision = "tf32x3" if dtype == torch.float32 else "tf32"
-    return Tiles(64, 128, 2048, 4, 1, precision)
+def tiles_for(dtype: torch.dtype) -> Tiles:
+    """The form for weights of a dtype: its numbers were checked on an H200, its time is predicted, not measured.
+
+    Per tile of W the four pieces of A and B are read from the L2 cache, in bfloat16 as many bytes as W's own; 128 rows
+    would halve that. `tests/benchmarks/kernels/moved.py` compares them. tf32 products of float32 factors were right to
+    8e-4 of the largest change, which is below a half precision weight's own rounding; tf32x3 to 3e-7.
+    """
+    return Tiles(64, 128, 2048, 4, 1, "tf32x3" if dtype == torch.float32 else "tf32")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -195,7 +199,7 @@ def _prepare(
             groups.setdefault((target.dtype, factors[0].dtype, padded, aligned), []).append(row)
     launches = []
     for (dtype, factor, rank, aligned), rows in groups.items():
-        cut = tiles_for(dtype, rank) if tiles is None else tiles
+        cut = tiles_for(dtype) if tiles is None else tiles
         constants = {
             "TARGET": _TYPES[dtype], "FACTOR": _TYPES[factor], "RANK": rank, "BEFORE": before is not None,
             "TRANSPOSED": transposed, "ALIGNED": aligned, "FIELDS": FIELDS, "ROWS": cut.rows, "COLUMNS": cut.columns,

@@ -15,6 +15,7 @@ from torch.func import functional_call
 import surgery
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.evaluate import Evaluator
+from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.experts import Experts
 from surgery.compiler.algebra.instance import instance
 
@@ -254,6 +255,28 @@ def test_a_run_is_saved_and_attached(name: str, architectures: Any, tmp_path: Pa
     torch.testing.assert_close(loaded.forward(**inputs).logits, expected)
     attached: Any = surgery.apply(tmp_path / "run", copy.deepcopy(model))
     torch.testing.assert_close(attached(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied", "convolution", "experts", "transposed_experts"])
+def test_in_half_precision_a_moved_weight_is_rounded_once(name: str, architectures: Any) -> None:
+    """However W is stored: the sum of all steps, from what it was at the start."""
+    architecture, model, program = build(architectures, name, MOVING)
+    model.bfloat16()
+    inputs = {
+        key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs_of(architecture).items()
+    }
+    step = surgery.compile(program, model=model, example_inputs=inputs)
+    for _ in range(4):
+        step({**inputs, "labels": architecture.labels()})
+    assert step.plan.sites
+    for site in step.plan.sites:
+        tensors = {tensor.name: step.weights[tensor.key].detach().double() for tensor in site.tensors}
+        start, now = (
+            logical(weights[site.parameter].detach().double(), site) for weights in (model.state_dict(), step.weights)
+        )
+        exact = start + 2.0 * (tensors["B"] @ tensors["A"] - tensors["B_start"] @ tensors["A_start"])
+        assert not torch.equal(now, start)
+        torch.testing.assert_close(now, exact, rtol=1.01 * 2**-8, atol=0)
 
 
 @pytest.mark.parametrize("module", ["bert.encoder.layer.*.attention", "bert.embeddings.dropout", "bert.encoder"])
