@@ -1,4 +1,4 @@
-"""The emitted source: bitwise the graph for every architecture, no longer for deeper models, and torch alone."""
+"""The emitted source: bitwise the graph for every architecture, no longer for deeper models, and torch with kernels."""
 
 from __future__ import annotations
 
@@ -123,14 +123,15 @@ def test_the_rewritten_forward_equals_its_graph(architectures: Any) -> None:
     assert all(torch.equal(left, right) for left, right in zip(ours, theirs, strict=True))
 
 
-def test_step_py_imports_torch_alone(architectures: Any) -> None:
+def test_step_py_imports_torch_and_of_surgery_kernels_alone(architectures: Any) -> None:
     step = step_of(architectures["bert"], "bert.encoder.layer.*.attention.self.{query,value}")
     tree = ast.parse(step.source)
-    imported = {
-        name.name.partition(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in node.names
-    }
-    imported |= {str(node.module).partition(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "typing", "math", "torch"}
+    imported = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+    imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    own = {name for name in imported if name.partition(".")[0] == "surgery"}
+    assert own == {"surgery.compiler.kernels.low_rank"}
+    others = {name.partition(".")[0] for name in imported - own}
+    assert others <= {"__future__", "typing", "math", "collections", "torch"}
     assert 'w["attention.self.query.A"]' in step.source and "# <text>:3" in step.source
     assert "def forward(" in step.graph_source and "train_step" not in step.graph_source
     execute(step.graph_source)
