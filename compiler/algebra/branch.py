@@ -21,8 +21,11 @@ from surgery.compiler.algebra.narrow import narrow, summands, total, turned
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.price import bounds, is_parted, price
 from surgery.compiler.algebra.quantity import value_of, whole_of
+from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
+from surgery.compiler.kernels.added_linear import added_linear
 from surgery.compiler.kernels.low_rank import low_rank_linear
+from surgery.compiler.kernels.scaled_columns import scaled_columns
 
 NEVER = 1 << 100  # above any number of operations
 FUSED = low_rank_linear.__name__  # what a branch runs with that takes W and a narrow product in one operation
@@ -46,7 +49,7 @@ class Branch:
         """`x @ W.T + inside @ change.T + bias`; `inside` is x, or rows of its shape."""
         found = narrow(change) if self.fused else None
         if found is None:
-            return self.base_linear(x, bias) + self.product(inside, change)
+            return self._added(x, inside, change, bias)
         operands = {
             "weights": [self.base.base_weight()], "biases": [bias], "lefts": [self._side(found.left)],
             "rights": [self._side(found.right)], "scales": [found.scale],
@@ -60,6 +63,33 @@ class Branch:
             else:
                 y = y + self.product(inside, part)
         return y
+
+    def _added(self, x: Tensor, inside: Tensor, change: Expression, bias: Tensor | None) -> Tensor:
+        """`adapted` for a change that is not narrow; if it is one matrix to inside, its product is summed into W's."""
+        scale = Scale()
+        factors = flatten(change, True, False, scale)
+        splits, order = self._splits(factors)
+        plain = self.base.is_matrix and self.base.dtype == self.dtype and not scale.tensors
+        if not plain or len(splits) > 2 or not self._is_dense(factors):
+            return self.base_linear(x, bias) + self.product(inside, change)
+        if len(factors) == 1 and factors[0].transposed:
+            matrix = self.cast(factors[0].node, factors[0].stopped)
+        else:
+            matrix = self._matrix(factors, order, 1, len(factors)).transpose(-1, -2)
+        apart = {} if inside is x else {"inside": inside}
+        scaled = {} if scale.number == 1 else {"scale": float(scale.number)}
+        return called(added_linear, x, self.base.base_weight(), bias, matrix, **apart, **scaled)
+
+    def _is_dense(self, factors: list[Factor]) -> bool:
+        """Whether a product of matrices is formed, or the only one is multiplied as the matrix that it is."""
+        nodes = [factor.node for factor in factors]
+        if any(map(self.evaluator.is_stacked, nodes)):
+            return False
+        if len(nodes) > 1 or self._formed(nodes[0]):
+            return True
+        own = nodes[0].operation in STRUCTURES and STRUCTURES[nodes[0].operation].has_product
+        apart = nodes[0].operation == "weight" or _distributes(nodes[0]) or is_parted(nodes[0], self.rows)
+        return not own and not apart
 
     def _side(self, node: Expression) -> Tensor:
         """A factor of a narrow product: a stored tensor as it is, a computed one in the dtype of weight algebra."""
@@ -92,14 +122,19 @@ class Branch:
         left, right = (self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments)
         return left + right if node.operation == "add" else left - right
 
-    def _chain(self, x: Tensor, factors: list[Factor], scale: Scale) -> Tensor:
+    def _splits(self, factors: list[Factor]) -> tuple[list[int], Mapping[tuple[int, int], int]]:
+        """0, x alone, then the end of every matrix that is multiplied onto it; and the order within these."""
         sizes = [self.rows, factors[0].sides[0], *(factor.sides[1] for factor in factors)]
         order = multiplication_order(sizes, lambda a, b, c: self._cost(factors, sizes, a, b, c))
         splits, last = [len(factors)], len(factors)
         while last > 0:
             last = order[0, last]
             splits.append(last)
-        splits.reverse()  # 0 = x alone, then the end of every matrix that is multiplied onto it
+        return splits[::-1], order
+
+    def _chain(self, x: Tensor, factors: list[Factor], scale: Scale) -> Tensor:
+        sizes = [self.rows, factors[0].sides[0], *(factor.sides[1] for factor in factors)]
+        splits, order = self._splits(factors)
         narrowest = min(splits[1:], key=lambda end: sizes[end + 1])
         for first, end in zip(splits, splits[1:], strict=False):
             x = self._apply(x, factors, order, first + 1, end)
@@ -146,8 +181,9 @@ class Branch:
         """A structure's own product, in the dtype that it needs, or one with its matrix where that is quicker."""
         node, structure = factor.node, STRUCTURES[factor.node.operation]
         if self._formed(node):
-            matrix = structure.evaluate(node, *(self.cast(part, factor.stopped) for part in node.arguments))
-            return self.base.product(x, matrix, transposed=factor.transposed)
+            return self.base.product(x, self.cast(node, factor.stopped), transposed=factor.transposed)
+        if structure.entrywise and self.evaluator.dtype != self.dtype and not self.evaluator.is_stacked(node):
+            return called(scaled_columns, x, self.evaluator(node.arguments[0], factor.stopped))
         if not structure.wide or self.evaluator.dtype == self.dtype:
             values = [self.vector(x, part, factor.stopped) for part in node.arguments]
             return structure.product(node, x, factor.transposed, *values)
@@ -194,6 +230,8 @@ class Branch:
             stored = self.evaluator.leaf(node, stopped)
             as_is = self.evaluator.dtypes.get(node.name) == self.dtype or self.evaluator.is_index(stored, node.name)
             return stored if as_is else stored.to(self.dtype)
+        if self._formed(node):  # a matrix of given entries: they are rounded before there are many of each
+            return STRUCTURES[node.operation].evaluate(node, *(self.cast(part, stopped) for part in node.arguments))
         value = self.evaluator(node, stopped)
         return value if self.evaluator.dtype == self.dtype else value.to(self.dtype)
 

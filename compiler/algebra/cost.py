@@ -26,7 +26,7 @@ FREE = frozenset(
     ("view", "t", "transpose", "permute", "detach", "expand", "unsqueeze", "squeeze", "slice", "select")
     + ("_unsafe_view", "alias", "as_strided")
 )
-PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm"))
+PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "added_linear"))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ def identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def called(kernel: Callable[..., Any], *arguments: Any) -> Any:
+def called(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What a kernel gives; on proxies a node of their graph, which nothing looks into."""
     tracer = next((value.tracer for value in arguments if isinstance(value, fx.Proxy)), None)
-    return kernel(*arguments) if tracer is None else tracer.create_proxy("call_function", kernel, arguments, {})
+    if tracer is None:
+        return kernel(*arguments, **options)
+    return tracer.create_proxy("call_function", kernel, arguments, options)
 
 
 class Recorder(Mapping[str, fx.Proxy]):

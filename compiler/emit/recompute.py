@@ -9,10 +9,15 @@ from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 
 IMPORTS = {
+    "added_linear": "from surgery.compiler.kernels.added_linear import added_linear",
+    "from_diagonals": "from surgery.compiler.kernels.diagonals import from_diagonals",
     "low_rank_linear": "from surgery.compiler.kernels.low_rank import low_rank_linear",
     "checkpoint": "from torch.utils.checkpoint import checkpoint",
     "rebuilt_linear": "from surgery.compiler.kernels.recompute import rebuilt_linear",
+    "scaled_columns": "from surgery.compiler.kernels.scaled_columns import scaled_columns",
     "updated_row_norms": "from surgery.compiler.kernels.row_norms import updated_row_norms",
+    "document_starts": "from surgery.compiler.kernels.packed_attention import document_starts",
+    "packed_attention": "from surgery.compiler.kernels.packed_attention import packed_attention",
     "updated_weight": "from surgery.compiler.kernels.updated_weight import updated_weight",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 def _norms(
     weight, left, right, norms, products, outputs, inputs, rank, scale,
     weight_row, weight_column, left_row, left_column, right_row, right_column,
-    HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """A block of rows: `W @ right.T`, the squares of W and `right @ right.T` along one walk over the columns."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -28,9 +28,23 @@ def _norms(
         r = tl.load(right + index[:, None] * right_row + columns[None, :] * right_column, mask, 0.0)
         wide = w.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
-        if HALF:
+        if FORM == "half":
             product = tl.dot(w, tl.trans(r), product)
             inner = tl.dot(r, tl.trans(r), inner)
+        elif FORM == "parts":  # of 8 bits each: their products with a bfloat16 are exact
+            high = r.to(tl.bfloat16)
+            rest = r - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            product = tl.dot(w, tl.trans(low), product)
+            product = tl.dot(w, tl.trans(middle), product)
+            product = tl.dot(w, tl.trans(high), product)
+            inner = tl.dot(high, tl.trans(low), inner)
+            inner = tl.dot(low, tl.trans(high), inner)
+            inner = tl.dot(middle, tl.trans(middle), inner)
+            inner = tl.dot(high, tl.trans(middle), inner)
+            inner = tl.dot(middle, tl.trans(high), inner)
+            inner = tl.dot(high, tl.trans(high), inner)
         else:  # three products in tf32 have what one in float32 has
             r = r.to(tl.float32)
             product = tl.dot(wide, tl.trans(r), product, input_precision="tf32x3")
@@ -44,18 +58,26 @@ def _norms(
 
 
 def norms_and_product(
-    weight: Tensor, left: Tensor, right: Tensor, scale: float, rows: int = 16, columns: int = 256, warps: int = 4,
-    stages: int = 4,
+    weight: Tensor, left: Tensor, right: Tensor, scale: float, rows: int = 16, columns: int | None = None,
+    warps: int = 4, stages: int = 3,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The norms, and `weight @ right.T`; a program takes `rows` rows, `columns` columns at a time."""
     (outputs, inputs), rank = weight.shape, right.shape[0]
     norms = weight.new_empty(outputs, dtype=torch.float32)
-    products = norms.new_empty(outputs, rank)
+    products, padded = norms.new_empty(outputs, rank), max(16, triton.next_power_of_2(rank))
+    if weight.dtype == right.dtype != torch.float32:
+        form = "half"
+    elif weight.dtype == torch.bfloat16 and right.dtype == torch.float32:
+        form = "parts"
+    else:
+        form = "wide"
+    if columns is None:  # so that what is on its way fits into shared memory
+        columns = 4096 // padded if form == "half" else 2048 // padded if form == "parts" else 1024 // padded
+        columns = max(16, min(256, columns))
     if outputs:
         _norms[triton.cdiv(outputs, rows),](
             weight, left, right, norms, products, outputs, inputs, rank, scale,
             *weight.stride(), *left.stride(), *right.stride(),
-            HALF=weight.dtype == right.dtype != torch.float32, ROWS=rows, COLUMNS=columns,
-            RANK=max(16, triton.next_power_of_2(rank)), num_warps=warps, num_stages=stages,
+            FORM=form, ROWS=rows, COLUMNS=columns, RANK=padded, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return norms, products

@@ -12,8 +12,10 @@ import torch
 
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
+from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
-from surgery.compiler.algebra.structures.displacement import along_diagonals, forms_quicker
+from surgery.compiler.algebra.structures.displacement import forms_quicker
+from surgery.compiler.kernels.diagonals import from_diagonals
 
 
 @structure("grid_circ", "grid_circ_turned")
@@ -33,7 +35,7 @@ class CirculantBlocks(Structure):
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         width = whole_of(node.arguments[0].shape[-1])
-        blocks = along_diagonals(values[0], values[0][..., 1:].flip(-1), width, width)
+        blocks = called(from_diagonals, torch.cat((values[0][..., 1:], values[0]), -1), width, width)
         if self.name == "grid_circ_turned":
             blocks = blocks.transpose(-1, -2)
         return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)

@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
+from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+from surgery.compiler.kernels.diagonals import from_diagonals
 
 
 class _Displacement(Structure):
@@ -35,8 +37,7 @@ class _Displacement(Structure):
 
     def evaluate(self, node: Expression, *values: Tensor) -> Tensor:
         rows, columns = (whole_of(size) for size in node.shape[-2:])
-        above, column = self.diagonals(*values)
-        return along_diagonals(column, above.flip(-1), rows, columns)
+        return called(from_diagonals, torch.cat(self.diagonals(*values), -1), rows, columns)
 
     def forms(self, node: Expression, dtype: torch.dtype) -> bool:
         return forms_quicker(max(whole_of(size) for size in node.shape[-2:]), dtype)
@@ -60,20 +61,6 @@ class _Displacement(Structure):
 
     def is_zero(self, zeros: Sequence[bool]) -> bool:
         return all(zeros)
-
-
-def along_diagonals(column: Tensor, right: Tensor, rows: int, columns: int) -> Tensor:
-    """The Toeplitz matrix `[..., rows, columns]` of its first column and, without its first entry, its first row.
-
-    Row i of a period one longer than the distance of two rows begins i entries earlier in it. So the matrix is a view of
-    a repeated vector, whose gradient, the sums along the diagonals, is one sum over the repetitions. Rows are multiples
-    of 8 entries apart, as products on tensor cores want them.
-    """
-    apart = -(-max(rows + columns - 2, columns) // 8) * 8
-    below = functional.pad(column[..., 1:].flip(-1), (apart + 2 - rows - columns, 0))
-    period = torch.cat((column[..., :1], right, below), -1)
-    repeated = torch.tile(period, (rows,)).narrow(-1, 0, rows * apart)
-    return repeated.unflatten(-1, (rows, apart)).narrow(-1, 0, columns)
 
 
 def forms_quicker(side: int, dtype: torch.dtype) -> bool:
