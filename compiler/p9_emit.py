@@ -46,7 +46,8 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     """The source of step.py; `events` are the plan's own if left out.
 
     It needs torch, and of surgery the kernels alone; it defines `forward`, the loss, `make_optimizer`, `schedule`,
-    `gradients` and `train_step`. Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph holds what is no Python.
+    `gradients` and `train_step`. Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph
+    holds what is no Python.
     """
     again = Again.of(plan)
     chosen = chosen_loss(plan, graph)
