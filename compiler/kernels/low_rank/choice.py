@@ -1,4 +1,10 @@
-"""Which form of a low-rank linear's products runs, by their shapes."""
+"""Which form of a low-rank linear's products runs: a model of their times by their shapes, in microseconds.
+
+Its numbers are fits to single products timed on one H200 (torch 2.11, Triton 3.6, bfloat16, 8192 rows, rank 16, widths
+512 to 8192; tests/compiler/kernels/test_choice.py has them), with the product with left or right after the wide one.
+As a step of one loop over all sites, the way `product` runs it, it is right on that card and not timed there yet: what
+the model says of several sites in one launch is a prediction.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +18,80 @@ from torch import Tensor
 from surgery.compiler.kernels.low_rank.narrow import WIDEST
 from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, by_row, ceil_div, fits, processors
 
-TILINGS = (Tiling(128, 256), Tiling(128, 128, 64, 4, 8, 8, False))
-FEWEST_ROWS = 512
+STEP = {Tiling(128, 256): 0.74, Tiling(128, 128, 64, 4, 8, 8, False): 0.41}
+"""What one step of a tile's loop takes, and with it all tiles that run at a time."""
+START = 8.0  # what a Triton product takes beside its steps
+OPERATION = 6.0  # and one of torch's beside its numbers and bytes
+NUMBERS = 380e6  # products of two numbers in a microsecond
+WRITTEN, READ = 3.3e6, 5e6  # bytes of a sum in a microsecond: written by a narrow product, read again by a wide one
+
+LAUNCH = 40.0
+"""How long a Triton product has to run: Python takes about as long to launch one (50 to 90, without a device, on a slow
+processor), and a program that is faster there than here waits for it."""
+
+NARROW_KERNELS = False
+"""Whether Triton's narrow passes are taken. Their first form was right on an H200, but waited for its launches longer
+than torch's products took (59 to 78 microseconds, and 12 to 31); the present one has not been run on a GPU."""
 
 
-def tiling_of_outputs(rows: Tensor, weights: Sequence[Tensor]) -> Tiling | None:
-    """How Triton makes the outputs `rows @ weight.T + ...` of all sites; None where torch's products do."""
+def tiling_of_outputs(rows: Tensor, weights: Sequence[Tensor], ranks: Sequence[int]) -> Tiling | None:
+    """How Triton makes `rows @ weight.T + u @ left.T` of all sites; None where torch's products are to make them."""
     if not _bulk([rows], weights):
         return None
-    return _best(rows, [weight.shape[0] for weight in weights])
+    outs, count = [weight.shape[0] for weight in weights], processors(rows.device)
+    return fastest_for_outputs(rows.shape[0], rows.shape[1], outs, ranks, count)
 
 
-def tiling_of_input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tiling | None:
-    """How Triton sums `dy @ weight` over all sites; None where torch's products do."""
+def tiling_of_input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], rank: int) -> Tiling | None:
+    """How Triton makes the sum of all sites' `dy @ weight` and of `du @ right`; None where torch's products do."""
     if not _bulk(dys, weights):
         return None
-    return _best(dys[0], [weights[0].shape[1]])
+    (rows, _), width, outs = dys[0].shape, weights[0].shape[1], [dy.shape[1] for dy in dys]
+    return fastest_for_input_gradient(rows, width, outs, rank, processors(dys[0].device))
 
 
 def has_narrow_kernels(wide: Tensor, ranks: int) -> bool:
     """Whether Triton's passes over a wide matrix are to be taken for `ranks` columns on the narrow side."""
-    return _is_half_on_gpu(wide) and wide.shape[0] >= FEWEST_ROWS and ranks <= WIDEST
+    return NARROW_KERNELS and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= WIDEST
 
 
-def _best(rows: Tensor, widths: Sequence[int]) -> Tiling | None:
-    """The tiling that leaves the fewest multiprocessors idle in its last wave, the first among equals."""
-    if rows.shape[0] < FEWEST_ROWS:
-        return None
+def fastest_for_outputs(rows: int, width: int, outs: Sequence[int], ranks: Sequence[int], count: int) -> Tiling | None:
+    """The tiling for x `[rows, width]`, weights `[out, width]` and `count` multiprocessors, None if torch is faster."""
+    torch_time = 0.0
+    for out, rank in zip(outs, ranks, strict=True):
+        size = rows * out * 2
+        torch_time += time_of_torch(rows, rank, out) + size / WRITTEN + time_of_torch(rows, width, out) + size / READ
+    times = {tiling: time_of_triton(tiling, rows, outs, [width, max(ranks)], count) for tiling in STEP}
+    return _fastest(times, torch_time)
 
-    def time(tiling: Tiling) -> int:
-        tiles = ceil_div(rows.shape[0], tiling.rows) * sum(ceil_div(width, tiling.columns) for width in widths)
-        return ceil_div(tiles, processors(rows.device)) * tiling.rows * tiling.columns
 
-    return min(TILINGS, key=time)
+def fastest_for_input_gradient(rows: int, width: int, outs: Sequence[int], rank: int, count: int) -> Tiling | None:
+    """The tiling for dys `[rows, out]` and weights `[out, width]` on `count` multiprocessors, None if torch is faster.
+
+    `rank` is the sum of the ranks whose product goes into the same sum; zero where there is none.
+    """
+    sums = len(outs) if rank else len(outs) - 1  # products of torch that read what the one before has written
+    torch_time = sum(time_of_torch(rows, out, width) for out in outs) + sums * rows * width * 2 / READ
+    torch_time += time_of_torch(rows, rank, width) + rows * width * 2 / WRITTEN if rank else 0.0
+    times = {tiling: time_of_triton(tiling, rows, [width], [*outs, rank], count) for tiling in STEP}
+    return _fastest(times, torch_time)
+
+
+def time_of_triton(tiling: Tiling, rows: int, columns: Sequence[int], depths: Sequence[int], count: int) -> float:
+    """One launch that makes all `columns` by walking through all `depths`."""
+    tiles = ceil_div(rows, tiling.rows) * sum(ceil_div(width, tiling.columns) for width in columns)
+    steps = sum(ceil_div(depth, tiling.depth) for depth in depths)
+    return START + ceil_div(tiles, count) * steps * STEP[tiling]
+
+
+def time_of_torch(rows: int, depth: int, columns: int) -> float:
+    """One product of torch, without reading what it adds to."""
+    return OPERATION + rows * depth * columns / NUMBERS
+
+
+def _fastest(times: dict[Tiling, float], torch_time: float) -> Tiling | None:
+    best = min(times, key=times.__getitem__)
+    return best if LAUNCH <= times[best] < torch_time else None
 
 
 def _bulk(wides: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
@@ -52,6 +99,7 @@ def _bulk(wides: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     matrices = [*wides, *weights]
     return (
         all(map(_is_half_on_gpu, matrices))
+        and wides[0].shape[0] > 0
         and len({matrix.dtype for matrix in matrices}) == 1
         and len(weights) <= MOST_SITES
         and len({by_row(weight) for weight in weights}) == 1
@@ -62,9 +110,10 @@ def _bulk(wides: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 def _is_half_on_gpu(matrix: Tensor) -> bool:
-    return matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16) and _has_bulk_copies(matrix.device)
+    return matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16) and _is_hopper(matrix.device)
 
 
 @cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_hopper(device: torch.device) -> bool:
+    # later cards have them too, but other times
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) == (9, 0)

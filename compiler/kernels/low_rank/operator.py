@@ -64,7 +64,7 @@ def _forward(
     with _device_of(x):
         form = fused if choice.has_narrow_kernels(source, sum(right.shape[0] for right in rights)) else plain
         u = form.narrow_product(source, rights, scales)
-        tiling = choice.tiling_of_outputs(rows, weights)
+        tiling = choice.tiling_of_outputs(rows, weights, [left.shape[1] for left in lefts])
         if tiling is None:
             ys = plain.outputs(rows, u, weights, biases, lefts)
         else:
@@ -111,7 +111,7 @@ def _backward(
 def _input_gradient(
     dys: Sequence[Tensor], weights: Sequence[Tensor], du: Tensor | None, rights: Sequence[Tensor]
 ) -> Tensor:
-    tiling = choice.tiling_of_input_gradient(dys, weights)
+    tiling = choice.tiling_of_input_gradient(dys, weights, 0 if du is None else du.shape[1])
     if tiling is None:
         return plain.input_gradient(dys, weights, du, rights)
     return product.input_gradient(dys, weights, du, rights, tiling)
