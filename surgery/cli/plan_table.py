@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from surgery.compiler.plan import Facts, Plan, Site, StepPlan, WholeParameter, way_text
+from surgery.compiler.plan import EventPlan, Facts, Plan, Site, StepPlan, WholeParameter, way_text
 
 NARROW = 140
 UNBOUNDED = 10_000
@@ -35,7 +35,7 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     if plan.trained:
         console.print(_trained(plan, verbose))
     _list(console, "equations", _equations(plan))
-    _list(console, "events", dict.fromkeys(f"{event.text}  ({event.update})" for event in plan.events))
+    _list(console, "events", dict.fromkeys(_event(plan, event) for event in plan.events))
     _list(console, "facts", _counted((site.method, facts_text(site.facts)) for site in plan.sites))
     _list(console, "why", _counted((site.strategy, site.reason) for site in plan.sites))
     if verbose and plan.sites:
@@ -48,6 +48,11 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     for line in _memory(plan, verbose):
         console.print(Text(line))
     console.print(Text(_totals(plan), style="bold"))
+
+
+def _event(plan: Plan, event: EventPlan) -> str:
+    since = ", each time from W at the start of the run, which stays in memory" if event.update == "literal" else ""
+    return f"{event.text}  ({event.update}{since if plan.formulas[event.formula].from_start else ''})"
 
 
 def fold(sites: Iterable[Site]) -> list[list[Site]]:
@@ -281,7 +286,8 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
         f"optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, around them with logits and loss "
         f"{said(found.outputs)}, backward {said(found.backward)}"
     )
-    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, not compiled: {parts}"]
+    how = "compiled" if found.compiled else "not compiled"
+    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, {how}: {parts}"]
     alike: dict[int, list[str]] = {}
     for path, size in found.blocks.items() if verbose else ():
         alike.setdefault(size, []).append(path)

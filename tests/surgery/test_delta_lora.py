@@ -10,17 +10,20 @@ with it; SGD with clipping is here because AdamW hides a gradient that is too la
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import surgery
+from surgery.cli.plan_table import print_plan
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -285,6 +288,18 @@ def test_in_half_precision_literal_resumes_and_merges(dtype: torch.dtype, tmp_pa
         torch.testing.assert_close(merged.get_parameter(name), moved.to(dtype))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, given[name]), "the user's model is what the sum starts from, and never written"
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_the_plan_says_what_stays_in_memory(dtype: torch.dtype, said: bool) -> None:
+    model, pattern, _ = llama()
+    plan = surgery.plan(
+        surgery.parse(f"adapt {pattern} {{ with delta_lora(rank = 2)  update = literal }}"), model.to(dtype)
+    )
+    console = Console(width=400, file=StringIO())
+    print_plan(console, plan)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "(literal" in text and ("which stays in memory" in text) == said
 
 
 def test_in_half_precision_literal_needs_a_closed_form() -> None:
