@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,14 +49,17 @@ def replayed(gradients: Gradients, device: torch.device) -> Gradients:
 class Replay:
     """`gradients` of a step.py, recorded per shapes of a batch and then replayed; the numbers are the same to the bit.
 
-    Shapes that come once run as they are, and so does everything, with SURG058, if one launch cannot stand for the
-    step: where its host waits for the device, where it draws numbers on the CPU, or where CUDA refuses the recording.
+    The first batch of some shapes runs as it is, on the stream that recordings are made on: what is made once (compiled
+    blocks, workspaces) is made there. The second is recorded; the very first time it is watched first. Where one launch
+    cannot stand for the step, everything runs as it is, with SURG058: the host waits for the device in it, it draws
+    random numbers on the CPU, or CUDA refuses the recording.
     """
 
     def __init__(self, gradients: Gradients, device: torch.device, most: int = 32) -> None:
         self.gradients, self.device, self.most = gradients, device, most
         self.recorded: OrderedDict[Signature, Recorded] = OrderedDict()  # the least recently used first
-        self.seen: Counter[Signature] = Counter()
+        self.seen: set[Signature] = set()
+        self.watched = False
         self.refused = ""  # why nothing is recorded
         self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()  # one for all: only one graph runs at a time
@@ -72,41 +75,51 @@ class Replay:
         if signature in self.recorded:
             self.recorded.move_to_end(signature)
             return self.recorded[signature].run(batch)
-        self.seen[signature] += 1
-        if self.seen.total() > 2 and self.seen[signature] > 1:
-            try:
-                self._record(signature, trained, weights, batch, *scaler)
-                return self.recorded[signature].run(batch)
-            except Exception as error:  # whatever it is: nothing was computed, and the step as it is will say it
-                self._refuse(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                for tensor in trained:
-                    tensor.grad = None
+        if signature not in self.seen:
+            self.seen.add(signature)
+            with self._beside():
                 return self.gradients(weights, batch, *scaler)
-        # Twice as it is, on the stream of the recording: what is made once (compiled blocks, workspaces) is made here.
-        with self._beside():
-            if self.seen.total() < 2:
-                return self.gradients(weights, batch, *scaler)
-            random = torch.get_rng_state()
-            found: list[str] = []
-            with _waits(found):
-                loss = self.gradients(weights, batch, *scaler)
+        if not self.watched:
+            return self._watch(weights, batch, *scaler)
+        if self._record(signature, trained, weights, batch, *scaler):
+            return self.recorded[signature].run(batch)
+        return self.gradients(weights, batch, *scaler)
+
+    def _watch(self, weights: Weights, batch: dict[str, Tensor], *scaler: Any) -> Tensor:
+        """As it is, looking for what a recording could not repeat."""
+        self.watched = True
+        random = torch.get_rng_state()
+        found: list[str] = []
+        with self._beside(), _waits(found):
+            loss = self.gradients(weights, batch, *scaler)
         if found:
-            self._refuse(f"the host waits for the device in it: {found[0]}")
+            self._refuse(f"the host waits for the device, in {found[0]}")
         elif not torch.equal(random, torch.get_rng_state()):
-            self._refuse("it draws random numbers on the CPU, which a recording would repeat")
+            self._refuse("random numbers are drawn on the CPU, and a recording would repeat them")
         return loss
 
     def _record(
         self, signature: Signature, trained: list[Tensor], weights: Weights, batch: dict[str, Tensor], *scaler: Any
-    ) -> None:
+    ) -> bool:
+        """Record without running anything; whether CUDA did."""
         static = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            loss = self.gradients(weights, static, *scaler)
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        random = generator.clone_state()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                loss = self.gradients(weights, static, *scaler)
+        except Exception as error:  # whatever it was, the step as it is runs into it too, or need not
+            generator.graphsafe_set_state(random)  # the present one may still count for the recording
+            for tensor in trained:
+                tensor.grad = None
+            self._refuse(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return False
         gradients = tuple((tensor, tensor.grad) for tensor in trained if tensor.grad is not None)
         self.recorded[signature] = Recorded(graph, static, loss, gradients)
         if len(self.recorded) > self.most:
             self.recorded.popitem(last=False)
+        return True
 
     def _forget_if_moved(self, weights: Weights) -> None:
         """A recording holds addresses: it is void once a weight lies elsewhere."""
