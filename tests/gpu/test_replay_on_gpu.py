@@ -1,0 +1,185 @@
+"""`compile = reduce_overhead` on a CUDA device: the numbers of the step as it is, and no wait of the host in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import surgery
+from surgery.runtime.replay import Replay
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LENGTHS = [16, 24, 16, 24, 16, 24, 16, 16, 24, 9]
+LORA = "lora(rank = 4, alpha = 8)"
+
+
+def encoder(drop: float) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert", hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=96,
+        num_labels=3, hidden_dropout_prob=drop, attention_probs_dropout_prob=drop,
+    )  # fmt: skip
+    model: nn.Module = AutoModelForSequenceClassification.from_config(config).cuda()
+    return model
+
+
+def decoder(drop: float) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
+        intermediate_size=96, attention_dropout=drop,
+    )  # fmt: skip
+    model: nn.Module = AutoModelForCausalLM.from_config(config).cuda()
+    return model
+
+
+class Normed(nn.Module):
+    """Convolutions with batch norm, whose running statistics the forward writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, 3, height, width]` to `[batch, 3]`."""
+        hidden = torch.relu(self.norm(self.convolution(x))).mean((2, 3))
+        found: Tensor = self.down(torch.relu(self.up(hidden)))
+        return found
+
+
+def batch(kind: str, length: int, number: int, rows: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 * length + number)
+    if kind == "normed":
+        found = {"x": torch.randn(rows, 3, length, length, generator=generator)}
+    else:
+        found = {"input_ids": torch.randint(3, 96, (rows, length), generator=generator)}
+    if kind == "decoder":
+        found["labels"] = found["input_ids"].clone()
+    else:
+        found["labels"] = torch.randint(0, 3, (rows,), generator=generator)
+    if kind == "encoder":
+        found["attention_mask"] = (torch.arange(length) < torch.tensor([[length], [length - 2], [5], [length]])).long()
+    return {name: tensor.cuda() for name, tensor in found.items()}
+
+
+def step_of(kind: str, compiled: str, method: str = LORA, drop: float = 0.1, more: str = "") -> Any:
+    model = {"encoder": encoder, "decoder": decoder, "normed": lambda drop: Normed().cuda()}[kind](drop)
+    sites, loss = {
+        "encoder": ("bert.encoder.layer.*.attention.self.{query,value}", "cross_entropy"),
+        "decoder": ("model.layers.*.{self_attn,mlp}.*_proj", "causal_lm"),
+        "normed": ("{up,down}", "cross_entropy"),
+    }[kind]
+    program = surgery.parse(f"""
+        adapt {sites} {{ with {method} }}
+        step {{ optimizer = adamw(lr = 1e-2)  batch = 4  steps = 20  loss = {loss}  compile = {compiled} {more} }}
+    """)
+    example = {name: tensor for name, tensor in batch(kind, 16, 0).items() if name != "labels"}
+    return surgery.compile(program, model=model, example_inputs=example, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def losses(step: Any, kind: str, lengths: list[int] = LENGTHS) -> list[float]:
+    """From one seed; read at the end, as nothing may depend on waiting in between."""
+    torch.manual_seed(3)
+    found = [step(batch(kind, length, number)).loss for number, length in enumerate(lengths)]
+    return [float(loss) for loss in found]
+
+
+@pytest.mark.parametrize("way", ["off", "on"])
+@pytest.mark.parametrize(
+    ("kind", "method", "more"),
+    [
+        ("encoder", LORA, ""),
+        ("encoder", LORA, "micro_batch = 2  clip = 0.5"),
+        ("encoder", LORA, "precision = bfloat16"),
+        ("encoder", LORA, "precision = float16"),
+        ("decoder", "dora(rank = 4)", ""),
+        ("decoder", "delta_lora(rank = 4, alpha = 8, ratio = 0.5, start = 1)", "clip = 1.0"),
+        ("normed", LORA, ""),
+    ],
+)
+def test_losses_and_weights_are_the_same_to_the_bit(way: str, kind: str, method: str, more: str) -> None:
+    plain, other = (step_of(kind, way, method, more=more) for _ in range(2))
+    other._namespace["gradients"] = replay = Replay(other._namespace["gradients"], other.device)
+    assert losses(other, kind) == losses(plain, kind)
+    assert len(replay.recorded) == 2 and not replay.refused
+    for name, tensor in plain.weights.items():
+        assert torch.equal(tensor, other.weights[name]), name
+
+
+def test_the_setting_replays() -> None:
+    step = step_of("encoder", "reduce_overhead")
+    replay = step._namespace["gradients"]
+    assert isinstance(replay, Replay)
+    assert losses(step, "encoder") == losses(step_of("encoder", "on"), "encoder") and len(replay.recorded) == 2
+
+
+def test_a_resumed_run_goes_on_to_the_bit() -> None:
+    whole = step_of("encoder", "reduce_overhead")
+    losses(whole, "encoder")
+    later = [float(whole(batch("encoder", 16, number)).loss) for number in range(4)]
+    first = step_of("encoder", "reduce_overhead")
+    losses(first, "encoder")
+    second = step_of("encoder", "reduce_overhead")
+    second.load_state_dict(first.state_dict())
+    assert [float(second(batch("encoder", 16, number)).loss) for number in range(4)] == later
+
+
+@pytest.mark.parametrize("way", ["off", "on", "reduce_overhead"])
+@pytest.mark.parametrize("more", ["", "micro_batch = 2  clip = 0.5", "precision = bfloat16"])
+def test_the_host_waits_for_nothing_in_a_step(way: str, more: str) -> None:
+    step = step_of("encoder", way, more=more)
+    losses(step, "encoder", [16] * 4)
+    on_cpu = [{name: tensor.cpu() for name, tensor in batch("encoder", 16, number).items()} for number in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    found = [step(part).loss for part in on_cpu]
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(loss) for loss in found)
+
+
+def test_events_and_a_causal_loss_wait_for_nothing_either() -> None:
+    step = step_of("decoder", "on", "delta_lora(rank = 4, alpha = 8, ratio = 0.5, start = 1)")
+    losses(step, "decoder", [16] * 4)
+    part = batch("decoder", 16, 9)
+    torch.cuda.set_sync_debug_mode("error")
+    loss = step(part).loss
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("failure", ["wait", "refusal"])
+def test_a_step_that_cannot_be_recorded_says_so_and_goes_on_with_its_dropout(failure: str) -> None:
+    step, plain = step_of("encoder", "off"), step_of("encoder", "off")
+    gradients = step._namespace["gradients"]
+
+    def failing(weights: Any, part: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = gradients(weights, part)
+        if failure == "wait":
+            loss.item()
+        elif torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return loss
+
+    step._namespace["gradients"] = Replay(failing, step.device)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = losses(step, "encoder")
+    assert sum("SURG058" in str(warning.message) for warning in said) == 1
+    assert found == losses(plain, "encoder")
