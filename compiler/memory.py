@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from surgery.compiler.fused import fused
 from surgery.compiler.graph import tensors
 from surgery.compiler.plan import MemoryPlan, Plan
 from surgery.compiler.skeleton import Skeleton
@@ -44,6 +45,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.label = OUTPUTS
+        self.counts = True  # whether what is made now counts
         self._labels: dict[int, str] = {}  # by storage
 
     @property
@@ -86,6 +88,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operation is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return 1.0  # "is the loss finite", and how many steps an optimizer has taken
         result = operation(*args, **(kwargs or {}))
+        if not self.counts:
+            return result
         label = BACKWARD if torch._C._current_graph_task_id() >= 0 else self.label
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -140,8 +144,11 @@ def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None 
         for tensor in site.tensors
     }
     starts = initialise(plan, tensors(graph.module), Sources(saved=empty))
+    # A given model may be on a device where the step would be compiled, which takes long and is not needed.
     plain = plan.model_copy(update={"step": plan.step.model_copy(update={"compile": "off"})})
-    return predicted(TrainingStep(plain, pipeline.adapt(plain, graph, starts), model), planned_length(plan, model))
+    step = TrainingStep(plain, pipeline.adapt(plain, graph, starts), model)
+    step.plan = plan
+    return predicted(step, planned_length(plan, model))
 
 
 def planned_length(plan: Plan, model: nn.Module) -> int:
@@ -153,30 +160,40 @@ def planned_length(plan: Plan, model: nn.Module) -> int:
 
 
 def predicted(step: TrainingStep, length: int, device: str = "cuda") -> MemoryPlan:
-    """The memory of `step`, which may be on meta, at the spec's batch of rows of `length`, where nothing is compiled.
+    """The memory of `step`, which may be on meta, at the spec's batch of rows of `length`.
 
-    On "cpu" attention is what the CPU's kernels take.
+    On "cuda" what the spec lets torch compile is counted as that; on "cpu" nothing is compiled, and attention is as the
+    CPU's kernels do it.
     """
     with FakeTensorMode():
-        weights, model = _without_storage(step)
+        weights, model = without_storage(step)
         batch = _batch(step, weights, length)
         replaced: dict[str, Any] = {"without_padding": lambda part: part}  # at most all is real
         if device == "cuda":
             replaced["F"] = _OfAGPU()
+        if device == "cuda" and step.plan.step.compile != "off":
+            try:
+                return measured(step, weights, model, batch, replaced, compiled=True)
+            except Exception:  # torch's tracing may raise anything; the record says that nothing was compiled
+                weights, model = without_storage(step)
         return measured(step, weights, model, batch, replaced)
 
 
 def measured(
     step: TrainingStep, weights: Mapping[str, Tensor], model: list[Tensor], batch: Mapping[str, Tensor],
-    replaced: Mapping[str, Any] = MappingProxyType({}),
+    replaced: Mapping[str, Any] = MappingProxyType({}), compiled: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """The memory of two steps over these weights, beside which the `model`'s other tensors stay.
 
-    The second is the first one with the state of the optimizer. `replaced` are names of step.py.
+    The second is the first one with the state of the optimizer. `replaced` are names of step.py. `compiled`: with what
+    torch's compiler would keep and store, which takes tensors without storage.
     """
     namespace = _executed(step.source)
     namespace.update(replaced)
     storages = Storages()
+    if compiled:
+        namespace["compiled"] = lambda function: fused(function, storages)
+        namespace["compile_forward"]()
     for tensor in weights.values():
         storages.add(tensor, TRAINED if tensor.requires_grad else WEIGHTS)
     for tensor in model:
@@ -205,6 +222,7 @@ def measured(
     parts = dict(storages.peak)
     sums = {name: parts.pop(name, 0) for name in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD)}
     return MemoryPlan(
+        compiled=compiled,
         rows=min(step.plan.step.micro_batch or len(first), len(first)),
         length=first.shape[1] if first.ndim > 1 else 1,
         kept=sum(parts.values()), peak=storages.most, blocks=parts, **sums,
@@ -242,7 +260,7 @@ def _label_blocks(namespace: dict[str, Any], weights: Mapping[str, Tensor], stor
             namespace[name] = labelled(namespace[name])
 
 
-def _without_storage(step: TrainingStep) -> tuple[dict[str, Tensor], list[Tensor]]:
+def without_storage(step: TrainingStep) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The step's tensors by name, and the model's where they are others on the same device; fake, ties kept."""
     made: dict[int, Tensor] = {}
 

@@ -223,8 +223,9 @@ class EventPlan(Record):
 
 
 class MemoryPlan(Record):
-    """Bytes at the peak of a training step, where nothing is compiled: `peak` is the sum of the parts."""
+    """Bytes at the peak of a training step on a GPU: `peak` is the sum of the parts."""
 
+    compiled: bool  # whether they are those of the step as torch compiles it
     rows: int  # of one forward
     length: int
     weights: int  # the model and the method's frozen tensors

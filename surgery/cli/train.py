@@ -120,7 +120,8 @@ def _note_prediction(step: TrainingStep) -> None:
         from surgery.compiler.memory import planned_length, predicted
 
         found = predicted(step, planned_length(step.plan, step.model))
-        note(f"memory: {found.peak / 2**30:.2f} GiB predicted for {found.rows} x {found.length}, without compiling")
+        how = "compiled" if found.compiled else "not compiled"
+        note(f"memory: {found.peak / 2**30:.2f} GiB predicted for {found.rows} x {found.length}, {how}")
         torch.cuda.reset_peak_memory_stats(step.device)
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import surgery
-from surgery.compiler.memory import Storages, measured, of_plan, predicted
+from surgery.compiler.algebra.cost import Kept
+from surgery.compiler.memory import Storages, measured, of_plan, predicted, without_storage
 from surgery.compiler.plan import MemoryPlan
 from surgery.runtime.step import TrainingStep
 
@@ -140,3 +143,34 @@ def test_a_model_that_cannot_be_captured_says_so(architectures: Any) -> None:
     with pytest.raises(surgery.SurgError) as raised:
         of_plan(plan, model, {"x": torch.ones(3, 4)})
     assert [found.code for found in raised.value.diagnostics] == ["SURG040"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "t5"])
+def test_a_compiled_step_is_counted_as_the_compiler_splits_it(name: str, architectures: Any) -> None:
+    architecture = architectures[name]
+    step = compiled(architecture, step="batch = 4  recompute = budget(0.5)", dropout=0.1)
+    found = predicted(step, LENGTH)
+    assert found.compiled  # `compile = auto`, on a GPU
+    step.plan = step.plan.model_copy(update={"step": step.plan.step.model_copy(update={"compile": "off"})})
+    plain = predicted(step, LENGTH)
+    assert not plain.compiled
+    assert found.kept < plain.kept and found.weights == plain.weights and found.optimizer == plain.optimizer
+
+
+def test_what_compiled_blocks_keep_is_what_they_keep(architectures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    partition = lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: partition(graph, inputs))
+    llama = architectures["llama"]
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 4}
+    step = compiled(llama, "lora(rank = 2)  strategy = branch", "batch = 4  compile = on", **sizes)
+    with FakeTensorMode():
+        weights, model = without_storage(step)
+        batch = {name: torch.empty_like(tensor) for name, tensor in batch_of(llama).items()}
+        found = measured(step, weights, model, batch, compiled=True)
+    hooks = Kept([*step.weights.values()])
+    with hooks:
+        step._namespace["forward"](step.weights, **llama.inputs(4, LENGTH), training=True)
+    of_the_blocks = [tensor for tensor in hooks.tensors if tensor.shape[-1] != 97]
+    assert found.kept == pytest.approx(sum(tensor.untyped_storage().nbytes() for tensor in of_the_blocks), rel=0.05)
+    torch._dynamo.reset()

@@ -38,7 +38,7 @@ def site(path: str, **changes: Any) -> Site:
         "rank": 8, "tensors": (), "trainable": 6144, "frozen": 0, "strategy": "branch", "reason": "fewer products",
         "facts": FACTS, "place": PLACE,
         "candidates": (
-            Candidate(strategy="branch", flops=10**9, bytes=10**6, kept=2 * 10**6, legal=True, reason=""),
+            Candidate(strategy="branch", operation="one", flops=10**9, bytes=10**6, kept=2 * 10**6, legal=True, reason=""),
             Candidate(strategy="fold", flops=0, bytes=0, legal=False, reason="[x @ A.T]"),
         ),
     }  # fmt: skip
@@ -93,7 +93,7 @@ def test_verbose_shows_every_site_and_every_way() -> None:
     text = table(plan(*(site(f"encoder.layer.{number}.query") for number in range(6))), verbose=True)
     assert "encoder.layer.3.query" in text
     ways = [" ".join(line.split()) for line in text.splitlines()]
-    assert "lora, 384 x 384 (6 sites) branch (chosen) 1.000 1.000 2.000 yes fewer products" in ways
+    assert "lora, 384 x 384 (6 sites) branch with one (chosen) 1.000 1.000 2.000 yes fewer products" in ways
     assert "fold no [x @ A.T]" in ways
 
 
@@ -112,7 +112,7 @@ def test_a_narrow_terminal_gets_lists_instead_of_broken_tables(verbose: bool) ->
     assert max(map(len, said.splitlines())) <= 80
     assert "mask(W) * lora + circulant, rank 8, " in said
     if verbose:
-        assert "    branch (chosen): 1.000 GFLOP, 1.000 MB moved, 2.000 MB kept: fewer products" in said
+        assert "    branch with one (chosen): 1.000 GFLOP, 1.000 MB moved, 2.000 MB kept: fewer products" in said
         assert "    fold: not legal: [x @ A.T]" in said
 
 
@@ -131,7 +131,7 @@ def with_memory(**changes: Any) -> Plan:
         "weights": 2 * 2**30, "trained": 2**27, "gradients": 2**27, "optimizer": 2**28,
         "kept": sum(blocks.values()), "outputs": 2**30, "backward": 2**29,
     }  # fmt: skip
-    memory = MemoryPlan(rows=4, length=2048, peak=sum(parts.values()), blocks=blocks, **parts)
+    memory = MemoryPlan(compiled=False, rows=4, length=2048, peak=sum(parts.values()), blocks=blocks, **parts)
     recompute = RecomputePlan(name="budget", share=0.5)
     step = StepPlan(batch=4, recompute=recompute)
     again = tuple(f"model.layers.{number}" for number in (0, 2, 4, 6))
