@@ -100,7 +100,8 @@ def _move(program: EventProgram, call: str, table: str, weights: dict[str, str])
     lines = [line for name, each in lists.items() for line in wrapped(f"{name} = [{each} for site in {table}]")]
     if call:
         names = ", ".join(FACTORS[: len(results)])
-        lines += [f"factors = [{call} for site in {table}]", f"{names} = zip(*factors, strict=True)"]
+        lines += ["factors = [", *(f"    {line}" for line in wrapped(call)), f"    for site in {table}", "]"]
+        lines.append(f"{names} = zip(*factors, strict=True)")
     options = [f"scale={program.move.scale}"]
     options += ["before=(lefts_before, rights_before)"] if len(results) == len(FACTORS) else []
     options += ["sources=sources"] if "sources" in lists else []
@@ -170,5 +171,8 @@ def _function_body(program: EventProgram) -> str:
 
 
 def _head(parameters: str, result: str) -> list[str]:
-    lines = wrapped(f"def NAME({parameters})")
+    first, *rest = wrapped(f"def NAME({parameters})")
+    if not rest and len(f"{first} -> {result}:") > WIDTH:
+        first, rest = "def NAME(", [f"    {parameters},", ")"]
+    lines = [first, *rest]
     return [*lines[:-1], f"{lines[-1]} -> {result}:"]

@@ -136,3 +136,82 @@ def test_weights_that_are_stored_differently_are_moved_apart() -> None:
     found = programs(surgery.plan(surgery.parse(text), model))
     assert [[site["W"] for site in program.sites] for program in found] == [["0.weight"], ["1.weight"]]
     assert [program.move and program.move.transposed for program in found] == [False, True]
+
+
+# --- W of all sites at once -------------------------------------------------------------------------------------------
+
+MOVES = {
+    "a product": ("W += 0.5 * delta", lambda B, A, g: B @ A),
+    "a product less another number": ("W += -(B @ A) / 4", lambda B, A, g: -(B @ A) / 4),
+    "a scaled product": ("W += B @ diag(g) @ A", lambda B, A, g: B * g @ A),
+    "a transposed product": ("W += 3 * (A.T @ B.T).T", lambda B, A, g: 3 * B @ A),
+    "a sum of products": ("W += B @ A + 2 * B @ diag(g) @ A", lambda B, A, g: B @ A + 2 * B * g @ A),
+}
+
+
+@pytest.mark.parametrize(("statement", "expected"), MOVES.values(), ids=MOVES)
+def test_narrow_changes_move_all_weights_in_one_call(statement: str, expected: Any) -> None:
+    plan = planned(f"after step {{ {statement} }}", pattern="*", extra="g = frozen normal(1.0)[rank]")
+    torch.manual_seed(0)
+    for program in programs(plan):
+        assert program.move is not None and not program.kept
+        out, inside = next(site.shape for site in plan.sites if site.parameter == program.sites[0]["W"])
+        sizes = {"A": (2, inside), "B": (out, 2), "g": (2,), "W": (out, inside)}
+        tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+        wanted = tensors["W"] + expected(tensors["B"], tensors["A"], tensors["g"])
+        run(program, **tensors)
+        torch.testing.assert_close(tensors["W"], wanted)
+
+
+@pytest.mark.parametrize("statement", ["W *= 0.9", "W += 0.1 * W", "W = W + A.T @ B.T", "W += 0.01"])
+def test_other_changes_are_made_site_by_site(statement: str) -> None:
+    found = programs(planned(f"after step {{ {statement.replace('A.T @ B.T', 'B @ A')} }}"))
+    assert [program.move for program in found] == [None]
+
+
+class Chain(nn.Module):
+    """Two linears of different sizes, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows `[rows, 6]`."""
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("how", ["", " shared by model"])
+def test_a_step_moves_weights_by_factors_that_are_computed(how: str) -> None:
+    """One call for sites of all sizes, over functions of their tensors; what sites share is kept once."""
+    text = f"""
+        method m(rank: int = 2) {{
+            A = train normal(1.0)[rank, in];  B = train normal(1.0)[out, rank];  g = train ones[rank]{how}
+            delta = B @ diag(g) @ A
+            after step when step > 0 {{ W += 2 * (delta - prev(delta)) }}
+        }}
+        adapt layers.* {{ with m()  update = literal }}
+        step {{ optimizer = sgd(lr = 0.1)  batch = 4  steps = 9  loss = mse  compile = off }}
+    """
+    torch.manual_seed(0)
+    model = Chain().double()
+    batch = {name: torch.randn(4, 6, dtype=torch.float64) for name in ("x", "labels")}
+    step = surgery.compile(surgery.parse(text), model=model, example_inputs={"x": batch["x"]})
+    assert step.source.count("add_products(targets") == 1 and "zip(*factors, strict=True)" in step.source
+    assert step.source.count("keep(weights, [") == (2 if how else 1)
+
+    def delta(path: str) -> torch.Tensor:
+        tensors = {name: tensor.detach() for name, tensor in step.parameters_by_site[path].items()}
+        return tensors["B"] * tensors["g"] @ tensors["A"]
+
+    paths = list(step.parameters_by_site)
+    moved = {path: model.get_parameter(f"{path}.weight").detach().clone() for path in paths}
+    for number in range(5):
+        before = {path: delta(path) for path in paths}
+        step(batch)
+        for path in paths:
+            moved[path] += 2 * (delta(path) - before[path]) if number > 0 else 0
+            torch.testing.assert_close(step.weights[f"{path}.weight"].detach(), moved[path])
+    assert not any(torch.equal(moved[path], model.get_parameter(f"{path}.weight")) for path in paths)
