@@ -66,7 +66,7 @@ class RoundingOptimizer(torch.optim.Optimizer):
         """Change `value` and `moments` in place, all `[numbers]`; `step` counts from 1."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; parameters without a gradient are left alone."""
         loss = None
         if closure is not None:
@@ -82,7 +82,9 @@ class RoundingOptimizer(torch.optim.Optimizer):
                     gradient = torch.cat([gradients[of][place] for of, place in part.pieces]).to(dtype)
                     self.update(group, vector.steps, value, gradient, [moment[part.place] for moment in vector.moments])
                     stored = round_stochastically(value) if part.values[0].dtype == torch.bfloat16 else value
-                    torch._foreach_copy_(part.values, list(stored.split([piece.numel() for piece in part.values])))
+                    torch._foreach_copy_(
+                        part.values, list(torch.split(stored, [piece.numel() for piece in part.values]))
+                    )
                 for parameter in vector.parameters:
                     self.state[parameter]["step"] = vector.steps
         return loss
@@ -118,7 +120,7 @@ class RoundingOptimizer(torch.optim.Optimizer):
         dtype = torch.promote_types(first.dtype, torch.float32)
         vectors = [torch.zeros(sum(sizes), dtype=dtype, device=first.device) for _ in self.moments]
         for name, vector in zip(self.moments, vectors, strict=True):
-            for parameter, piece in zip(parameters, vector.split(sizes), strict=True):
+            for parameter, piece in zip(parameters, torch.split(vector, sizes), strict=True):
                 state = self.state[parameter]
                 if name in state:
                     piece.copy_(_flat(state[name], parameter))
