@@ -1,4 +1,4 @@
-"""A function of step.py as torch.compile runs it, for counting: what is kept for the backward is what the compiler keeps.
+"""A function of step.py as torch.compile runs it, for counting: what the backward finds is what the compiler keeps.
 
 Nothing is compiled: the graphs of forward and backward are split as the compiler splits them, and run operation by
 operation. Elementwise results that only elementwise operations and sums read get no storage, as fused kernels do it.
@@ -17,7 +17,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
-    from surgery.compiler.memory import Storages
+    from surgery.compiler.storages import Storages
 
 
 def fused(function: Callable[..., Any], storages: Storages) -> Callable[..., Any]:
@@ -48,10 +48,10 @@ def fused(function: Callable[..., Any], storages: Storages) -> Callable[..., Any
 
 
 def _traced(function: Callable[..., Any], storages: Storages) -> Callable[..., Any]:
-    def compiler(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         def run(values: list[Any]) -> Any:
             storages.counts = True
-            return _Run(module, storages).boxed_run(values)
+            return _Run(gm, storages).boxed_run(values)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run

@@ -7,10 +7,7 @@ holds it, as the allocator sees it; what a kernel takes for itself is not seen. 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,87 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from surgery.compiler.fused import fused
 from surgery.compiler.graph import tensors
 from surgery.compiler.plan import MemoryPlan, Plan
 from surgery.compiler.skeleton import Skeleton
+from surgery.compiler.storages import BACKWARD, GRADIENTS, OPTIMIZER, OUTPUTS, TRAINED, WEIGHTS, Storages
 
 if TYPE_CHECKING:
     from surgery.runtime.step import TrainingStep
-
-WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD = (
-    "weights", "trained", "gradients", "optimizer", "outputs", "backward",
-)  # fmt: skip
-
-
-class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that are alive, by what they are for, `now` and at the `peak`.
-
-    `label` is what the next ones are for; what the backward makes is always its own.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self.label = OUTPUTS
-        self.counts = True  # whether what is made now counts
-        self._labels: dict[int, str] = {}  # by storage
-
-    @property
-    def most(self) -> int:
-        """All bytes at the peak."""
-        return self.peak.total()
-
-    def add(self, tensor: Tensor, label: str) -> None:
-        """Count a tensor's storage, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._labels:
-            return
-        self._labels[key] = label
-        self.now[label] += storage.nbytes()
-        weakref.finalize(storage, self._end, key, storage.nbytes())
-        if self.now.total() > self.most:
-            self.peak = +self.now
-
-    def _end(self, key: int, size: int) -> None:
-        self.now[self._labels.pop(key)] -= size
-
-    def relabel(self, tensor: Tensor, label: str) -> None:
-        """From now on the storage is for something else."""
-        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
-        self.now[self._labels[key]] -= size
-        self.now[label] += size
-        self._labels[key] = label
-
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        """What is made inside is for `label`."""
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            return 1.0  # "is the loss finite", and how many steps an optimizer has taken
-        result = operation(*args, **(kwargs or {}))
-        if not self.counts:
-            return result
-        label = BACKWARD if torch._C._current_graph_task_id() >= 0 else self.label
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf, label)
-        return result
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 class _OfAGPU:

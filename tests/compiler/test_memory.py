@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import surgery
 from surgery.compiler.algebra.cost import Kept
-from surgery.compiler.memory import Storages, measured, of_plan, predicted, without_storage
+from surgery.compiler.memory import measured, of_plan, predicted, without_storage
 from surgery.compiler.plan import MemoryPlan
+from surgery.compiler.storages import Storages
 from surgery.runtime.step import TrainingStep
 
 LENGTH = 24
