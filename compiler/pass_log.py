@@ -49,7 +49,7 @@ def _said(arguments: tuple[Any, ...], result: Any) -> str:
     if isinstance(result, Program):
         return _plural(len(result.rules), "rule")
     if isinstance(result, Plan):
-        if all(site.strategy for site in result.sites):
+        if all(site.candidates for site in result.sites):
             return _counted(way_text(site.strategy, site.operation) for site in result.sites)
         return f"{_plural(len(result.sites), 'site')} of {_plural(len(result.formulas), 'equation')}"
     if isinstance(result, Graph):

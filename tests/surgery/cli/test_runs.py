@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from surgery.cli import main
+from surgery.compiler.pipeline import PASSES
 from surgery.runtime import alone
 from surgery.runtime.data import Stream, load_data
 from surgery.runtime.run_folder import all_finite, load_state
@@ -95,6 +97,26 @@ def test_check_and_plan(folder: Path, capsys: pytest.CaptureFixture[str], tmp_pa
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written == json.loads(cli(capsys, "plan", spec, "--format", "json")[1])
     assert written["totals"]["sites"] == 4
+
+
+def test_verbose_has_a_numbered_line_for_every_pass(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = edited(folder, "verbose.surg", "lora(rank = 2, dropout = 0.1)", "lora(rank = 2)  strategy = branch")
+    code, out, log = cli(capsys, "compile", spec, "-v", "-o", str(tmp_path / "out"), "--device", "cpu")
+    lines = [re.fullmatch(r"(\d)  (p\d_\w+) +(\d+\.\d\d) s  (.+)", line) for line in log.splitlines()]
+    passes = [module.__name__.rpartition(".")[2] for module in PASSES]
+    assert code == 0 and "4 sites" in out
+    assert [(line[1], line[2]) for line in lines if line] == [(name[1], name) for name in passes]
+    said = {line[2]: line[4] for line in lines if line}
+    assert said["p1_parse"] == "1 model, 1 adapt, 1 train, 1 step, 1 data" and said["p2_check"] == "1 rule"
+    assert said["p3_resolve"] == "4 sites of 1 equation" and said["p4_choose"] == "4 branch with low_rank_linear"
+    assert re.fullmatch(r"4 uses; \d+ nodes to \d+", said["p6_rewrite"])
+    assert re.fullmatch(r"4 branch with low_rank_linear; \d+ nodes to \d+", said["p7_lower"])
+    assert said["p8_optimize"].startswith("2 groups of sites that read one input; ")
+    code, _, log = cli(capsys, "plan", spec, "-v")
+    assert code == 0 and [line.split()[1] for line in log.splitlines()] == passes[:4]
+    assert cli(capsys, "plan", spec)[2] == ""
 
 
 def test_a_hub_that_cannot_be_reached_is_a_warning_for_check(
