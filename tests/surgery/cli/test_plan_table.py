@@ -38,7 +38,8 @@ def site(path: str, **changes: Any) -> Site:
         "rank": 8, "tensors": (), "trainable": 6144, "frozen": 0, "strategy": "branch", "reason": "fewer products",
         "facts": FACTS, "place": PLACE,
         "candidates": (
-            Candidate(strategy="branch", operation="one", flops=10**9, bytes=10**6, kept=2 * 10**6, legal=True, reason=""),
+            Candidate(strategy="branch", operation="one", flops=10**9, bytes=10**6, kept=2 * 10**6, legal=True,
+                      reason=""),
             Candidate(strategy="fold", flops=0, bytes=0, legal=False, reason="[x @ A.T]"),
         ),
     }  # fmt: skip
