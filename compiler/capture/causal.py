@@ -41,17 +41,17 @@ def restore_causal(module: fx.GraphModule) -> int:
     for node in module.graph.nodes:
         if node.target is not ATTENTION:
             continue
-        mask = _argument(node, 3, "attn_mask", None)
-        if not isinstance(mask, fx.Node) or _argument(node, 5, "is_causal", False) is not False:
+        mask = argument(node, 3, "attn_mask", None)
+        if not isinstance(mask, fx.Node) or argument(node, 5, "is_causal", False) is not False:
             continue
         query, key = (node.args[position].meta["val"].shape for position in (0, 1))
         sizes = (query[0], query[-2], key[-2])
-        case = (mask, *map(_expression, sizes))
+        case = (mask, *map(size_of, sizes))
         if case not in verdicts:
             verdicts[case] = _judge(module.graph, named, mask, sizes)
         if verdicts[case] == "other":
             continue
-        dropout = _argument(node, 4, "dropout_p", 0.0)
+        dropout = argument(node, 4, "dropout_p", 0.0)
         node.kwargs = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
         node.args = (*node.args[:3], None, dropout, verdicts[case] == "causal")
         changed += 1
@@ -60,38 +60,40 @@ def restore_causal(module: fx.GraphModule) -> int:
     return changed
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument of an operation, given by place, by name or not at all."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _expression(size: int | SymInt) -> sympy.Expr:
+def size_of(size: int | SymInt) -> sympy.Expr:
+    """A size as an expression, which compares without a guard."""
     return size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
 
 
 def _judge(graph: fx.Graph, named: dict[str, Tensor], mask: fx.Node, sizes: tuple[int | SymInt, ...]) -> Verdict:
-    nodes = _sources(graph, named, mask)
+    nodes = sources(graph, named, mask)
     if nodes is None:
         return "other"
-    largest = max((abs(number) for node in nodes for number in _numbers(named, node)), default=0)
+    largest = largest_number(nodes, named)
     if largest >= LONGEST and isinstance(sizes[1], SymInt):
         return "other"
     found: set[Verdict] = set()
     for batch, length in ((2, 3), (3, 8), (2, 17), (1, largest + 9)):
-        chosen = _choose(sizes, batch, length)
+        chosen = choose(sizes, batch, length)
         if chosen is None:
             return "other"
         try:
-            found.add(_classify(_evaluate(nodes, named, mask, chosen), _expression(sizes[1]) == _expression(sizes[2])))
+            found.add(_classify(evaluate(nodes, named, mask, chosen), size_of(sizes[1]) == size_of(sizes[2])))
         except (RuntimeError, IndexError, KeyError):  # not defined at this length, so nothing is proved
             return "other"
     return found.pop() if len(found) == 1 else "other"
 
 
-def _choose(sizes: tuple[int | SymInt, ...], batch: int, length: int) -> Sizes | None:
+def choose(sizes: tuple[int | SymInt, ...], batch: int, length: int) -> Sizes | None:
     """A number for each symbol of the attention's sizes; a query and a key length of their own differ in it."""
     chosen: Sizes = {}
     for size, number in zip(sizes, (batch, length, length + 4), strict=True):
-        expression = _expression(size)
+        expression = size_of(size)
         if expression.is_Symbol:
             chosen.setdefault(expression, number)
         elif not expression.is_Integer:
@@ -99,13 +101,18 @@ def _choose(sizes: tuple[int | SymInt, ...], batch: int, length: int) -> Sizes |
     return chosen
 
 
-def _sources(graph: fx.Graph, named: dict[str, Tensor], mask: fx.Node) -> list[fx.Node] | None:
-    """The mask's subgraph in order, or None if a value that is no size (an input, a parameter) reaches it."""
+def sources(
+    graph: fx.Graph, named: dict[str, Tensor], mask: fx.Node, given: fx.Node | None = None
+) -> list[fx.Node] | None:
+    """The mask's subgraph in order, or None if a value that is no size (an input, a parameter) reaches it.
+
+    The input `given` may.
+    """
     wanted: set[fx.Node] = set()
     waiting = [mask]
     while waiting:
         node = waiting.pop()
-        if node in wanted:
+        if node in wanted or node is given:
             continue
         if isinstance(node.meta.get("val"), (int, SymInt)):
             continue  # a size: known from its expression
@@ -124,6 +131,11 @@ def _is_constant(named: dict[str, Tensor], node: fx.Node) -> bool:
     return not isinstance(tensor, nn.Parameter) and not tensor.is_meta and not any(map(writes, node.users))
 
 
+def largest_number(nodes: list[fx.Node], named: dict[str, Tensor]) -> int:
+    """The largest whole number in a mask's subgraph: a window that is no wider shows at a length beyond it."""
+    return max((abs(number) for node in nodes for number in _numbers(named, node)), default=0)
+
+
 def _numbers(named: dict[str, Tensor], node: fx.Node) -> Iterator[int]:
     """Every whole number that could be a length: arguments, and the entries or sizes of constant tensors."""
     if node.op == "get_attr":
@@ -136,9 +148,12 @@ def _numbers(named: dict[str, Tensor], node: fx.Node) -> Iterator[int]:
             yield int(value)
 
 
-def _evaluate(nodes: list[fx.Node], named: dict[str, Tensor], mask: fx.Node, chosen: Sizes) -> Tensor:
+def evaluate(
+    nodes: list[fx.Node], named: dict[str, Tensor], mask: fx.Node, chosen: Sizes,
+    given: dict[fx.Node, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """The mask at the chosen sizes, on the CPU. Raises KeyError where a size depends on anything else."""
-    values: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = {**(given or {})}
     readers = {node: len(node.users) for node in nodes}
 
     def read(node: fx.Node) -> Any:
@@ -146,9 +161,9 @@ def _evaluate(nodes: list[fx.Node], named: dict[str, Tensor], mask: fx.Node, cho
             return values[node]
         example = node.meta["val"]
         if isinstance(example, (int, SymInt)):
-            return _number(example, chosen)
+            return number_of(example, chosen)
         # Only the shape of this one is read, and its values come from the model's inputs.
-        return torch.empty([_number(size, chosen) for size in example.shape], dtype=example.dtype)
+        return torch.empty([number_of(size, chosen) for size in example.shape], dtype=example.dtype)
 
     for node in nodes:
         if node.op == "get_attr":
@@ -171,20 +186,26 @@ def _evaluate(nodes: list[fx.Node], named: dict[str, Tensor], mask: fx.Node, cho
     return result
 
 
-def _number(size: int | SymInt, chosen: Sizes) -> int:
-    number = _expression(size).xreplace({symbol: sympy.Integer(value) for symbol, value in chosen.items()})
+def number_of(size: int | SymInt, chosen: Sizes) -> int:
+    """A size at the chosen ones; raises KeyError where it depends on anything else."""
+    number = size_of(size).xreplace({symbol: sympy.Integer(value) for symbol, value in chosen.items()})
     if not number.is_Integer:
         raise KeyError(str(size))
     return int(number)
 
 
-def _classify(mask: Tensor, square: bool) -> Verdict:
+def seen_by(mask: Tensor) -> Tensor | None:
+    """What a mask leaves to be seen, as booleans; None if it weakens anything instead of hiding it."""
     if mask.dtype == torch.bool:
-        seen = mask
-    else:
-        seen = mask == 0
-        if not (seen | (mask <= torch.finfo(mask.dtype).min)).all():
-            return "other"
+        return mask
+    seen = mask == 0
+    return seen if bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()) else None
+
+
+def _classify(mask: Tensor, square: bool) -> Verdict:
+    seen = seen_by(mask)
+    if seen is None:
+        return "other"
     if seen.all():
         return "nothing"
     if square and mask.dim() >= 2 and mask.shape[-2] == mask.shape[-1]:

@@ -38,7 +38,7 @@ _WORDS = {
     "__and__": "both", "__or__": "either", "bitwise_not": "inverted", "logical_not": "inverted", "gather":
     "gathered", "masked_fill": "masked", "linear": "projected", "layer_norm": "normalised", "batch_norm":
     "normalised", "addmm": "projected", "mean": "mean", "log": "logarithm", "floordiv": "quotient", "round":
-    "rounded", "split": "parts", "chunk": "parts",
+    "rounded", "split": "parts", "chunk": "parts", "document_starts": "starts", "packed_attention": "attended",
 }  # fmt: skip
 _SHAPED = {
     "view": "reshaped", "reshape": "reshaped", "transpose": "transposed", "permute": "permuted", "expand":

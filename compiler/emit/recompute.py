@@ -24,7 +24,7 @@ IMPORTS = {
 
 def recomputed_functions(module: fx.GraphModule) -> dict[str, str]:
     """Functions by name, one for sites that compute alike; the node of a call gets its name in `meta["function"]`."""
-    names, found = Names(), dict[str, str]()
+    names, found = Names(frozenset(IMPORTS)), dict[str, str]()
     for node in module.graph.nodes:
         owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(owner, Recomputed):
@@ -36,7 +36,7 @@ def recomputed_functions(module: fx.GraphModule) -> dict[str, str]:
 
 
 def _function(owner: Recomputed) -> str:
-    graph, names = owner.function.graph, Names()
+    graph, names = owner.function.graph, Names(frozenset(IMPORTS))
     known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
     parameters = ", ".join(f"{name}: Tensor" for name in known.values())
     (result,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes

@@ -6,9 +6,9 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch import SymInt, fx
+from torch import fx
 
-from surgery.compiler.capture.causal import ATTENTION
+from surgery.compiler.capture.causal import ATTENTION, size_of
 
 _aten = torch.ops.aten
 _RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default)
@@ -35,7 +35,7 @@ def group_queries(module: fx.GraphModule) -> int:
             continue
         if not isinstance(query.shape[3], int) or query.shape[3] > _WIDEST:
             continue
-        key, value = (_unrepeated(argument, _sizes(node.args[0])[1]) for argument in node.args[1:3])
+        key, value = (unrepeated(argument, _sizes(node.args[0])[1]) for argument in node.args[1:3])
         if key is None or value is None or _sizes(key)[1] != _sizes(value)[1]:
             continue
         node.args = (node.args[0], key, value, *node.args[3:])
@@ -44,7 +44,7 @@ def group_queries(module: fx.GraphModule) -> int:
     return changed
 
 
-def _unrepeated(repeated: Any, heads: sympy.Expr) -> fx.Node | None:
+def unrepeated(repeated: Any, heads: sympy.Expr) -> fx.Node | None:
     """What was repeated for all `heads` of the query, [batch, groups, length, size], if only the attention reads it."""
     expanded = _before(repeated, *_RESHAPES)
     while expanded is not None and expanded.target in _COPIES:
@@ -75,4 +75,4 @@ def _value(argument: Any) -> torch.Tensor | None:
 
 
 def _sizes(node: Any) -> list[sympy.Expr]:
-    return [size.node.expr if isinstance(size, SymInt) else sympy.Integer(size) for size in node.meta["val"].shape]
+    return [size_of(size) for size in node.meta["val"].shape]
