@@ -82,9 +82,11 @@ def _keep(kept: Sequence[str], table: str) -> list[str]:
     own = [name.removeprefix("{site}.") for name in kept if name.startswith("{site}.")]
     shared = [f'"{name}"' for name in kept if not name.startswith("{site}.")]
     lines = []
-    if own:
-        among = f'("{own[0]}",)' if len(own) == 1 else "(" + ", ".join(f'"{name}"' for name in own) + ")"
-        lines += wrapped(f'keep(weights, [f"{{site}}.{{name}}" for site in {table} for name in {among}])')
+    if len(own) == 1:
+        lines += wrapped(f'keep(weights, [f"{{site}}.{own[0]}" for site in {table}])')
+    elif own:
+        among = ", ".join(f'"{name}"' for name in own)
+        lines += wrapped(f'keep(weights, [f"{{site}}.{{name}}" for site in {table} for name in ({among})])')
     return lines + (wrapped(f"keep(weights, [{', '.join(shared)}])") if shared else [])
 
 

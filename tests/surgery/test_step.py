@@ -304,17 +304,20 @@ def test_events_run_at_their_point_of_the_clock() -> None:
     site = {"W": "first.weight", "A": "first.A", "B": "first.B"}
     events = (
         EventProgram(
-            "spec.surg:1: at the start", "start", "step == 1", (), "restart",
+            "spec.surg:1: at the start", "start", "step == 1", "restart",
             recorded(lambda A: A.mul_(2.0), "A"), ({"A": site["A"]},),
         ),
         EventProgram(
-            "spec.surg:2: after step", "after step", "step >= 2", ("B",), "move",
-            recorded(lambda W, B, B_before, A: W.addmm_(B - B_before, A), "W", "B", "B_before", "A"), (site,),
+            "spec.surg:2: after step", "after step", "step >= 2", "move",
+            recorded(lambda W, B, B_before, A: W.addmm_(B - B_before, A), "W", "B", "B_before", "A"),
+            (site | {"B_before": "first.B.before"},),
         ),
     )  # fmt: skip
     step = TrainingStep(plan, graph, model, events=events)
     quiet = TrainingStep(plan, graph, model, events=())
-    assert 'kept[f"{site}.B"]' in step.source and "# spec.surg:2: after step" in step.source
+    assert (
+        'keep(weights, [f"{site}.B" for site in SITES])' in step.source and "# spec.surg:2: after step" in step.source
+    )
     weight, start = model.first.weight.detach().clone(), step.weights["first.A"].detach().clone()
 
     def data(number: int) -> Batch:
