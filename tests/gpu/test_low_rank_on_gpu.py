@@ -24,12 +24,11 @@ HALF = (torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Memory that nothing has written is NaN."""
+    settings: Any = torch.utils.deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
-    before, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory, True
-    )  # fmt: skip
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
+    settings.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
 
 
@@ -146,7 +145,7 @@ def test_both_forms_of_the_wide_products(tiling: Tiling, dtype: torch.dtype, ran
         for weight, part, left in zip(weights, parts, lefts, strict=True)
     ]
     ys[0] = ys[0] + biases[0].double()  # type: ignore[union-attr]
-    wide = sum(dy.double() @ weight.double() for dy, weight in zip(dys, weights, strict=True))
+    wide = torch.cat(dys, 1).double() @ torch.cat(weights).double()
     dx = wide + u.double() @ torch.cat(rights).double()
     for form, options in ((plain, ()), (product, (tiling,))):
         assert_close(form.outputs(x, u, weights, biases, lefts, *options), ys, TOLERANCE[dtype])
@@ -188,7 +187,7 @@ def test_compiled_and_captured_are_eager() -> None:
     eager = both(run)
     compiled = both(torch.compile(run, fullgraph=True))
     assert all(torch.equal(one, other) for one, other in zip(compiled, eager, strict=True))
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         both(run)

@@ -20,7 +20,23 @@ def spans(ranks: Sequence[int]) -> list[slice]:
 
 def joined(rights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """All rights under each other, `[sum of ranks, in]`."""
-    return (rights[0] if len(rights) == 1 else torch.cat([*rights])).to(dtype)
+    if len(rights) == 1:
+        return rights[0].to(dtype)
+    if all(right.dtype == dtype for right in rights):
+        return torch.cat([*rights])
+    ranks = [right.shape[0] for right in rights]
+    whole = torch.empty(sum(ranks), rights[0].shape[1], dtype=dtype, device=rights[0].device)
+    torch._foreach_copy_(torch.split(whole, ranks), [*rights])  # joins and casts in one launch
+    return whole
+
+
+def cast(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The factors in a dtype, by one launch for all."""
+    if all(factor.dtype == dtype for factor in factors):
+        return [*factors]
+    results = [torch.empty_like(factor, dtype=dtype) for factor in factors]
+    torch._foreach_copy_(results, [*factors])
+    return results
 
 
 def narrow_product(rows: Tensor, rights: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
@@ -45,8 +61,9 @@ def narrow_gradients(
 def narrow_gradient(dys: Sequence[Tensor], lefts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """`scale * dy @ left` of every site beside each other, `[rows, sum of ranks]`."""
     du = dys[0].new_empty(dys[0].shape[0], sum(left.shape[1] for left in lefts))
+    lefts = cast(lefts, du.dtype)
     for dy, left, scale, span in zip(dys, lefts, scales, spans([left.shape[1] for left in lefts]), strict=True):
-        du[:, span].addmm_(dy, left.to(dy.dtype), beta=0, alpha=scale)
+        du[:, span].addmm_(dy, left, beta=0, alpha=scale)
     return du
 
 
@@ -79,10 +96,9 @@ def outputs(
     """`rows @ weight.T + bias + u @ left.T` of each site, `[rows, out]` each; u has the columns of all sites."""
     result = []
     columns = (u[:, span] for span in spans([left.shape[1] for left in lefts]))
-    for weight, bias, left, part in zip(weights, biases, lefts, columns, strict=True):
-        narrow = left.to(rows.dtype).T
+    for weight, bias, left, part in zip(weights, biases, cast(lefts, u.dtype), columns, strict=True):
         # the narrow product first: what it rounds is then the small change, not the sum
-        y = part @ narrow if bias is None else torch.addmm(bias, part, narrow)
+        y = part @ left.T if bias is None else torch.addmm(bias, part, left.T)
         result.append(y.addmm_(rows, weight.T))
     return result
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.compiler.kernels.low_rank import plain
+
 MOST_SITES = 4
 ALIGNED = 16
 """The bytes that a bulk tensor copy needs addresses and strides to be multiples of."""
@@ -77,7 +79,7 @@ def outputs(
     straight = by_row(weights[0])
     ys = [rows.new_empty(rows.shape[0], weight.shape[0]) for weight in weights]
     u, firsts = _spaced(u, [left.shape[1] for left in lefts])
-    lefts = [_operand(left, straight, rows) for left in lefts]
+    lefts = [_operand(left, straight, rows) for left in plain.cast(lefts, rows.dtype)]
     has_bias = any(bias is not None for bias in biases)
     vectors = ys  # of the right type, and not read
     if has_bias:
@@ -114,7 +116,7 @@ def input_gradient(
     du_input, right, rank_steps = inputs[0], wide[0], 0
     if du is not None:
         du_input = _descriptor(_spaced(du, [du.shape[1]])[0], [tiling.rows, tiling.depth])
-        right = _descriptor(_operand(torch.cat([*rights]), straight, dx), block)
+        right = _descriptor(_operand(plain.joined(rights, dx.dtype), straight, dx), block)
         rank_steps = ceil_div(du.shape[1], tiling.depth)
     _kernels().input_gradient[_grid(dx, ceil_div(size, tiling.columns), tiling)](
         *(*_four(inputs), du_input, *_four(wide), right),
@@ -131,8 +133,8 @@ def _grid(rows: Tensor, column_blocks: int, tiling: Tiling) -> tuple[int]:
 
 
 def _operand(matrix: Tensor, straight: bool, like: Tensor) -> Tensor:
-    """A factor in the dtype of the activations, stored the way the weights are."""
-    if matrix.dtype == like.dtype and by_row(matrix) == straight and fits(matrix):
+    """A factor stored the way the weights are, and so that bulk copies take it."""
+    if by_row(matrix) == straight and fits(matrix):
         return matrix
     rows, columns = matrix.shape
     stored = aligned(rows, columns, like) if straight else aligned(columns, rows, like).T

@@ -48,8 +48,10 @@ class Call:
         def of(tensor: Any) -> Any:
             return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-        lists = (self.weights, self.biases, self.lefts, self.rights)
-        return Call(of(self.x), *([of(part) for part in each] for each in lists), self.scales, of(self.narrow))
+        weights, biases, lefts, rights = (
+            [of(part) for part in each] for each in (self.weights, self.biases, self.lefts, self.rights)
+        )
+        return Call(of(self.x), weights, biases, lefts, rights, self.scales, of(self.narrow))
 
 
 def call(
@@ -148,7 +150,7 @@ def test_no_rows() -> None:
     one = call((0, 8))
     ys = one()
     assert [y.shape for y in ys] == [(0, 5), (0, 7)]
-    found = torch.autograd.grad(sum(y.sum() for y in ys), one.trained)
+    found = torch.autograd.grad(torch.cat(ys, 1).sum(), one.trained)
     assert all(part.shape == like.shape and not part.any() for part, like in zip(found, one.trained, strict=True))
 
 
@@ -174,6 +176,17 @@ def test_an_output_that_nothing_reads_has_no_part_in_the_gradients() -> None:
     found = torch.autograd.grad(first.sum(), [one.lefts[0], one.lefts[1]])
     assert found[0].any()
     assert not found[1].any()
+
+
+def test_a_weight_that_is_not_frozen_gets_its_gradient() -> None:
+    """Whoever thaws one gets what a linear layer gives."""
+    found, expected = call(), call()
+    for one, function in ((found, low_rank_linear), (expected, low_rank_linear_reference)):
+        one.weights[1].requires_grad_()
+        torch.autograd.backward([y.sin().sum() for y in one(function)])
+    assert found.weights[0].grad is None and found.weights[1].grad is not None
+    for ours, theirs in zip([found.weights[1], *found.trained], [expected.weights[1], *expected.trained], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_no_gradient_is_needed() -> None:
