@@ -5,6 +5,10 @@ All are bound by that one read. Sums over rows or over blocks of columns are fir
 and a fraction of what is read, and then added in a fixed order: the same inputs give the same bits.
 
 Matrices are float16 or bfloat16, factors of any floating dtype. `plain` has the same functions for all other cases.
+
+The blocks below are chosen by counting, not by timing: on an H200 an earlier form of these kernels was right, and the
+product with the rights took as long as torch's; how long the present ones take is to be measured
+(`python -m tests.benchmarks.kernels.narrow`, which has the predictions).
 """
 
 from __future__ import annotations
@@ -17,8 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.compiler.kernels.low_rank.product import by_row, ceil_div, processors
+
 WIDEST = 128  # columns on the narrow side; beyond, the products are bound by arithmetic and cuBLAS is right
 AT_ONCE = 8  # parts of a sum that are loaded together
+MOST_PARTS = 64
+FILLING = 2  # steps that pass until the pipeline of a program is full
 
 
 class Blocks(NamedTuple):
@@ -47,7 +55,8 @@ def narrow_product(
     """`scale * rows @ right.T` of every site beside each other, `[rows, sum of ranks]`, for rows `[rows, in]`."""
     rows, rights, (count, width) = _by_row(rows), _alike(rights), rows.shape
     ends = (*accumulate(right.shape[0] for right in rights),)
-    blocks = blocks or product_blocks(count, width, ends[-1], rights[0].element_size())
+    if blocks is None:
+        blocks = product_blocks(count, width, ends[-1], rights[0].element_size(), processors(rows.device))
     rank, split, early = padded(ends[-1]), blocks.parts > 1, _starts_early(rows.device)
     u = rows.new_empty(count, ends[-1])
     parts = rows.new_empty(blocks.parts, count, rank, dtype=torch.float32) if split else u
@@ -77,7 +86,7 @@ def narrow_gradients(
     factors, (count, total), u = _alike(lefts), u.shape, _by_row(u)
     ranks = (*(left.shape[1] for left in lefts),)
     widths = (*(left.shape[0] for left in lefts),)
-    walk = _cut(count, widths, ranks, True, blocks)
+    walk = _cut(count, widths, ranks, blocks or gradient_blocks(count, widths, ranks, processors(u.device)))
     parts, column_parts = _walk([_by_row(dy) for dy in dys], u, factors, widths, ranks, walk)
     du = u.new_empty(count, total)
     dlefts = [torch.empty_like(factor) for factor in factors]
@@ -94,7 +103,7 @@ def narrow_gradients(
 def right_gradients(du: Tensor, rows: Tensor, rights: Sequence[Tensor], blocks: Blocks | None = None) -> list[Tensor]:
     """`du.T @ rows` of every site, `[rank, in]`, for du `[rows, sum of ranks]` and rows `[rows, in]`."""
     (count, width), dtype, total = rows.shape, _common_dtype(rights), du.shape[1]
-    walk = _cut(count, (width,), (total,), False, blocks)
+    walk = _cut(count, (width,), (total,), blocks or right_blocks(count, width, total, processors(rows.device)))
     parts, _ = _walk([_by_row(rows)], _by_row(du), None, (width,), (total,), walk)
     drights = [rows.new_empty(right.shape, dtype=dtype) for right in rights]
     lines, early = _lines(walk.rank), _starts_early(du.device)
@@ -123,40 +132,52 @@ def _walk(
 
 
 @lru_cache(4096)
-def _cut(rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], both: bool, blocks: Blocks | None) -> _Walk:
-    rank = padded(max(ranks))
-    blocks = blocks or (gradient_blocks if both else sum_blocks)(rows, sum(widths), max(ranks))
+def _cut(rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], blocks: Blocks) -> _Walk:
     starts = (0, *accumulate(ceil_div(width, blocks.columns) for width in widths))
     steps = ceil_div(ceil_div(rows, blocks.rows), blocks.parts)
-    return _Walk(blocks, rank, starts, steps, (0, *accumulate(ranks[:-1])))
+    return _Walk(blocks, padded(max(ranks)), starts, steps, (0, *accumulate(ranks[:-1])))
 
 
-def product_blocks(rows: int, width: int, ranks: int, bytes_of_right: int) -> Blocks:
-    """How `narrow_product` cuts its work."""
+@lru_cache(4096)
+def product_blocks(rows: int, width: int, ranks: int, bytes_of_right: int, programs: int) -> Blocks:
+    """How `narrow_product` cuts its work, where so many programs run at a time: few rows are made up for by parts."""
     columns = 128 if ranks <= 64 else 64
     stages = min(4, 180_000 // (columns * (128 + padded(ranks) * bytes_of_right)))
-    return Blocks(64, columns, max(1, min(8, 132 * 64 // rows)), stages, 4)
+    parts = min(programs // ceil_div(rows, 64), ceil_div(width, 2 * columns), 8)
+    return Blocks(64, columns, max(1, parts), stages, 4)
 
 
-def gradient_blocks(rows: int, columns: int, rank: int) -> Blocks:
-    """How `narrow_gradients` cuts its work."""
-    wide = 256 if rank <= 32 else 128
-    return Blocks(64, wide, max(1, min(64, 132 * wide // columns, rows // 64)), 4, 8 if rank <= 32 else 4)
+@lru_cache(4096)
+def gradient_blocks(rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], programs: int) -> Blocks:
+    """How `narrow_gradients` cuts its work: wide blocks, because each one writes a part of du."""
+    rank = padded(max(ranks))
+    columns, warps = (256, 8) if rank <= 32 else (128, 4)
+    count = sum(ceil_div(width, columns) for width in widths)
+    return Blocks(64, columns, _parts(rows, columns, count, rank, programs), 4, warps)
 
 
-def sum_blocks(rows: int, width: int, ranks: int) -> Blocks:
+@lru_cache(4096)
+def right_blocks(rows: int, width: int, ranks: int, programs: int) -> Blocks:
     """How `right_gradients` cuts its work."""
-    return Blocks(64, 128, max(1, min(64, 132 * 128 // width, rows // 64)), 4, 4)
+    return Blocks(64, 128, _parts(rows, 128, ceil_div(width, 128), padded(ranks), 2 * programs), 4, 4)
+
+
+def _parts(rows: int, columns: int, count: int, rank: int, programs: int) -> int:
+    """Into how many parts to cut the rows of `count` blocks of columns, where so many programs run at a time.
+
+    The fewest steps of 64 rows from the first program to the last, and what the parts cost: each is written and read.
+    """
+
+    def steps(parts: int) -> float:
+        written = 8 * rank * count * parts / (2 * 64 * programs)  # as steps, which read 64 rows of two bytes
+        return ceil_div(count * parts, programs) * (ceil_div(rows, 64 * parts) + FILLING) + written
+
+    return min(range(1, min(ceil_div(rows, 64), MOST_PARTS) + 1), key=steps)
 
 
 def padded(ranks: int) -> int:
     """The narrow side in a kernel: a power of two, and no less than a matrix instruction takes."""
     return max(16, 1 << (ranks - 1).bit_length())
-
-
-def ceil_div(length: int, block: int) -> int:
-    """How many blocks a length takes."""
-    return -(-length // block)
 
 
 def _lines(rank: int) -> int:
@@ -166,7 +187,7 @@ def _lines(rank: int) -> int:
 
 def _by_row(matrix: Tensor) -> Tensor:
     """With columns next to each other, as the kernels read."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if by_row(matrix) else matrix.contiguous()
 
 
 def _alike(factors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -177,7 +198,8 @@ def _alike(factors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
     """The one that holds the numbers of all."""
-    return reduce(torch.promote_types, (factor.dtype for factor in factors))
+    dtypes = {factor.dtype for factor in factors}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def _like(gradients: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from surgery.compiler.kernels.low_rank import narrow, plain
 RANKS = [(1,), (3, 8), (16, 16, 16), (48,), (128,)]
 SHARED_MEMORY = 227 * 1024
 """Bytes that one program may have on Hopper."""
+PROCESSORS = 132
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,22 +50,23 @@ def test_the_plain_forms_are_their_definitions(ranks: tuple[int, ...], rows: int
     torch.testing.assert_close(plain.right_gradients(u, x, rights), want_rights, **close)
 
 
-@pytest.mark.parametrize("ranks", [1, 4, 16, 48, 64, 128])
-@pytest.mark.parametrize("width", [64, 512, 2048, 4096, 8192, 14336, 131072])
+@pytest.mark.parametrize("rank", [1, 4, 16, 32, 48, 64, 128])
+@pytest.mark.parametrize("width", [64, 512, 2048, 8192, 14336, 131072])
 @pytest.mark.parametrize("rows", [1, 60, 1024, 8192, 32768])
-def test_the_blocks_cover_the_matrix_and_fit_into_shared_memory(rows: int, width: int, ranks: int) -> None:
-    rank = narrow.padded(ranks)
-    for size in (2, 4):
-        blocks = narrow.product_blocks(rows, width, ranks, size)
-        stage = 2 * blocks.rows * blocks.columns + size * rank * blocks.columns
-        assert blocks.stages * stage + 2 * rank * blocks.columns <= SHARED_MEMORY
-        assert blocks.parts >= 1 and blocks.stages >= 2
-    for both, blocks in (
-        (True, narrow.gradient_blocks(rows, width, ranks)),
-        (False, narrow.sum_blocks(rows, width, ranks)),
-    ):
-        stage = 2 * blocks.rows * (blocks.columns + rank)
-        assert blocks.stages * stage + both * 2 * rank * blocks.columns <= SHARED_MEMORY
-        # what the parts of the sums add to one read of the matrix
-        parts = 8 * rank * (blocks.parts * width + both * rows * -(-width // blocks.columns))
-        assert blocks.parts >= 1 and (rows < 1024 or width < 512 or parts <= 2 * rank / 16 * 2 * rows * width)
+def test_the_blocks_fit_into_shared_memory_and_leave_few_multiprocessors_idle(rows: int, width: int, rank: int) -> None:
+    padded = narrow.padded(rank)
+    for size in (2, 4, 8):
+        blocks = narrow.product_blocks(rows, width, rank, size, PROCESSORS)
+        stage = 2 * blocks.rows * blocks.columns + size * padded * blocks.columns
+        assert blocks.stages >= 2 and blocks.stages * stage + 2 * padded * blocks.columns <= SHARED_MEMORY
+        assert blocks.parts == 1 or blocks.parts * -(-rows // 64) <= PROCESSORS
+    both, alone = (
+        narrow.gradient_blocks(rows, (width,), (rank,), PROCESSORS),
+        narrow.right_blocks(rows, width, rank, PROCESSORS),
+    )
+    for blocks, at_a_time in ((both, PROCESSORS), (alone, 2 * PROCESSORS)):
+        stage = 2 * blocks.rows * (blocks.columns + padded)
+        assert blocks.stages * stage + 2 * padded * blocks.columns <= SHARED_MEMORY
+        across, down = -(-width // blocks.columns), -(-rows // blocks.rows)
+        steps = -(-across * blocks.parts // at_a_time) * -(-down // blocks.parts)  # of 64 rows, one after the other
+        assert across * down < 4 * at_a_time or across * down / at_a_time > 0.75 * steps
