@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import fx
 from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
@@ -50,13 +49,13 @@ class Branch:
         found = narrow(change) if self.fused else None
         if found is None:
             return self._added(x, inside, change, bias)
-        operands = {
+        operands: dict[str, Any] = {
             "weights": [self.base.base_weight()], "biases": [bias], "lefts": [self._side(found.left)],
             "rights": [self._side(found.right)], "scales": [found.scale],
         }  # fmt: skip
         if inside is not x:
             operands["narrow"] = inside
-        y = _low_rank_linear(x, operands)
+        y = called(low_rank_linear, x, **operands)[0]
         for part in found.rest:
             if part.operation == "negate":
                 y = y - self.product(inside, part.arguments[0])
@@ -251,13 +250,3 @@ def _merges_weight(factors: list[Factor]) -> bool:
     size = factors[0].sides[0] * factors[-1].sides[1]
     whole = (factor for factor in factors if factor.node.operation == "weight" or _distributes(factor.node))
     return any(size >= factor.sides[0] * factor.sides[1] and reads_weight(factor.node) for factor in whole)
-
-
-def _low_rank_linear(x: Tensor, operands: dict[str, Any]) -> Tensor:
-    """The output of one site; on a proxy one node of its graph, which nothing looks into."""
-    results: Any
-    if isinstance(x, fx.Proxy):
-        results = x.tracer.create_proxy("call_function", low_rank_linear, (x,), operands)
-    else:
-        results = low_rank_linear(x, **operands)
-    return results[0]

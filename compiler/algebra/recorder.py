@@ -19,7 +19,9 @@ def called(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     tracer = next((value.tracer for value in arguments if isinstance(value, fx.Proxy)), None)
     if tracer is None:
         return kernel(*arguments, **options)
-    return tracer.create_proxy("call_function", kernel, arguments, options)
+    result = tracer.create_proxy("call_function", kernel, arguments, options)
+    result.node.meta["is_wrapped"] = True  # fx reads a saved module by tracing it: it does not look in there either
+    return result
 
 
 class Recorder(Mapping[str, fx.Proxy]):

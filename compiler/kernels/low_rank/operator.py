@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgery.compiler.kernels.low_rank import choice, plain, product
 from surgery.compiler.kernels.low_rank import narrow as fused
+from surgery.compiler.kernels.low_rank.reference import low_rank_linear_reference
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -35,7 +36,8 @@ def low_rank_linear(
     x and narrow (the dropped-out x; x itself where it is None) are `[..., in]`; the weights `[out, in]` have their
     dtype and are frozen; a left is `[out, rank]`, a right `[rank, in]`, of any floating dtype. The outputs
     `[..., out]` have x's dtype, under autocast its own. What is kept for the backward is narrow, the factors as they
-    are and `[rows, sum of ranks]` numbers.
+    are and `[rows, sum of ranks]` numbers. A weight that requires a gradient all the same gets it by the definition,
+    which is also what transforms of torch.func see.
     """
     device = x.device.type
     # costs are counted on meta, which has no autocast; an operation of one's own is not autocast by itself
@@ -44,6 +46,9 @@ def low_rank_linear(
         x, narrow = x.to(dtype), None if narrow is None else narrow.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    thawed = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if thawed or torch._C._are_functorch_transforms_active():
+        return low_rank_linear_reference(x, weights, biases, lefts, rights, scales, narrow)
     run = torch.ops.surgery.low_rank_linear if _is_watched() else _differentiable
     results: list[Tensor] = run(x, narrow, weights, biases, lefts, rights, scales)
     return results[:-1]

@@ -14,11 +14,11 @@ def low_rank_linear_reference(
 ) -> list[Tensor]:  # fmt: skip
     """`x @ weight.T + bias + scale * (narrow @ right.T) @ left.T` of each site; autograd gives its gradients.
 
-    x and narrow are `[..., in]` of one dtype, each weight `[out, in]` has it too and gets no gradient; a left is
+    x and narrow are `[..., in]` of one dtype, each weight `[out, in]` has it too; a left is
     `[out, rank]`, a right `[rank, in]`, of any floating dtype. Where `narrow` is None, x takes its place.
     """
     source = x if narrow is None else narrow
     return [
-        functional.linear(x, weight.detach(), bias) + scale * (source @ right.to(x.dtype).T) @ left.to(x.dtype).T
+        functional.linear(x, weight, bias) + scale * (source @ right.to(x.dtype).T) @ left.to(x.dtype).T
         for weight, bias, left, right, scale in zip(weights, biases, lefts, rights, scales, strict=True)
     ]

@@ -189,6 +189,15 @@ def test_a_weight_that_is_not_frozen_gets_its_gradient() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_transforms_of_torch_func() -> None:
+    one = call()
+    single = torch.func.vmap(lambda x: replace(one, x=x)()[0])
+    torch.testing.assert_close(single(one.x), one()[0], rtol=1e-12, atol=1e-12)
+    (expected,) = torch.autograd.grad(one()[1].sin().sum(), one.lefts[1])
+    found = torch.func.grad(lambda left: replace(one, lefts=[one.lefts[0], left])()[1].sin().sum())(one.lefts[1])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_gradient_is_needed() -> None:
     one = call()
     with torch.no_grad():
