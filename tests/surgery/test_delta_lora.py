@@ -24,6 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import surgery
 from surgery.cli.plan_table import print_plan
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.narrow import narrow
+from surgery.compiler.algebra.quantity import Quantity
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -205,6 +208,16 @@ def test_forty_steps_equal_the_algorithm(name: str, optimizer: str, update: str)
     model, pattern, causal = MODELS[name]()
     step = compiled(model, pattern, causal, optimizer, update)
     compare(step, Reference(model, step.parameters_by_site, optimizer.split()[0]), causal)
+
+
+def test_a_telescoped_site_is_one_product_of_twice_the_rank() -> None:
+    model, pattern, causal = llama()
+    step = compiled(model, pattern, causal, "adamw", "telescope")
+    formula = instance(step.plan, step.plan.sites[0].formula)
+    (term,) = formula.terms
+    found = narrow(formula.change(term.matrix))
+    assert found is not None and not found.rest
+    assert [found.left.shape[-1], found.right.shape[-2]] == [Quantity.of(2 * RANK)] * 2
 
 
 @pytest.mark.parametrize("update", ["literal", "telescope"])
