@@ -15,9 +15,9 @@ from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.forward import Forward, forward_source
+from surgery.compiler.emit.imports import IMPORTS as IMPORTS_OF_GRAPHS
 from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
 from surgery.compiler.emit.loss import is_by_rows, loss_text
-from surgery.compiler.emit.recompute import IMPORTS as IMPORTS_OF_FORWARD
 from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_OPTIMIZERS
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
@@ -39,7 +39,7 @@ from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
 # by the name that is called
-IMPORTS = IMPORTS_OF_FORWARD | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_EVENTS
+IMPORTS = IMPORTS_OF_GRAPHS | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_EVENTS
 
 
 def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:

@@ -15,7 +15,7 @@ from surgery.compiler.emit.head import Head, head_of, head_source
 from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
-from surgery.compiler.emit.recompute import IMPORTS, recomputed_functions
+from surgery.compiler.emit.recompute import recomputed_functions
 from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, drop_dead_nodes, is_constant, tensors
 
 HELPER = '''\
@@ -129,7 +129,7 @@ class _Writer:
         self.blocks = [item for item in items if isinstance(item, Block)]
         self.stacks = list(dict.fromkeys(block.stack for block in self.blocks))
         own = {"hidden_states", "head", "head_weights"} if self.head else set()
-        self.names = Names(frozenset({*helpers, *IMPORTS, *own}))
+        self.names = Names(frozenset({*helpers, *own}))
         self.placeholders = {
             node: TRAINING if node.target == TRAINING else self.names.claim(str(node.target))
             for node in graph.nodes

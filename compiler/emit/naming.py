@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from surgery.compiler.emit.imports import IMPORTS
+
 RESERVED = frozenset(
     {
         "w",
@@ -26,7 +28,7 @@ RESERVED = frozenset(
         "batch",
         "length",
     }
-    | {"step", "steps", "optimizer", "loss", "events", "under", "index", "gradients", "train_step"}
+    | {"step", "steps", "optimizer", "loss", "events", "under", "index", "gradients", "train_step", *IMPORTS}
 )
 _WORDS = {
     "add": "total", "sub": "difference", "rsub": "difference", "mul": "product", "div": "quotient", "pow": "power",
@@ -39,6 +41,8 @@ _WORDS = {
     "gathered", "masked_fill": "masked", "linear": "projected", "layer_norm": "normalised", "batch_norm":
     "normalised", "addmm": "projected", "mean": "mean", "log": "logarithm", "floordiv": "quotient", "round":
     "rounded", "split": "parts", "chunk": "parts", "document_starts": "starts", "packed_attention": "attended",
+    "from_diagonals": "matrix", "updated_row_norms": "norms", "scaled_columns": "scaled", "added_linear": "adapted",
+    "truediv": "quotient",
 }  # fmt: skip
 _SHAPED = {
     "view": "reshaped", "reshape": "reshaped", "transpose": "transposed", "permute": "permuted", "expand":

@@ -8,23 +8,10 @@ from surgery.compiler.algebra.recompute import Checkpointed, Recomputed
 from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 
-IMPORTS = {
-    "added_linear": "from surgery.compiler.kernels.added_linear import added_linear",
-    "from_diagonals": "from surgery.compiler.kernels.diagonals import from_diagonals",
-    "low_rank_linear": "from surgery.compiler.kernels.low_rank import low_rank_linear",
-    "checkpoint": "from torch.utils.checkpoint import checkpoint",
-    "rebuilt_linear": "from surgery.compiler.kernels.recompute import rebuilt_linear",
-    "scaled_columns": "from surgery.compiler.kernels.scaled_columns import scaled_columns",
-    "updated_row_norms": "from surgery.compiler.kernels.row_norms import updated_row_norms",
-    "document_starts": "from surgery.compiler.kernels.packed_attention import document_starts",
-    "packed_attention": "from surgery.compiler.kernels.packed_attention import packed_attention",
-    "updated_weight": "from surgery.compiler.kernels.updated_weight import updated_weight",
-}
-
 
 def recomputed_functions(module: fx.GraphModule) -> dict[str, str]:
     """Functions by name, one for sites that compute alike; the node of a call gets its name in `meta["function"]`."""
-    names, found = Names(frozenset(IMPORTS)), dict[str, str]()
+    names, found = Names(), dict[str, str]()
     for node in module.graph.nodes:
         owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(owner, Recomputed):
@@ -36,7 +23,7 @@ def recomputed_functions(module: fx.GraphModule) -> dict[str, str]:
 
 
 def _function(owner: Recomputed) -> str:
-    graph, names = owner.function.graph, Names(frozenset(IMPORTS))
+    graph, names = owner.function.graph, Names()
     known = {node: names.claim(str(node.target)) for node in graph.nodes if node.op == "placeholder"}
     parameters = ", ".join(f"{name}: Tensor" for name in known.values())
     (result,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes

@@ -19,6 +19,10 @@ from surgery.compiler.kernels.updated_weight import has_kernel
 
 WIDEST = 64  # ranks of the kernel, which holds a [rank, rank] matrix in registers
 
+KERNEL = False
+"""Whether the kernel in Triton is taken: it was right in Triton's interpreter; on a GPU it has run with blocks that did
+not fit alone, and not since."""
+
 _library = torch.library.Library("surgery", "FRAGMENT")
 _library.define("updated_row_norms(Tensor weight, Tensor left, Tensor right, float scale) -> (Tensor, Tensor)")
 
@@ -45,7 +49,7 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The norms, and `W @ right.T` for the backward."""
-    if right.shape[0] <= WIDEST and has_kernel(weight, left, right):
+    if KERNEL and right.shape[0] <= WIDEST and has_kernel(weight, left, right):
         from surgery.compiler.kernels.row_norms_triton import norms_and_product as fused
 
         with torch.cuda.device_of(weight):
@@ -57,10 +61,21 @@ def norms_and_product(weight: Tensor, left: Tensor, right: Tensor, scale: float)
     """The norms by their three terms, and `weight @ right.T`, from torch's own operations."""
     wide = _wide(weight)
     left, right = left.to(wide), right.to(wide)
-    product = weight.to(wide) @ right.T
+    product = _product(weight, right)
     squares = torch.linalg.vector_norm(weight, dim=-1, dtype=wide).square()
     squares += (left * (2 * scale * product + scale * scale * (left @ (right @ right.T)))).sum(-1)
     return squares.clamp(min=0).sqrt(), product
+
+
+def _product(weight: Tensor, right: Tensor) -> Tensor:
+    """`weight @ right.T` in right's dtype; a bfloat16 on a GPU is read as it is, once, beside right in parts of 8 bits."""
+    if not (weight.is_cuda and weight.dtype == torch.bfloat16):
+        return weight.to(right.dtype) @ right.T
+    high = right.to(torch.bfloat16)
+    middle = (right - high).to(torch.bfloat16)
+    low = (right - high - middle).to(torch.bfloat16)
+    products = torch.mm(weight, torch.cat((low, middle, high)).T, out_dtype=torch.float32)
+    return products.view(weight.shape[0], 3, -1).sum(1)
 
 
 class _RowNorms(torch.autograd.Function):
@@ -108,5 +123,5 @@ torch.library.register_fake("surgery::updated_row_norms", _fake, lib=_library)
 
 @register_flop_formula(torch.ops.surgery.updated_row_norms)
 def _operations(weight: Sequence[int], left: Any, right: Sequence[int], *rest: Any, **more: Any) -> int:
-    """The product with W and its squares; what is of the factors alone is small."""
-    return 2 * weight[0] * weight[1] * (right[0] + 1)
+    """The product with W; what is of the factors alone is small."""
+    return 2 * weight[0] * weight[1] * right[0]

@@ -15,7 +15,7 @@ def _scaled(
     y, other, scales, result, sums, rows, width,
     BOTH: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`y * scales` of a part of the rows and a block of columns, and the sums of `y * other` over these rows if BOTH."""
+    """`y * scales` of a part of the rows and a block of columns; if BOTH, also the sums of `y * other` over the rows."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     scale = tl.load(scales + columns, inside, 0.0).to(tl.float32)

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+KERNEL = False
+"""Whether the kernel in Triton is taken: it was right in Triton's interpreter and has not been run on a GPU."""
+
 _library = torch.library.Library("surgery", "FRAGMENT")
 _library.define("updated_weight(Tensor weight, Tensor left, Tensor right, float scale, str times) -> Tensor")
 
@@ -26,6 +29,8 @@ def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1
     `times` is "one", "mask" or "weight". The result has the weight's dtype, rounded once from float32 or what is
     wider. `left` and `right`, of any floating dtype, have gradients; the weight is frozen and has none.
     """
+    if torch.compiler.is_compiling() and not KERNEL:  # torch.compile makes one pass of what stands behind the product
+        return updated_weight_reference(weight, left, right, scale, times)
     result: Tensor = torch.ops.surgery.updated_weight(weight, left, right, scale, times)
     return result
 
@@ -50,12 +55,22 @@ def _under(weight: Tensor, times: str, update: Tensor) -> Tensor:
 
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
-    if has_kernel(weight, left, right):
+    if KERNEL and has_kernel(weight, left, right):
         from surgery.compiler.kernels.updated_weight_triton import updated_weight as fused
 
         with torch.cuda.device_of(weight):
             return fused(weight, left, right, scale, times)
-    return updated_weight_reference(weight, left, right, scale, times)
+    return in_place(weight, left, right, scale, times)
+
+
+def in_place(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
+    """The numbers of the reference with one matrix beside the result, in the fewest passes of torch's operations."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    update = (left.to(wide) * scale) @ right.to(wide)
+    if times == "weight":
+        update.mul_(weight)
+    result = torch.add(weight, update, out=torch.empty_like(weight))
+    return result.masked_fill_(weight == 0, 0) if times == "mask" else result
 
 
 def has_kernel(*tensors: Tensor) -> bool:
@@ -100,5 +115,5 @@ torch.library.register_fake("surgery::updated_weight", lambda weight, *rest: tor
 
 @register_flop_formula(torch.ops.surgery.updated_weight)
 def _operations(weight: Sequence[int], left: Sequence[int], *rest: Any, **more: Any) -> int:
-    """The product of the factors, and one multiplication and addition for each entry."""
-    return 2 * weight[0] * weight[1] * (left[1] + 1)
+    """The product of the factors."""
+    return 2 * weight[0] * weight[1] * left[1]
