@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgery
@@ -135,6 +136,26 @@ def test_dropout_of_the_head(architectures: Any, monkeypatch: pytest.MonkeyPatch
         torch.manual_seed(seed)
         losses.append(float(ours._namespace["gradients"](ours.weights, given)))
     assert len(set(losses)) == 3
+
+
+def test_compiled(architectures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that does more than a product is compiled: once for the first rows, once for all other numbers of them."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_function, changed = torch.compile, {"backend": counter, "fullgraph": True}
+    architecture = architectures["gemma2"]
+    theirs = compiled(architecture, monkeypatch, chunks=False)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_function(function, **options | changed))
+    ours = compiled(architecture, monkeypatch, step="compile = on")
+    assert ours._namespace["COMPILED"][-1] == "head"
+    counts = []
+    for rows in (4, 4, 3, 5, 7):
+        given = batch(architecture, rows)
+        equal(gradients(ours, given), gradients(theirs, given), 1e-10)
+        counts.append(counter.frame_count)
+    # the block, chunks of 5 rows and a last one of 1; then both for all other numbers
+    assert counts == [3, 3, 5, 5, 5]
+    torch._dynamo.reset()
 
 
 class Widest(TorchDispatchMode):  # type: ignore[no-untyped-call]
