@@ -151,6 +151,8 @@ def _order(like: Tensor) -> list[int]:
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor as a vector in the order in which `like` lies in memory; of `like` itself a view."""
+    if like.is_contiguous():
+        return tensor.detach().reshape(-1)
     permuted = tensor.detach().permute(_order(like))
     return permuted.view(-1) if tensor is like else permuted.reshape(-1)
 
