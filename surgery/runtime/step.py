@@ -192,7 +192,7 @@ class TrainingStep:
     def _ready(self, batch: Mapping[str, Tensor], *, labels: bool) -> dict[str, Tensor]:
         needed = self._loss.labels if labels else None
         checked = batches.check(batch, self.graph.inputs, needed, causal=self.plan.model.task == "causal_lm")
-        return {name: value.to(self.device) for name, value in checked.items()}
+        return {name: _moved(value, self.device) for name, value in checked.items()}
 
     # --- what is inside ---
 
@@ -289,6 +289,13 @@ def _device(device: str | torch.device | None, given: Mapping[str, Tensor]) -> t
         wanted = torch.device(device)
         return torch.empty(0, device=wanted).device  # "cuda" to "cuda:0"
     return next((tensor.device for tensor in given.values()), torch.device("cpu"))
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; to a GPU from pinned memory, since the host would wait for any other to be read."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def _module(graph: Graph, weights: dict[str, Tensor], device: torch.device) -> fx.GraphModule:

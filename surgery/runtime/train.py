@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from surgery.compiler.diagnostics import Note, fail
-from surgery.runtime.data import Data, Stream
+from surgery.runtime.data import Data, Examples, Stream
 from surgery.runtime.evaluate import Evaluable, evaluate
 from surgery.runtime.progress import Progress, line
 from surgery.runtime.run_folder import METRICS, Savable, all_finite, keep_save, load_state, save_step
@@ -73,47 +73,86 @@ def train(
     metrics = _Metrics(run, step.step)
     if run is not None and not resume:
         save_step(step, run, extra)
-    outcome = Outcome(step.step, step.steps, None)
     began = time.perf_counter()
     with metrics, _interruption() as interrupted, Progress(step.steps, step.step, progress) as bar:
+        rows = _Rows(step, run, extra, metrics, bar, log)
         while step.step < step.steps and not interrupted.is_set():
-            number = step.step
-            row = _take(step, stream.batch(number), number, run, extra)
+            taken = _Taken(step, stream)
             done = step.step
-            if done == number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller loss scale
+            if done == taken.number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller scale
+                rows.read(taken)
                 continue
-            if data.held_out is not None and (done == step.steps or _due(plan.evaluate, done)):
-                evaluation = evaluate(step, data.held_out)
-                row |= {f"eval_{name}": value for name, value in evaluation.items() if name != "rows"}
-                outcome = Outcome(done, step.steps, row["loss"], evaluation)
-            metrics.write(row)
-            bar.advance(row)
-            if log is not None and (_due(plan.log, done) or done == step.steps or "eval_loss" in row):
-                log(line(row))
-            if run is not None and _due(plan.save, done) and done < step.steps:
+            rows.settle()
+            evaluates = data.held_out is not None and (done == step.steps or _due(plan.evaluate, done))
+            saves = run is not None and _due(plan.save, done) and done < step.steps
+            rows.unread = taken
+            # While a GPU computes a step, the host prepares the next one and only then reads the loss of the last.
+            if taken.result.loss.is_cuda and not evaluates and not saves:
+                continue
+            rows.settle(data.held_out if evaluates else None)
+            if saves and run is not None:
                 metrics.sync()
                 save_step(step, run, extra)
                 if plan.keep is not None:
                     keep_save(run, done, plan.keep)
-            outcome = Outcome(done, step.steps, row["loss"], outcome.evaluation)
+        rows.settle()
         metrics.sync()
         if run is not None:
             save_step(step, run, extra)
     seconds = time.perf_counter() - began
-    finished = step.step >= step.steps
-    return Outcome(step.step, step.steps, outcome.loss, outcome.evaluation, seconds, interrupted=not finished)
+    return Outcome(step.step, step.steps, rows.loss, rows.evaluation, seconds, interrupted=step.step < step.steps)
 
 
-def _take(step: Trainable, batch: dict[str, Tensor], number: int, run: Path | None, extra: dict[str, Any]) -> Row:
-    rate, began = step.learning_rate, time.perf_counter()
-    result = step(batch)
-    loss = float(result.loss)
-    if not math.isfinite(loss):
-        raise _not_finite(step, loss, number, run, extra)
-    row: Row = {"step": number, "loss": loss, "lr": rate, "seconds": round(time.perf_counter() - began, 6)}
-    if penalty := float(result.penalty):
-        row["penalty"] = penalty
-    return row
+class _Taken:
+    """A step that was taken, with a loss that nobody has read yet."""
+
+    def __init__(self, step: Trainable, stream: Stream) -> None:
+        self.number, self.rate = step.step, step.learning_rate
+        batch = stream.batch(self.number)
+        self.began = time.perf_counter()
+        self.result = step(batch)
+
+
+class _Rows:
+    """What is known of each step: written, shown and logged in order, as soon as its loss is read."""
+
+    def __init__(
+        self, step: Trainable, run: Path | None, extra: dict[str, Any], metrics: _Metrics, bar: Progress,
+        log: Callable[[str], None] | None,
+    ) -> None:  # fmt: skip
+        self.step, self.run, self.extra, self.metrics, self.bar, self.log = step, run, extra, metrics, bar, log
+        self.unread: _Taken | None = None
+        self.ended = 0.0  # when the last loss was there
+        self.loss: float | None = None
+        self.evaluation: dict[str, float] = {}
+
+    def settle(self, held_out: Examples | None = None) -> None:
+        """Read the step that is unread, if one is, and evaluate on `held_out`."""
+        if self.unread is None:
+            return
+        taken, self.unread = self.unread, None
+        row = self.read(taken)
+        if held_out is not None:
+            self.evaluation = evaluate(self.step, held_out)
+            row |= {f"eval_{name}": value for name, value in self.evaluation.items() if name != "rows"}
+        self.metrics.write(row)
+        self.bar.advance(row)
+        done = taken.number + 1
+        if self.log is not None and (_due(self.step.plan.step.log, done) or done == self.step.steps or held_out):
+            self.log(line(row))
+        self.loss = row["loss"]
+
+    def read(self, taken: _Taken) -> Row:
+        """The row of a step; SURG053 if its loss is not finite."""
+        loss = float(taken.result.loss)
+        if not math.isfinite(loss):
+            raise _not_finite(self.step, loss, taken.number, self.run, self.extra)
+        now = time.perf_counter()
+        seconds, self.ended = now - max(taken.began, self.ended), now
+        row: Row = {"step": taken.number, "loss": loss, "lr": taken.rate, "seconds": round(seconds, 6)}
+        if penalty := float(taken.result.penalty):
+            row["penalty"] = penalty
+        return row
 
 
 def _not_finite(step: Trainable, loss: float, number: int, run: Path | None, extra: dict[str, Any]) -> Exception:

@@ -176,3 +176,54 @@ def test_a_state_that_is_broken_already_does_not_replace_the_last_save(tmp_path:
     with pytest.raises(SurgError, match="SURG053"):
         train(step, data(), tmp_path / "run", progress=False)
     assert load_state(tmp_path / "run").step == 4
+
+
+class OnGpu(FakeStep):
+    """Its losses are there later: it notes when a step is taken, and when its loss is read."""
+
+    def __init__(self, folder: Path, steps: int = 7, **settings: Any) -> None:
+        super().__init__(folder, steps, **settings)
+        self.events: list[str] = []
+
+    def __call__(self, batch: dict[str, Tensor]) -> Any:
+        number, result = self.step, super().__call__(batch)
+        if self.step == number:  # on a GPU nobody waits for the loss inside a step: it is taken anyway
+            self.step += 1
+            self.weight.data.fill_(math.nan)
+        self.events.append(f"take {number}")
+
+        def read() -> float:
+            self.events.append(f"read {number}")
+            return float(result.loss)
+
+        later = type("Later", (), {"is_cuda": True, "__float__": lambda _: read()})
+        return SimpleNamespace(loss=later(), penalty=result.penalty)
+
+
+def test_the_loss_of_a_step_on_a_gpu_is_read_while_the_next_one_runs(tmp_path: Path) -> None:
+    lines: list[list[str]] = [[], []]
+    outcomes = []
+    for name, kind, said in (("cpu", FakeStep, lines[0]), ("gpu", OnGpu, lines[1])):
+        step = kind(tmp_path, evaluate=3, save=2, log=1)
+        outcomes.append(train(step, data(), tmp_path / name, progress=False, log=said.append))
+    assert losses(tmp_path / "gpu") == losses(tmp_path / "cpu") and len(lines[0]) == 7
+    assert [text.rpartition("  ")[0] for text in lines[1]] == [text.rpartition("  ")[0] for text in lines[0]]
+    assert (outcomes[0].loss, outcomes[0].evaluation) == (outcomes[1].loss, outcomes[1].evaluation)
+    assert isinstance(step, OnGpu)
+    # Saved after 2, 4 and 6, evaluated after 3, 6 and 7: only the first and the fifth loss can wait.
+    assert step.events == ["take 0", "take 1", "read 0", "read 1", "take 2", "read 2", "take 3", "read 3", "take 4",
+                      "take 5", "read 4", "read 5", "take 6", "read 6"]  # fmt: skip
+
+
+def test_a_broken_step_on_a_gpu_is_named_and_nothing_behind_it_is_saved(tmp_path: Path) -> None:
+    def spoil(step: FakeStep) -> None:
+        if step.step == 4:
+            step.loss = lambda batch, noise: torch.tensor(math.nan)  # type: ignore[method-assign]
+
+    step = OnGpu(tmp_path, save=3)
+    step.hook = spoil
+    with pytest.raises(SurgError, match="the loss is nan at step 4"):
+        train(step, data(), tmp_path / "run", progress=False)
+    assert step.events[-1] == "read 4" and "take 5" in step.events
+    assert load_state(tmp_path / "run").step == 3
+    assert [number for number, _ in losses(tmp_path / "run")] == [0, 1, 2, 3]
