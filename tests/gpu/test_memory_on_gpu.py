@@ -1,4 +1,4 @@
-"""The predicted memory of a step against what the allocator of a CUDA device counts; recompute gives the same losses."""
+"""The predicted memory of a step against what a CUDA device's allocator counts; recompute changes no loss."""
 
 from __future__ import annotations
 
