@@ -85,7 +85,7 @@ class Evaluator:
                 return inner.transpose(-1, -2) if node.operation == "transpose" else inner[_index(node)]
         return None
 
-    def stored(self, node: Expression, stopped: bool = False) -> Tensor:
+    def operand(self, node: Expression, stopped: bool = False) -> Tensor:
         """An operand of a kernel: what is stored as it is, what is computed in the working dtype."""
         view = self.view(node, stopped)
         return self(node, stopped) if view is None else view
@@ -148,7 +148,7 @@ class Evaluator:
                 return left**right
         structure = STRUCTURES[node.operation]
         if structure.as_stored:
-            return structure.evaluate(node, *(self.stored(part, stopped) for part in parts))
+            return structure.evaluate(node, *(self.operand(part, stopped) for part in parts))
         like = (self.like(),) if structure.constant else ()
         return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
 
@@ -158,9 +158,10 @@ class Evaluator:
         return self.cast(self.weight(), "W") if first is None else self.cast(self.tensors[first], first)
 
     def _product(self, node: Expression, stopped: bool) -> Tensor:
-        """A chain of products in its cheapest order."""
+        """A chain of products in its cheapest order; a diagonal matrix scales rows or columns."""
         factors = chain(node)
-        if len(factors) == 2 or any(len(part.shape) != 2 for part in factors):
+        diagonal = [part.operation == "diag" for part in factors]
+        if any(len(part.shape) != 2 for part in factors) or not (any(diagonal) or len(factors) > 2):
             return self._matmul(node, stopped)
         sizes = [whole_of(factors[0].shape[-2]), *(whole_of(part.shape[-1]) for part in factors)]
         order = multiplication_order(sizes)
@@ -169,6 +170,10 @@ class Evaluator:
             if first == last:
                 return self(factors[first], stopped)
             split = order[first, last]
+            if first == split and diagonal[first]:
+                return self(factors[first].arguments[0], stopped).unsqueeze(-1) * product(split + 1, last)
+            if split + 1 == last and diagonal[last]:
+                return product(first, split) * self(factors[last].arguments[0], stopped).unsqueeze(-2)
             return torch.matmul(product(first, split), product(split + 1, last))
 
         return product(0, len(factors) - 1)

@@ -290,6 +290,7 @@ def _lowered(plan: Plan, site: Site, module: nn.Module, values: dict[str, Tensor
     for name in reversed(names):
         with graph.inserting_after(last):
             inputs[name] = graph.placeholder(f"{name.replace('.', '_')}_")
+        inputs[name].target = inputs[name].name  # fx names the nodes of B and of b alike: arguments are called as nodes
     for node in reads:
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)

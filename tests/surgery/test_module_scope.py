@@ -218,3 +218,29 @@ def test_a_second_program_is_refused() -> None:
     surgery.apply(program, model)
     with pytest.raises(surgery.SurgError, match="SURG060.*adapted already"):
         surgery.apply(surgery.parse(SPEC.format(pattern="**.k_proj", method="lora(rank = 4)")), model)
+
+
+@pytest.mark.parametrize("method", ["lora(rank = 4)", "dora(rank = 4)", "vera(rank = 4)"])
+def test_kernels_are_saved_exported_and_compiled_with_the_modules(method: str, tmp_path: Path) -> None:
+    """A whole saved module, torch.export and torch.compile see the kernel as one operation, and compute the same."""
+    program = surgery.parse(SPEC.format(pattern="model.layers.**.*_proj", method=f"{method}  strategy = branch"))
+    model: Any = surgery.apply(program, llama())
+    model.config.use_cache = False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ids, trained = tokens(), [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)
+        exported = torch.export.export(model, (), {"input_ids": ids}, strict=False)
+        assert any(str(node.target) == "surgery.low_rank_linear.default" for node in exported.graph.nodes)
+        torch.testing.assert_close(exported.module()(input_ids=ids).logits, expected)
+    gradients = torch.autograd.grad(model(ids).logits.sin().sum(), trained)
+    compiled = torch.compile(model, backend="aot_eager")(ids).logits
+    torch.testing.assert_close(compiled, expected)
+    for ours, theirs in zip(torch.autograd.grad(compiled.sin().sum(), trained), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
