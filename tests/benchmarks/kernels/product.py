@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from math import sqrt
 from typing import Any
 from unittest import mock
 
@@ -47,7 +48,7 @@ class Group:
     @classmethod
     def drawn(cls, tokens: int, width: int, outs: list[int], rank: int) -> Group:
         def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return (torch.randn(size, device="cuda") * size[-1] ** -0.5).to(dtype)
+            return (torch.randn(size, device="cuda") / sqrt(size[-1])).to(dtype)
 
         return cls(
             random(tokens, width), [random(out, width) for out in outs], [random(tokens, out) for out in outs],
