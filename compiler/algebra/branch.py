@@ -13,8 +13,8 @@ from torch.nn import functional
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import Evaluator
 from surgery.compiler.algebra.expression import Expression
-from surgery.compiler.algebra.facts import reads_weight
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
+from surgery.compiler.algebra.facts import reads_weight
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.narrow import narrow, summands, total, turned
 from surgery.compiler.algebra.order import multiplication_order
@@ -246,7 +246,7 @@ def _distributes(node: Expression) -> bool:
 
 
 def _merges_weight(factors: list[Factor]) -> bool:
-    """Whether a product of matrices is as large as a W among them, or a sum with W: rounded, it would lose what is small."""
+    """Whether a product is as large as a W among its factors, or a sum with W: rounded, it would lose what is small."""
     size = factors[0].sides[0] * factors[-1].sides[1]
     whole = (factor for factor in factors if factor.node.operation == "weight" or _distributes(factor.node))
     return any(size >= factor.sides[0] * factor.sides[1] and reads_weight(factor.node) for factor in whole)

@@ -38,7 +38,7 @@ def updated(weight: Expression) -> Updated | None:
 
 def built(parts: Updated, evaluator: Evaluator) -> Tensor:
     """The weight, in one pass over W; factors that are stored tensors are read as they are stored."""
-    left, right = map(evaluator.stored, (parts.left, parts.right))
+    left, right = map(evaluator.operand, (parts.left, parts.right))
     return called(updated_weight, evaluator.weight(), left, right, parts.scale, parts.times)
 
 

@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-_library = torch.library.Library("surgery", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "added_linear(Tensor x, Tensor weight, Tensor? bias, Tensor change, Tensor? inside, float scale) -> Tensor"
 )
-_library.define("summed_products(Tensor rows, Tensor first, Tensor second, float scale) -> Tensor")
+_library.define("summed_products(Tensor rows, Tensor first, Tensor second, float scale) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def added_linear(

@@ -38,6 +38,6 @@ class _FromDiagonals(torch.autograd.Function):
         rows, columns = ctx.sides
         # behind rows of zeros, cut one shorter than it is, row i moves by i: the diagonals then stand in columns
         longer = functional.pad(gradient.flip(-1), (0, rows)).flatten(-2)
-        apart = longer.narrow(-1, 0, rows * (rows + columns - 1)).unflatten(-1, (rows, rows + columns - 1))
+        apart = longer.narrow(-1, 0, rows * (rows + columns - 1)).view(*longer.shape[:-1], rows, rows + columns - 1)
         wide = torch.promote_types(gradient.dtype, torch.float32)
         return apart.sum(-2, dtype=wide).to(gradient.dtype), None, None

@@ -1,4 +1,4 @@
-"""The gradients of two factors whose product is a weight, from the rows on both its sides: `[out, in]` is not formed."""
+"""The gradients of two factors whose product is a weight, from the rows on its sides: no `[out, in]` is formed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgery.compiler.kernels.low_rank import choice, narrow, plain
 
-_library = torch.library.Library("surgery", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "factor_gradients(Tensor dy, Tensor x, Tensor left, Tensor right, bool need_left, bool need_right) -> Tensor[]"
 )
 
@@ -31,7 +31,7 @@ def factor_gradients(
 def _forward(dy: Tensor, x: Tensor, left: Tensor, right: Tensor, need_left: bool, need_right: bool) -> list[Tensor]:
     fused = all(choice.has_narrow_kernels(rows, right.shape[0]) for rows in (dy, x))
     form: Any = narrow if fused else plain
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         u = form.narrow_product(x, [right], [1.0]) if need_left else None
         if not need_right:
             return plain.left_gradients([dy], u, [left]) if u is not None else []

@@ -23,8 +23,8 @@ KERNEL = False
 """Whether the kernel in Triton is taken: it was right in Triton's interpreter; on a GPU it has run with blocks that did
 not fit alone, and not since."""
 
-_library = torch.library.Library("surgery", "FRAGMENT")
-_library.define("updated_row_norms(Tensor weight, Tensor left, Tensor right, float scale) -> (Tensor, Tensor)")
+_library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("updated_row_norms(Tensor weight, Tensor left, Tensor right, float scale) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
 
 
 def updated_row_norms(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -40,7 +40,8 @@ def updated_row_norms(weight: Tensor, left: Tensor, right: Tensor, scale: float 
 def updated_row_norms_reference(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """What `updated_row_norms` is by definition, in plain torch."""
     wide = _wide(weight)
-    return torch.linalg.vector_norm(weight.to(wide) + scale * (left.to(wide) @ right.to(wide)), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * (left.to(wide) @ right.to(wide)), dim=-1)
+    return norms
 
 
 def _wide(weight: Tensor) -> torch.dtype:
@@ -52,7 +53,7 @@ def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple
     if KERNEL and right.shape[0] <= WIDEST and has_kernel(weight, left, right):
         from surgery.compiler.kernels.row_norms_triton import norms_and_product as fused
 
-        with torch.cuda.device_of(weight):
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             return fused(weight, left, right, scale)
     return norms_and_product(weight, left, right, scale)
 
@@ -68,7 +69,7 @@ def norms_and_product(weight: Tensor, left: Tensor, right: Tensor, scale: float)
 
 
 def _product(weight: Tensor, right: Tensor) -> Tensor:
-    """`weight @ right.T` in right's dtype; a bfloat16 on a GPU is read as it is, once, beside right in parts of 8 bits."""
+    """`weight @ right.T` in right's dtype; bfloat16 on a GPU is read as it is, with right in parts of 8 bits."""
     if not (weight.is_cuda and weight.dtype == torch.bfloat16):
         return weight.to(right.dtype) @ right.T
     high = right.to(torch.bfloat16)

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from surgery.compiler.kernels.updated_weight import has_kernel
 
-
 KERNELS = False
 """Whether the kernels in Triton are taken: they were right in Triton's interpreter and have not been run on a GPU."""
 
@@ -49,7 +48,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, scales)
-        with torch.cuda.device_of(y):
+        with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
             return _forms(y, scales)[0](y, scales)
 
     @staticmethod
@@ -57,7 +56,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y, scales = ctx.saved_tensors
         one, both = _forms(dy, scales)
-        with torch.cuda.device_of(dy):
+        with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
             return (one(dy, scales), None) if y is None else both(dy, y, scales)
 
 

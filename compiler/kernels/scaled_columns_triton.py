@@ -1,4 +1,5 @@
 """`scaled_columns` in Triton; its backward sums over blocks of rows, which are then added in a fixed order."""
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def _scaled(
     y, other, scales, result, sums, rows, width,
     BOTH: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`y * scales` of a part of the rows and a block of columns; if BOTH, also the sums of `y * other` over the rows."""
+    """`y * scales` of a part of the rows and a block of columns; if BOTH, the sums of `y * other` over these rows."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     scale = tl.load(scales + columns, inside, 0.0).to(tl.float32)

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 KERNEL = False
 """Whether the kernel in Triton is taken: it was right in Triton's interpreter and has not been run on a GPU."""
 
-_library = torch.library.Library("surgery", "FRAGMENT")
-_library.define("updated_weight(Tensor weight, Tensor left, Tensor right, float scale, str times) -> Tensor")
+_library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("updated_weight(Tensor weight, Tensor left, Tensor right, float scale, str times) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, times: str = "one") -> Tensor:
@@ -58,7 +58,7 @@ def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: s
     if KERNEL and has_kernel(weight, left, right):
         from surgery.compiler.kernels.updated_weight_triton import updated_weight as fused
 
-        with torch.cuda.device_of(weight):
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
             return fused(weight, left, right, scale, times)
     return in_place(weight, left, right, scale, times)
 

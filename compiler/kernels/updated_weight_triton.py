@@ -1,4 +1,5 @@
 """`updated_weight` in Triton: a program makes one tile of the result, its piece of the product and W read once."""
+# mypy: ignore-errors
 
 from __future__ import annotations
 

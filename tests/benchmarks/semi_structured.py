@@ -61,7 +61,9 @@ def main() -> None:
             print(f"{name:12s} not on this build: {str(failure).strip()[:150]}", flush=True)
             continue
         whole, frozen, moving = sum(dense.values()), rows + dense["dy @ W"], rows + dense["dy @ W"] + pack
-        print(f"{name:12s} x @ W.T {forward:.1f} us, contiguous {rows:.1f} us, packing {pack:.1f} us, error {error:.1e}")
+        print(
+            f"{name:12s} x @ W.T {forward:.1f} us, contiguous {rows:.1f} us, packing {pack:.1f} us, error {error:.1e}"
+        )
         print(f"{'':12s} forward and backward: dense 1.00, W packed once {frozen / whole:.2f}, in every step "
               f"{moving / whole:.2f}", flush=True)  # fmt: skip
 

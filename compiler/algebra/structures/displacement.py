@@ -18,14 +18,13 @@ from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 from surgery.compiler.kernels.diagonals import from_diagonals
 
-
 HALF = (torch.bfloat16, torch.float16)
 ENTRIES = 4900
 """How many entries of the matrix tensor cores multiply with in half precision while a transform, which runs in float32,
 takes one point. On an H200 in bfloat16, 8192 rows, forward and backward, in microseconds: of 4096 points 1530 and the
 matrix 1408, of 8192 points 2948 (a Toeplitz matrix of side 4096: 3056) and the matrix of side 8192 5620. In float32
-transforms take 651 for 2048 points and the matrix 4201: they always win. In half precision the matrix was then built in
-another way; at 2048, where transforms take 823, its three products alone take 280: that it wins there is a prediction."""
+transforms take 651 for 2048 points and the matrix 4201: they always win. In half precision the matrix was then built
+in another way; at 2048, where transforms take 823, its three products take 280: that it wins there is a prediction."""
 
 
 class _Displacement(Structure):

@@ -49,18 +49,18 @@ W = Expression("weight", (), (size(OUT), size(IN)), name="W")
 A, B = tensor("A", OUT, RANK), tensor("B", RANK, IN)
 C, D, DENSE = tensor("C", OUT, 2), tensor("D", 2, IN), tensor("dense", OUT, IN)
 PRODUCT = Expression("matmul", (A, B), W.shape)
+TURNED = Expression("matmul", (transpose(B), transpose(A)), W.shape[::-1])
 OTHER = Expression("matmul", (C, D), W.shape)
 MASKED = joined("multiply", call("mask", W), joined("multiply", number(2), PRODUCT))
 FOUND = {
     "plain": (joined("add", W, joined("multiply", number(0.5), PRODUCT)), "one"),
     "subtracted": (joined("subtract", W, PRODUCT), "one"),
     "change in front": (joined("add", joined("divide", PRODUCT, number(4)), W), "one"),
-    "transposed product": (joined("add", W, transpose(Expression("matmul", (transpose(B), transpose(A)), W.shape[::-1]))),
-                           "one"),
+    "transposed product": (joined("add", W, transpose(TURNED)), "one"),
     "two products": (joined("subtract", joined("add", W, PRODUCT), OTHER), "one"),
     "under the mask": (joined("add", W, MASKED), "mask"),
     "mask behind": (joined("subtract", W, joined("multiply", PRODUCT, call("mask", W))), "mask"),
-    "both under the mask": (joined("add", joined("add", W, MASKED), joined("multiply", call("mask", W), OTHER)), "mask"),
+    "both masked": (joined("add", joined("add", W, MASKED), joined("multiply", call("mask", W), OTHER)), "mask"),
     "scaled mask": (joined("add", W, joined("multiply", number(-3), negative(MASKED))), "mask"),
     "times W": (joined("add", W, joined("multiply", W, PRODUCT)), "weight"),
     "a computed factor": (joined("add", W, Expression("matmul", (call("tanh", A), B), W.shape)), "one"),
