@@ -9,7 +9,7 @@ the model says of several sites in one launch is a prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -38,15 +38,15 @@ def tiling_of_outputs(rows: Tensor, weights: Sequence[Tensor], ranks: Sequence[i
     """How Triton makes `rows @ weight.T + u @ left.T` of all sites; None where torch's products are to make them."""
     if not _bulk([rows], weights):
         return None
-    outs, count = [weight.shape[0] for weight in weights], processors(rows.device)
-    return fastest_for_outputs(rows.shape[0], rows.shape[1], outs, ranks, count)
+    outs, count = tuple(weight.shape[0] for weight in weights), processors(rows.device)
+    return fastest_for_outputs(rows.shape[0], rows.shape[1], outs, tuple(ranks), count)
 
 
 def tiling_of_input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], rank: int) -> Tiling | None:
     """How Triton makes the sum of all sites' `dy @ weight` and of `du @ right`; None where torch's products do."""
     if not _bulk(dys, weights):
         return None
-    (rows, _), width, outs = dys[0].shape, weights[0].shape[1], [dy.shape[1] for dy in dys]
+    (rows, _), width, outs = dys[0].shape, weights[0].shape[1], tuple(dy.shape[1] for dy in dys)
     return fastest_for_input_gradient(rows, width, outs, rank, processors(dys[0].device))
 
 
@@ -55,7 +55,10 @@ def has_narrow_kernels(wide: Tensor, ranks: int) -> bool:
     return NARROW_KERNELS and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= WIDEST
 
 
-def fastest_for_outputs(rows: int, width: int, outs: Sequence[int], ranks: Sequence[int], count: int) -> Tiling | None:
+@lru_cache(4096)
+def fastest_for_outputs(
+    rows: int, width: int, outs: tuple[int, ...], ranks: tuple[int, ...], count: int
+) -> Tiling | None:
     """The tiling for x `[rows, width]`, weights `[out, width]` and `count` multiprocessors, None if torch is faster."""
     torch_time = 0.0
     for out, rank in zip(outs, ranks, strict=True):
@@ -65,7 +68,8 @@ def fastest_for_outputs(rows: int, width: int, outs: Sequence[int], ranks: Seque
     return _fastest(times, torch_time)
 
 
-def fastest_for_input_gradient(rows: int, width: int, outs: Sequence[int], rank: int, count: int) -> Tiling | None:
+@lru_cache(4096)
+def fastest_for_input_gradient(rows: int, width: int, outs: tuple[int, ...], rank: int, count: int) -> Tiling | None:
     """The tiling for dys `[rows, out]` and weights `[out, width]` on `count` multiprocessors, None if torch is faster.
 
     `rank` is the sum of the ranks whose product goes into the same sum; zero where there is none.

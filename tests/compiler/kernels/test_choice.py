@@ -40,7 +40,7 @@ def test_the_model_is_near_what_was_measured(width: int, out: int) -> None:
 @pytest.mark.parametrize("outs", [(2048, 512, 512), (2048,), (8192, 8192), (4096, 1024, 1024)])
 @pytest.mark.parametrize("rows", [8192, 32768])
 def test_large_outputs_take_the_narrow_product_along(rows: int, outs: tuple[int, ...]) -> None:
-    assert choice.fastest_for_outputs(rows, 2048, outs, [RANK] * len(outs), PROCESSORS) in choice.STEP
+    assert choice.fastest_for_outputs(rows, 2048, outs, (RANK,) * len(outs), PROCESSORS) in choice.STEP
 
 
 def test_the_input_gradient_of_several_sites_is_one_sum() -> None:
@@ -49,12 +49,12 @@ def test_the_input_gradient_of_several_sites_is_one_sum() -> None:
 
 @pytest.mark.parametrize(("rows", "width"), [(8192, 384), (64, 4096), (1, 8192), (512, 1024)])
 def test_what_is_short_is_left_to_torch(rows: int, width: int) -> None:
-    assert choice.fastest_for_outputs(rows, width, [width], [RANK], PROCESSORS) is None
-    assert choice.fastest_for_input_gradient(rows, width, [width], RANK, PROCESSORS) is None
+    assert choice.fastest_for_outputs(rows, width, (width,), (RANK,), PROCESSORS) is None
+    assert choice.fastest_for_input_gradient(rows, width, (width,), RANK, PROCESSORS) is None
 
 
 def test_without_a_narrow_product_one_site_is_left_to_torch() -> None:
-    assert choice.fastest_for_input_gradient(ROWS, 4096, [4096], 0, PROCESSORS) is None
+    assert choice.fastest_for_input_gradient(ROWS, 4096, (4096,), 0, PROCESSORS) is None
 
 
 def test_every_tiling_has_one_time() -> None:
