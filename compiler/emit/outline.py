@@ -165,9 +165,10 @@ def _arrange(nodes: list[fx.Node], owner: dict[fx.Node, _Place]) -> tuple[list[I
         if node in owner:
             span = spans.setdefault(owner[node][0], [position[node], position[node]])
             span[1] = position[node]
-    priority = {
-        place: min(position[node] for node in nodes if owner.get(node) == place) for place in set(owner.values())
-    }
+    priority: dict[_Place, int] = {}
+    for node in nodes:
+        if node in owner:
+            priority.setdefault(owner[node], position[node])
     rank: dict[_Place | fx.Node, float] = {place: float(start) for place, start in priority.items()}
     for node in nodes:
         if node not in owner:
