@@ -181,7 +181,8 @@ def _label_blocks(namespace: dict[str, Any], weights: Mapping[str, Tensor], stor
         return run
 
     for name in namespace["COMPILED"]:
-        if next(iter(inspect.signature(namespace[name]).parameters)) == "w":  # else it is not one of a block
+        # else it is not one of a block
+        if name != "head" and next(iter(inspect.signature(namespace[name]).parameters)) == "w":
             namespace[name] = labelled(namespace[name])
 
 

@@ -65,22 +65,15 @@ class _Chunked(torch.autograd.Function):
         # is exact there: each number is rounded as often as in the plain form, and none underflows before it is scaled.
         fraction, exponent = torch.frexp(count.double())
         sums = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in own if tensor.requires_grad]
-        kept = [torch.empty_like(inputs)] if needs[0] else []
+        kept = [torch.zeros_like(inputs)] if needs[0] else []
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         length = inputs.shape[0]
         step = -(-length // -(-length // most)) if length else 1  # chunks of one size, but for the last
         for start in range(0, length, step):
-            part = inputs[start : start + step].requires_grad_(needs[0])
-            with torch.set_grad_enabled(any(needs)):
-                logits = head(dict(zip(names, own, strict=True)), part)
-            loss, gradient = loss_and_gradient(logits.detach(), wanted[start : start + step], fraction.reciprocal())
-            total += loss
-            of = [tensor for tensor in (part, *own) if tensor.requires_grad]
-            found = list(torch.autograd.grad(logits, of, gradient)) if of else []
-            if needs[0]:
-                kept[0][start : start + step] = found.pop(0)
-            for whole, share in zip(sums, found, strict=True):
-                whole += share
+            chunk = slice(start, start + step)
+            part = inputs[chunk].requires_grad_(needs[0])
+            into = [*(whole[chunk] for whole in kept), *sums]
+            total += _chunk(head, dict(zip(names, own, strict=True)), part, wanted[chunk], fraction.reciprocal(), into)
         ctx.shape = hidden.shape
         ctx.needed = [(need, tensor.dtype) for need, tensor in zip(needs, (hidden, *weights), strict=True)]
         ctx.save_for_backward(exponent, *kept, *sums)
@@ -96,6 +89,20 @@ class _Chunked(torch.autograd.Function):
         if gradients[0] is not None:
             gradients[0] = gradients[0].view(ctx.shape)
         return *[None] * 6, *gradients
+
+
+def _chunk(
+    head: Head, weights: dict[str, Tensor], rows: Tensor, targets: Tensor, factor: Tensor, into: list[Tensor]
+) -> Tensor:
+    """The loss of rows; adds the gradients to those, and to the weights, that require one. No logits outlive it."""
+    of = [tensor for tensor in (rows, *weights.values()) if tensor.requires_grad]
+    with torch.set_grad_enabled(bool(of)):
+        logits = head(weights, rows)
+    loss, gradient = loss_and_gradient(logits.detach(), targets, factor)
+    if of:
+        for whole, share in zip(into, torch.autograd.grad(logits, of, gradient), strict=True):
+            whole += share
+    return loss
 
 
 def _scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,7 @@ from surgery.compiler.kernels.chunked_loss import (
     loss_and_gradient,
     loss_and_gradient_reference,
 )
+from surgery.compiler.storages import Storages
 
 WIDTH, VOCABULARY = 12, 57
 
@@ -183,3 +185,14 @@ def test_the_operation(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.surgery.loss_and_gradient, arguments, test_utils=["test_schema", "test_faketensor"])
     for found, expected in zip(loss_and_gradient(*arguments), loss_and_gradient_reference(*arguments), strict=True):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_two_chunks_of_logits_at_most_are_alive() -> None:
+    """A chunk's logits and their gradient, beside the gradient of the head's input and what one chunk needs of it."""
+    weights, hidden, targets, count = case(linear, trained=False, rows=60)
+    with FakeTensorMode() as fake:  # the operation, not what it is made of on a CPU
+        head, hidden, targets, count = map(fake.from_tensor, (weights["head"], hidden, targets, count))
+        with Storages() as storages:
+            torch.autograd.grad(chunked_loss(linear, {"head": head}, hidden, targets, count, 40), hidden)
+    logits, inputs = 40 * VOCABULARY * 8, hidden.numel() * 8
+    assert 2 * logits < storages.most < 2.5 * logits + 3 * inputs
