@@ -72,8 +72,10 @@ def _once_per_kind(wrapper: _Wrapper, inputs: Inputs) -> Captured | None:
         _check_dynamic(exported, inputs)
         module = plain(exported, wrapper.model, tuple(inputs), single=wrapper.task is not None)
         repeated.write_out(module)
-        if not any(tensor.is_meta for tensor in tensors(wrapper.model).values()):
-            _check_equal(wrapper, module, exported, inputs, to_the_bit=True)
+        devices = {tensor.device.type for tensor in tensors(wrapper.model).values()}
+        if "meta" not in devices:
+            # A GPU takes other kernels for a mask that is written out: there the bits differ for the whole model too.
+            _check_equal(wrapper, module, exported, inputs, to_the_bit=devices <= {"cpu"})
     except (NotAlike, Uncapturable, SurgError):  # whatever is wrong, the whole model will say it
         return None
     return exported, module
