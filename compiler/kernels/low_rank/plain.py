@@ -44,8 +44,8 @@ def narrow_product(rows: Tensor, rights: Sequence[Tensor], scales: Sequence[floa
     right = joined(rights, rows.dtype)
     u = rows.new_empty(rows.shape[0], right.shape[0])
     if len({*scales}) == 1:
-        return u.addmm_(rows, right.T, beta=0, alpha=scales[0])
-    torch.mm(rows, right.T, out=u)
+        return _into(u, rows, right.T, scales[0])
+    _into(u, rows, right.T)
     for span, scale in zip(spans([right.shape[0] for right in rights]), scales, strict=True):
         u[:, span].mul_(scale)
     return u
@@ -63,8 +63,15 @@ def narrow_gradient(dys: Sequence[Tensor], lefts: Sequence[Tensor], scales: Sequ
     du = dys[0].new_empty(dys[0].shape[0], sum(left.shape[1] for left in lefts))
     lefts = cast(lefts, du.dtype)
     for dy, left, scale, span in zip(dys, lefts, scales, spans([left.shape[1] for left in lefts]), strict=True):
-        du[:, span].addmm_(dy, left, beta=0, alpha=scale)
+        _into(du[:, span], dy, left, scale)
     return du
+
+
+def _into(result: Tensor, wide: Tensor, narrow: Tensor, scale: float = 1.0) -> Tensor:
+    """Writes `scale * wide @ narrow` for a narrow matrix of few columns."""
+    if wide.is_cpu:  # its libraries are up to three times quicker where the narrow side is the left one
+        return torch.mul((narrow.T @ wide.T).T, scale, out=result)
+    return result.addmm_(wide, narrow, beta=0, alpha=scale)
 
 
 def left_gradients(dys: Sequence[Tensor], u: Tensor, lefts: Sequence[Tensor]) -> list[Tensor]:
@@ -87,6 +94,8 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`left @ right` in a dtype; on a GPU a float32 result keeps the product's precision and needs no cast."""
     if left.is_cuda and dtype == torch.float32 != left.dtype and left.dtype != torch.float64:
         return torch.mm(left, right, out_dtype=dtype)
+    if left.is_cpu and left.shape[0] > right.shape[1]:  # up to eight times quicker with the narrow side in front
+        return (right.T @ left.T).T.to(dtype).contiguous()
     return (left @ right).to(dtype)
 
 
