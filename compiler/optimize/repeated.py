@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from surgery.compiler.emit.outline import list_entry, is_ordered
+from surgery.compiler.emit.outline import is_ordered, list_entry
 from surgery.compiler.graph import writes
 
 
