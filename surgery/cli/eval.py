@@ -34,7 +34,10 @@ def run(
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
 ) -> None:  # fmt: skip
-    """Evaluate a run: the loss, and accuracy (classification) or perplexity (causal models)."""
+    """Evaluate a run: the loss, and what its task has beside it.
+
+    Perplexity for causal models; accuracy, macro F1 and Matthews for classes; Pearson and Spearman for a regression.
+    """
     with reporting(format):
         from surgery.compiler.diagnostics import fail
         from surgery.runtime.data import load_evaluation

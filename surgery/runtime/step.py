@@ -42,6 +42,18 @@ class StepResult:
     taken: bool = True
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A batch in evaluation mode: the loss's sum and the number of labels, 0-d both, and what the loss was read off.
+
+    `output` is None where the loss is the module's own, or makes no more than some rows of the logits at a time.
+    """
+
+    loss: Tensor
+    count: Tensor
+    output: Tensor | None
+
+
 class Outputs(dict[str, Any]):
     """Outputs by name, as items and as attributes: `outputs.logits`."""
 
@@ -153,21 +165,29 @@ class TrainingStep:
     # --- evaluation ---
 
     @torch.no_grad()
-    def evaluate_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss's sum over a batch in evaluation mode, and the number of labels."""
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Evaluation:
+        """The loss of a batch in evaluation mode, and the outputs that it comes from."""
         ready = self._ready(batch, labels=True)
         labels = ready[self._loss.labels]
         count = self._loss.count(labels)
-        if "head" in self._namespace:  # its loss takes the last hidden states, and makes logits of some rows at a time
+        # Such a loss takes the last hidden states, and makes logits of some rows at a time.
+        if "head" in self._namespace and labels.ndim > 1:
             loss = self._namespace[self._loss.loss.total.__name__]
             options = {"training": False} if "training" in inspect.signature(loss).parameters else {}
             with self._precision():
                 hidden = self._run(ready, "hidden_states")
-                return loss(self.weights, hidden, labels, torch.ones_like(count), **options), count
+                return Evaluation(
+                    loss(self.weights, hidden, labels, torch.ones_like(count), **options), count, output=None
+                )
         output = self._run(ready)
         if self._loss.output is not None:
             output = output[self._loss.output]
-        return self._loss.total(output, labels), count
+        return Evaluation(self._loss.total(output, labels), count, None if output.ndim == 0 else output)
+
+    def evaluate_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss's sum over a batch in evaluation mode, and the number of labels."""
+        found = self.evaluate(batch)
+        return found.loss, found.count
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor) -> Any:
