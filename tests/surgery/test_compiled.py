@@ -149,3 +149,11 @@ def test_reduce_overhead_without_cuda_graphs_says_so_and_runs(compiled: CompileC
     reference = causal(2, "off")
     assert float(step(tokens(4, 16)).loss) == pytest.approx(float(reference(tokens(4, 16)).loss), rel=1e-10)
     assert compiled.frame_count == 1
+
+
+def test_blocks_that_run_again_are_compiled_as_often(compiled: CompileCounterWithBackend) -> None:
+    plain, other = causal(3, "off"), causal(3, "on", recompute="blocks")
+    for rows, length in [(4, 16), (4, 24), (3, 20), (4, 16)]:
+        batch = tokens(rows, length)
+        torch.testing.assert_close(other(batch).loss, plain(batch).loss)
+    assert compiled.frame_count == 2
