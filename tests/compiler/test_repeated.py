@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.compiler import p5_capture
 from surgery.compiler.capture.alike import Unread, Unreadable
+from surgery.compiler.capture.repeated import Repeated
 from surgery.compiler.emit.forward import forward_source
 from surgery.compiler.graph import Graph
 
@@ -26,7 +27,7 @@ def once(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Graph, Graph, A
 
     def capture(model: nn.Module, inputs: dict[str, Tensor], task: str | None) -> tuple[Graph, Graph, Any]:
         seen: list[Any] = []
-        original, repeated = p5_capture._once_per_kind, p5_capture.Repeated
+        original, repeated = p5_capture._once_per_kind, Repeated
 
         def watched(wrapper: Any, given: Any) -> Any:
             def made(inner: nn.Module) -> Any:
@@ -185,7 +186,8 @@ def leaves_something_behind() -> nn.Module:
 
     class Collects(Stack):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + sum(block.last for block in self.blocks)  # type: ignore[misc]
+            total: Tensor = super().forward(x) + sum(block.last for block in self.blocks)  # type: ignore[misc]
+            return total
 
     return Collects(Leaves)
 
@@ -210,7 +212,9 @@ def fills_a_list() -> nn.Module:
 def reads_another_module() -> nn.Module:
     class Reads(Block):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-            return super().forward(x) * self.others[0].weight[0]  # type: ignore[index, operator]
+            others: Any = self.others
+            found: Tensor = super().forward(x) * others[0].weight[0]
+            return found
 
     model = Stack(Reads)
     for block in model.blocks:
@@ -239,7 +243,7 @@ def is_called_twice() -> nn.Module:
 def one_is_changed() -> nn.Module:
     model = Stack()
     block = model.blocks[3]
-    block.forward = lambda x: x + block.linear(x)  # type: ignore[union-attr, operator]
+    block.forward = lambda x: x + block.linear(x)  # type: ignore[operator]
     return model
 
 

@@ -74,7 +74,7 @@ def batch(kind: str, length: int, number: int, rows: int = 4) -> dict[str, Tenso
 
 
 def step_of(kind: str, compiled: str, method: str = LORA, drop: float = 0.1, more: str = "") -> Any:
-    model = {"encoder": encoder, "decoder": decoder, "normed": lambda drop: Normed().cuda()}[kind](drop)
+    model = {"encoder": encoder, "decoder": decoder}[kind](drop) if kind != "normed" else Normed().cuda()
     sites, loss = {
         "encoder": ("bert.encoder.layer.*.attention.self.{query,value}", "cross_entropy"),
         "decoder": ("model.layers.*.{self_attn,mlp}.*_proj", "causal_lm"),

@@ -31,10 +31,11 @@ class Played:
         """`gradients` itself, or its recording, whose results are garbage until a replay."""
         if self.recording is None:
             self.runs += 1
-            return self.gradients(weights, batch)
+            found: Tensor = self.gradients(weights, batch)
+            return found
         if self.error:
             raise RuntimeError(self.error)
-        loss = self.gradients(weights, batch)
+        loss: Tensor = self.gradients(weights, batch)
         results = {name: tensor.grad for name, tensor in weights.items() if tensor.grad is not None}
         for result in (loss, *results.values()):
             result.fill_(float("nan"))
@@ -205,7 +206,8 @@ def test_a_wait_of_the_host_is_refused_and_says_where(played: Any) -> None:
 
     def waiting(*arguments: Any) -> Tensor:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        return gradients(*arguments)
+        found: Tensor = gradients(*arguments)
+        return found
 
     player.gradients = waiting
     with pytest.warns(UserWarning, match=r"SURG058.*waits for the device, in .*test_replay.py:\d+"):
@@ -221,7 +223,8 @@ def test_other_warnings_are_handed_on(played: Any) -> None:
     def warning(*arguments: Any) -> Tensor:
         if player.runs == 2:
             warnings.warn("something else", stacklevel=1)
-        return gradients(*arguments)
+        found: Tensor = gradients(*arguments)
+        return found
 
     player.gradients = warning
     with pytest.warns(UserWarning, match="something else"):
