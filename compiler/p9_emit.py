@@ -18,7 +18,6 @@ from surgery.compiler.emit.forward import Forward, forward_source
 from surgery.compiler.emit.imports import IMPORTS as IMPORTS_OF_GRAPHS
 from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
 from surgery.compiler.emit.loss import is_by_rows, loss_text
-from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_OPTIMIZERS
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
     COMPILE_WHOLE,
@@ -32,6 +31,7 @@ from surgery.compiler.emit.template import (
     schedule_source,
     step_source,
 )  # fmt: skip
+from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_OPTIMIZERS
 from surgery.compiler.events import EventProgram, programs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
