@@ -49,10 +49,10 @@ class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, 3, height, width]` to `[batch, 3]`."""
+        """`[batch, 3, height, width]` to `[batch, 8]`."""
         hidden = torch.relu(self.norm(self.convolution(x))).mean((2, 3))
         found: Tensor = self.down(torch.relu(self.up(hidden)))
         return found
