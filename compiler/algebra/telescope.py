@@ -68,8 +68,12 @@ def why_not(formula: MethodFormula) -> str | None:
 
 def _moving(formula: MethodFormula) -> Expression:
     """D of the event that moves W."""
-    found = next(known for event in formula.events if event.moves_base and (known := summed(event)))
-    return found[1]
+    return _sum(formula)[1]
+
+
+def _sum(formula: MethodFormula) -> tuple[Quantity, Expression]:
+    """The ratio and D of the event that moves W."""
+    return next(known for event in formula.events if event.moves_base and (known := summed(event)))
 
 
 def snapshot_names(formula: MethodFormula) -> dict[str, str]:
@@ -90,7 +94,9 @@ def telescoped(formula: MethodFormula) -> MethodFormula:
     switch = Expression("tensor", (), (), name=switch_name(formula))
     state = [*_snapshots(formula), TensorFormula(switch.name, "state", (), Start("zeros", text="zeros"))]
     plain = rows("x", delta.shape[1])  # W meets x itself, whatever the method's input is
-    expression = _one_product(moving, names, switch) if delta == moving and formula.reads_plain_x else None
+    grows = _sum(formula)[0] != Quantity.of(-1)  # there 1 + s is 0, and nothing can be divided by it
+    whole = delta == moving and formula.reads_plain_x and grows
+    expression = _one_product(moving, names, switch) if whole else None
     if expression is None:
         change = _since_start(moving, names)
         if factors := factor(change):  # one product of twice the rank instead of two

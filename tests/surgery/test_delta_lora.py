@@ -220,6 +220,20 @@ def test_a_telescoped_site_is_one_product_of_twice_the_rank() -> None:
     assert [found.left.shape[-1], found.right.shape[-2]] == [Quantity.of(2 * RANK)] * 2
 
 
+@pytest.mark.parametrize("ratio", [-1.0, -2.0, 0.5])
+def test_both_readings_agree_at_any_ratio(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At -1 the whole change is taken back, and the product of the telescope is a longer one."""
+    monkeypatch.setitem(globals(), "RATIO", ratio)
+    model, pattern, causal = llama()
+    literal, telescope = (compiled(model, pattern, causal, "adamw", update) for update in ("literal", "telescope"))
+    for site in literal.plan.sites:
+        for tensor in site.tensors:
+            with torch.no_grad():
+                telescope.weights[tensor.key].copy_(literal.weights[tensor.key])
+    for batch in batches(causal)[:12]:
+        assert float(telescope(batch).loss) == pytest.approx(float(literal(batch).loss), abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("update", ["literal", "telescope"])
 def test_micro_batches_give_the_same_steps(update: str) -> None:
     # The loss of a step is normalised by all its label tokens, not per micro-batch.
