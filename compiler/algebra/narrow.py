@@ -9,7 +9,7 @@ from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.facts import is_column, is_scalar
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import Factors, factor
-from surgery.compiler.algebra.quantity import value_of
+from surgery.compiler.algebra.quantity import Quantity, value_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def narrow(change: Expression) -> Narrow | None:
     if factors is None:
         return None
     (left_scale, left), (right_scale, right) = map(without_numbers, factors)
-    return Narrow(left, right, left_scale * right_scale, tuple(rest))
+    return Narrow(left, right, left_scale * right_scale, tuple(_less_one(rest)))
 
 
 def has_narrow_part(formula: MethodFormula) -> bool:
@@ -50,6 +50,20 @@ def _narrow_factors(node: Expression) -> Factors | None:
     width = factors[0].shape[-1].whole if factors is not None and len(node.shape) == 2 else None
     sides = [size.whole for size in node.shape]
     return factors if width is not None and all(side is not None and width < side for side in sides) else None
+
+
+def _less_one(parts: list[Expression]) -> list[Expression]:
+    """`diag(v) @ W` and `-W` as `diag(v - 1) @ W`: one pass over `x @ W.T` instead of two."""
+    scaled = [part for part in parts if part.operation == "matmul" and part.arguments[1].operation == "weight"]
+    if len(scaled) != 1 or scaled[0].arguments[0].operation != "diag":
+        return parts
+    diagonal, weight = scaled[0].arguments
+    if _negative(weight) not in parts:
+        return parts
+    (vector,) = diagonal.arguments
+    less = Expression("subtract", (vector, Expression("number", value=Quantity.of(1))), vector.shape)
+    one = replace(scaled[0], arguments=(replace(diagonal, arguments=(less,)), weight))
+    return [one, *(part for part in parts if part is not scaled[0] and part != _negative(weight))]
 
 
 def total(parts: list[Expression]) -> Expression:

@@ -44,8 +44,8 @@ EQUATIONS: dict[str, tuple[int | None, int]] = {
     "delta = diag(b) @ D": (None, 0),
     "weight = W + B @ A": (2, 0),
     "weight = W - F @ E + 2 * B @ diag(d) @ A": (5, 0),
-    "weight = diag(b) @ (W + B @ A)": (2, 2),  # beside it: diag(b) @ W and -W
-    "weight = diag(b / stop(row_norm(W + B @ A))) @ (W + B @ A)": (2, 2),
+    "weight = diag(b) @ (W + B @ A)": (2, 1),  # beside it: diag(b - 1) @ W
+    "weight = diag(b / stop(row_norm(W + B @ A))) @ (W + B @ A)": (2, 1),
     "weight = W @ diag(a)": (None, 0),
 }
 METHOD = f"""
