@@ -14,12 +14,13 @@ from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.names import COORDINATES, names_in
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.data_settings import check_data, read_data
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.library import library
 from surgery.compiler.pattern import parse_pattern
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule, TrainRule
-from surgery.compiler.settings import TRAIN, later, read_data, read_model, read_settings, read_step, word
+from surgery.compiler.settings import TRAIN, later, read_model, read_settings, read_step, word
 from surgery.compiler.source import read
 from surgery.compiler.span import Source
 
@@ -56,6 +57,8 @@ def run(tree: nodes.Tree, folder: Path | None = None) -> Program:
                 _pattern(item.pattern, diagnostics)
                 frozen.append(item)
     step = read_step([item for item in tree.items if isinstance(item, nodes.Step)], diagnostics)
+    if data is not None and not diagnostics.errors:
+        check_data(model, data, next(item for item in tree.items if isinstance(item, nodes.Data)), diagnostics)
     diagnostics.raise_errors()
     source = tree.span.source if tree.span else Source("<program>", show(tree))
     return Program.of(

@@ -192,6 +192,7 @@ class ModelPlan(Record):
     labels: int | None = None
     dtype: str | None = None
     revision: str | None = None
+    tokenizer: str | None = None  # a folder or a hub id, where it is not the model's own
     attention: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     architecture: str = ""  # class name of the model
@@ -200,14 +201,25 @@ class ModelPlan(Record):
 
 
 class DataPlan(Record):
-    """The `data` block."""
+    """The `data` block: rows with a text, with a prompt and a completion, or with messages."""
 
-    path: str
+    path: str  # a file, a folder or a dataset of the hub
+    subset: str | None = None  # of a dataset
+    split: str | None = None
     text: str | None = None  # template: "{instruction} {input}"
     label: str | None = None  # column
+    prompt: str | None = None  # template
+    completion: str | None = None  # template
+    messages: str | None = None  # column
+    template: str = "tokenizer"  # how messages are rendered: the tokenizer's own way, or a named one
+    loss: Literal["assistant", "completion", "all"] = "all"  # which tokens of a causal model's row are labels
     max_length: int = 512
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    empty: Literal["drop", "error"] = "drop"  # rows without text, label or a token to learn
+    pack: bool = False  # several documents in a row
     holdout: float = 0.0
-    eval: str | None = None
+    eval: str | None = None  # as `path`
+    eval_split: str | None = None  # another split of the same dataset
     calibrate: int = 128  # rows of the training data for starts that read it
     place: Place | None = None  # of the block in the spec
 

@@ -1,4 +1,4 @@
-"""The `model`, `step`, `data` and `train` blocks: settings by name, each with its kind, to records of the plan."""
+"""The `model`, `step` and `train` blocks: settings by name, each with its kind, to records of the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
 from surgery.compiler.algebra.quantity import LARGEST
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
-from surgery.compiler.plan import DataPlan, ModelPlan, OptimizerPlan, Place, RecomputePlan, SchedulePlan, StepPlan
+from surgery.compiler.plan import ModelPlan, OptimizerPlan, Place, RecomputePlan, SchedulePlan, StepPlan
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
@@ -225,6 +225,7 @@ MODEL: dict[str, Reader] = {
     "task": _task,
     "dtype": word(*DTYPES),
     "revision": word(),
+    "tokenizer": text,
     "attention": word("sdpa", "eager", "flash_attention_2"),
     "quantize": later,
 }
@@ -246,15 +247,6 @@ STEP: dict[str, Reader] = {
     "log": _every(),
     "recompute": _recompute,
     "report": later,
-}
-DATA: dict[str, Reader] = {
-    "text": text,
-    "label": word(),
-    "max_length": whole(1),
-    "holdout": at_least(0, below=1),
-    "eval": text,
-    "calibrate": whole(1),
-    **dict.fromkeys(("prompt", "completion", "messages", "template", "loss", "too_long", "pack"), later),
 }
 TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
 
@@ -318,14 +310,3 @@ def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan
         if name in values:
             values[name] = values[name]["every"]
     return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))
-
-
-def read_data(item: nodes.Data, diagnostics: Diagnostics) -> DataPlan:
-    """The `data` block."""
-    values = read_settings(item.settings, DATA, "data", diagnostics)
-    if "text" not in values and not diagnostics.errors:
-        diagnostics.error("SURG004", "`data` must say what the text is", item.span, help='text = "{question}"')
-    known = {name: value for name, value in values.items() if value is not None}
-    if "holdout" in known and "eval" in known:
-        diagnostics.error("SURG004", "`holdout` and `eval` exclude each other", item.span, help="keep one of them")
-    return DataPlan(path=item.path, place=place(item.span), **known)

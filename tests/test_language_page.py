@@ -13,8 +13,9 @@ from surgery.compiler.algebra.names import COORDINATES, STARTS
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.sources import SOURCES
 from surgery.compiler.algebra.structures import STRUCTURES
+from surgery.compiler.data_settings import DATA, TEMPLATES
 from surgery.compiler.p2_check import RULE_SETTINGS
-from surgery.compiler.settings import DATA, LATER_OPTIMIZERS, MODEL, STEP, TASKS, TRAIN, later
+from surgery.compiler.settings import LATER_OPTIMIZERS, MODEL, STEP, TASKS, TRAIN, later
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "language.md").read_text()
@@ -45,6 +46,7 @@ def code(text: str) -> str:
 def test_every_name_of_the_language_is_on_the_page() -> None:
     known = {*COORDINATES, *STARTS, *FUNCTIONS, *SPECIAL, *TASKS, *SETTINGS}
     assert known - set(re.findall(r"\w+", code(BUILT))) == set()
+    assert set(TEMPLATES) <= set(lists("chatml"))
 
 
 def test_every_function_on_the_page_is_known() -> None:
@@ -93,8 +95,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
     "`quantize`": ('model "a/b" { quantize = nf4 }',),
     "`report` as settings": ("step { report = wandb }",),
     "optimizers other than those above": tuple(f"step {{ optimizer = {name}() }}" for name in LATER_OPTIMIZERS),
-    "`prompt` and `completion`": ('data "a.jsonl" { prompt = "{a}" }', 'data "a.jsonl" { completion = "{a}" }'),
-    "`messages`": ('data "a.jsonl" { messages = chat }',),
 }
 
 

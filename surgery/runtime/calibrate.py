@@ -54,13 +54,14 @@ def missing(plan: Plan) -> SurgError:
 
 
 def calibration_batches(plan: Plan, data: Data) -> list[dict[str, Tensor]]:
-    """`calibrate` rows of the training data, drawn by the seed, in batches of the step's micro-batch."""
+    """`calibrate` rows of the training data, drawn by the seed, in batches of the step's micro-batch; not packed."""
     assert plan.data is not None  # the data were read by it
-    rows = min(plan.data.calibrate, len(data.train))
+    documents = data.train.documents
+    rows = min(plan.data.calibrate, len(documents))
     size = plan.step.micro_batch or plan.step.batch
-    chosen = torch.randperm(len(data.train), generator=seeded(plan.step.seed, -2))[:rows].tolist()
-    chosen.sort(key=lambda row: len(data.train.tokens[row]))
-    return [data.train.batch(chosen[start : start + size]) for start in range(0, rows, size)]
+    chosen = torch.randperm(len(documents), generator=seeded(plan.step.seed, -2))[:rows].tolist()
+    chosen.sort(key=documents.length)
+    return [documents.batch(chosen[start : start + size]) for start in range(0, rows, size)]
 
 
 def calibrate(plan: Plan, graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Calibration:

@@ -77,17 +77,31 @@ def load_model(
 
 
 def load_tokenizer(model: ModelPlan, folder: Path) -> Any:
-    """The model's tokenizer, padding on the right; SURG030 if the model comes without one."""
-    if model.source in ("config", "python"):
+    """The tokenizer that the spec names, else the model's, padding on the right; SURG030 if there is none.
+
+    Raises SURG031 for a named one that has more tokens than the model's vocabulary.
+    """
+    source = model
+    if model.tokenizer is not None:
+        source = model.model_copy(update={"source": "hub", "name": model.tokenizer, "revision": None})
+    if source.source in ("config", "python"):
         raise fail(
             "SURG030",
             f'the model "{model.name}" has no tokenizer: it is made from a {model.source} source',
-            help="name a model with a tokenizer, or train on token ids from Python",
+            help='name one in the model\'s settings: `tokenizer = "FOLDER"` or a hub id',
         )
     from transformers import AutoTokenizer
 
-    with _reading(model):
-        tokenizer = AutoTokenizer.from_pretrained(_place(model, folder), **_access(model, folder))
+    with _reading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(_place(source, folder), **_access(source, folder))
+    if model.tokenizer is not None and model.source != "python":
+        with _reading(model):
+            size = getattr(_config(model, folder).get_text_config(), "vocab_size", None)
+        if size is not None and len(tokenizer) > size:
+            message = (
+                f'the tokenizer "{model.tokenizer}" has {len(tokenizer):,} tokens, the model\'s vocabulary {size:,}'
+            )
+            raise fail("SURG031", message, help="take the tokenizer that the model was made for")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:  # decoders are trained without one; what pads is labelled -100 and never read
         tokenizer.pad_token = tokenizer.eos_token
@@ -218,6 +232,14 @@ def _place(model: ModelPlan, folder: Path) -> str:
     return name
 
 
+def base_name(model: ModelPlan, folder: Path) -> str | None:
+    """How others than surgery find the model: its hub id or its folder's whole path; None for one without weights."""
+    if model.source != "hub":
+        return None
+    place = _place(model, folder)
+    return os.path.abspath(place) if Path(place).is_dir() else place
+
+
 def find_file(model: ModelPlan, folder: Path, name: str) -> Path | None:
     """A file of the model's checkpoint, fetched where it is on the hub; None if there is none. Raises SURG030."""
     from transformers.utils.hub import cached_file
@@ -245,10 +267,11 @@ def _access(model: ModelPlan, folder: Path) -> dict[str, Any]:
     if Path(_place(model, folder)).is_dir():
         return {}
     options: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
-    return options | ({} if _hub_is_known() else {"local_files_only": True})
+    return options | ({} if hub_is_known() else {"local_files_only": True})
 
 
-def _hub_is_known() -> bool:
+def hub_is_known() -> bool:
+    """Whether the hub's name resolves; behind a proxy nobody can tell, and it is tried."""
     # The hub's client retries for half a minute before it says that there is no network.
     if urllib.request.getproxies():
         return True
@@ -261,7 +284,7 @@ def _hub_is_known() -> bool:
 
 
 @contextmanager
-def _reading(model: ModelPlan) -> Iterator[None]:
+def _reading(model: ModelPlan, what: str = "model") -> Iterator[None]:
     """Turn what transformers and the hub raise into SURG030 in plain words, and keep their chatter off the terminal."""
     from transformers.utils import logging
 
@@ -274,25 +297,28 @@ def _reading(model: ModelPlan) -> Iterator[None]:
     except SurgError:
         raise
     except Exception as error:  # the hub's client, the tokenizers and the configs each have errors of their own
-        raise _unreadable(model, error) from error
+        raise _unreadable(model, what, error) from error
     finally:
         logging.set_verbosity(level)
         bars()
 
 
-def _unreadable(model: ModelPlan, error: Exception) -> SurgError:
+def _unreadable(model: ModelPlan, kind: str, error: Exception) -> SurgError:
     text = " ".join(str(error).split())
     what, hint = f"it cannot be read: {type(error).__name__}", None
     if "gated repo" in text or "401" in text or "403" in text:
         what, hint = "access to it is restricted", "accept its licence on the hub and log in with `hf auth login`"
     elif "couldn't connect" in text or "local_files_only" in text or "offline" in text.lower():
-        what = "the hub cannot be reached, and the model is not in the local cache"
+        what = f"the hub cannot be reached, and the {kind} is not in the local cache"
         hint = "check the connection, or name a local folder"
     elif "is not a local folder and is not a valid model identifier" in text or "Repo id must" in text:
-        what, hint = "there is no such model on the hub and no such folder", "check the spelling; a path starts with ./"
+        what, hint = (
+            f"there is no such {kind} on the hub and no such folder",
+            "check the spelling; a path starts with ./",
+        )
     elif "trust_remote_code" in text:
         what = "it needs code from the hub, which surgery does not run"
     elif "no file named" in text or "does not appear to have a file" in text:
         what, hint = "its files are incomplete", "the folder must hold config.json and the weights as safetensors"
     note = Note(text[:400])
-    return fail("SURG030", f'the model "{model.name}" cannot be loaded: {what}', notes=[note], help=hint)
+    return fail("SURG030", f'the {kind} "{model.name}" cannot be loaded: {what}', notes=[note], help=hint)

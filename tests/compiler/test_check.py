@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import surgery
-from surgery.compiler.settings import DATA, MODEL, STEP, TRAIN
+from surgery.compiler.data_settings import DATA
+from surgery.compiler.settings import MODEL, STEP, TRAIN
 
 RULE = "adapt **.query { with lora }\n"
 
@@ -40,6 +41,7 @@ GOOD: list[tuple[str, str, dict[str, Any]]] = [
     ("model", 'revision = "v1.0"', {"revision": "v1.0"}),
     ("model", "revision = main", {"revision": "main"}),
     ("model", "attention = eager", {"attention": "eager"}),
+    ("model", 'tokenizer = "data/tokenizer"', {"tokenizer": "data/tokenizer"}),
     ("step", "optimizer = adamw(lr = 1e-3)", {"optimizer.name": "adamw", "optimizer.lr": 1e-3}),
     ("step", "optimizer = adamw(1e-3, 0.1)", {"optimizer.lr": 1e-3, "optimizer.weight_decay": 0.1}),
     (
@@ -71,13 +73,25 @@ GOOD: list[tuple[str, str, dict[str, Any]]] = [
     ("step", "save = every(200, keep = 2)", {"save": 200, "keep": 2}),
     ("step", "save = 50", {"save": 50, "keep": None}),
     ("step", "log = every(1)", {"log": 1}),
-    ("data", 'text = "{a} {b}"', {"text": "{a} {b}", "label": None, "max_length": 512}),
+    ("data", 'text = "{a} {b}"', {"text": "{a} {b}", "label": None, "max_length": 512, "loss": "all"}),
+    ("data", "text = question", {"text": "{question}"}),
+    ("data", "text = a loss = all", {"loss": "all"}),
     ("data", 'text = "{a}" label = kind', {"label": "kind"}),
     ("data", 'text = "{a}" label = "a kind"', {"label": "a kind"}),
     ("data", 'text = "{a}" max_length = 64', {"max_length": 64}),
     ("data", 'text = "{a}" holdout = 0.2', {"holdout": 0.2}),
     ("data", 'text = "{a}" calibrate = 64', {"calibrate": 64}),
-    ("data", 'text = "{a}" eval = "other.jsonl"', {"eval": "other.jsonl"}),
+    ("data", 'text = "{a}" eval = "other.jsonl"', {"eval": "other.jsonl", "eval_split": None}),
+    ("data", "text = a split = train_sft subset = main", {"split": "train_sft", "subset": "main"}),
+    ("data", "text = a split = train eval = test", {"eval": None, "eval_split": "test"}),
+    ("data", 'prompt = "Q: {a}" completion = b', {"prompt": "Q: {a}", "completion": "{b}", "loss": "completion"}),
+    ("data", "prompt = a completion = b loss = all", {"loss": "all"}),
+    ("data", "messages = chat", {"messages": "chat", "template": "tokenizer", "loss": "assistant"}),
+    ("data", 'messages = chat template = "llama-3"', {"template": "llama-3"}),
+    ("data", "messages = chat template = chatml loss = completion", {"template": "chatml", "loss": "completion"}),
+    ("data", "text = a too_long = drop", {"too_long": "drop", "empty": "drop"}),
+    ("data", "text = a too_long = error empty = error", {"too_long": "error", "empty": "error"}),
+    ("data", "text = a pack = true", {"pack": True}),
     ("train", "lr = 5e-3", {"lr": 5e-3, "weight_decay": None}),
     ("train", "weight_decay = 0", {"weight_decay": 0}),
 ]
@@ -157,11 +171,26 @@ BAD: list[tuple[str, str, str]] = [
     ("step", "train classifier", "SURG008"),
     ("step", "freeze classifier", "SURG008"),
     ("data", "label = kind", "SURG004"),
-    ("data", "text = column", "SURG004"),
+    ("data", "text = 3", "SURG004"),
+    ("data", 'text = "column"', "SURG004"),
+    ("data", 'text = "{{column}}"', "SURG004"),
+    ("data", "text = a messages = b", "SURG004"),
+    ("data", "prompt = a", "SURG004"),
+    ("data", "completion = a", "SURG004"),
+    ("data", 'prompt = "Question:" completion = b', "SURG004"),
+    ("data", "prompt = a completion = b label = c", "SURG004"),
+    ("data", "text = a template = chatml", "SURG004"),
+    ("data", "text = a loss = assistant", "SURG004"),
+    ("data", "prompt = a completion = b loss = assistant", "SURG004"),
+    ("data", "messages = chat loss = last", "SURG002"),
+    ("data", 'messages = chat template = "llama-2"', "SURG002"),
+    ("data", "messages = chat too_long = cut", "SURG002"),
+    ("data", "messages = chat empty = truncate", "SURG002"),
+    ("data", "messages = chat pack = 2", "SURG004"),
+    ("data", 'text = "{a}" holdout = 0.1 eval = test', "SURG004"),
     ("data", 'text = "{a}" holdout = 1', "SURG004"),
     ("data", 'text = "{a}" holdout = 0.1 eval = "b"', "SURG004"),
     ("data", 'text = "{a}" max_length = 0', "SURG004"),
-    ("data", 'text = "{a}" pack = true', "SURG008"),
     ("data", 'text = "{a}" texts = 1', "SURG002"),
     ("train", "lr = 0", "SURG004"),
     ("train", "rate = 1", "SURG002"),
@@ -200,7 +229,11 @@ def test_all_is_collected() -> None:
     ("text", "codes"),
     [
         ('model "a" {}\nmodel "b" {}', ["SURG009"]),
-        ('data "a" { text = "x" }\ndata "b" { text = "x" }', ["SURG009"]),
+        ('data "a" { text = x }\ndata "b" { text = x }', ["SURG009"]),
+        ('model "m" { task = causal_lm } data "a" { text = x  label = y }', ["SURG031"]),
+        ('model "m" { task = sequence_classification(2) } data "a" { text = x }', ["SURG031"]),
+        ('model "m" { task = sequence_classification(2) } data "a" { messages = x }', ["SURG031"]),
+        ('model "m" { task = sequence_classification(2) } data "a" { text = x  label = y  pack = true }', ["SURG031"]),
         ("step { batch = 2 }\nstep { batch = 3 }", ["SURG008"]),
         ("method m() { delta = W }\nmethod m() { delta = W }", ["SURG009"]),
         ("adapt a { with lora  with dora }", ["SURG009"]),

@@ -204,7 +204,7 @@ def test_names_of_python_are_names(name: str) -> None:
 
 
 def test_a_plan_of_many_tokens_has_finite_costs() -> None:
-    data = 'data "x.jsonl" { text = "a"  max_length = 2147483647 }'
+    data = 'data "x.jsonl" { text = a  max_length = 2147483647 }'
     text = f"adapt **.q_proj {{ with lora }}\nstep {{ batch = 2147483647 }}\n{data}"
     plan: Any = surgery.plan(surgery.parse(text), tiny())
     assert all(0 <= candidate.flops < 2**63 for candidate in plan.sites[0].candidates)

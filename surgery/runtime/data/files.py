@@ -1,4 +1,4 @@
-"""Rows of a data file (`.jsonl`, `.csv`, both also `.gz`): one dictionary per row, every fault with its row number."""
+"""Rows of a file (`.jsonl`, `.csv`, also `.gz`, `.parquet`): a dictionary each, every fault with its row number."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ import gzip
 import io
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from surgery.compiler.diagnostics import Note, SurgError, fail
 from surgery.compiler.plan import Place
+from surgery.runtime.extras import needed
 from surgery.runtime.places import place_notes, span_of
 
 LARGEST_ROW = 64 * 1024 * 1024  # bytes; a longer line is no row of text, and must not fill the memory
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 Row = dict[str, Any]
 Stream = gzip.GzipFile | io.BufferedReader
 
 
-class DataFile:
-    """One data file: where it is, and which line of the spec asked for it."""
+class Rows(ABC):
+    """Rows to read: where they are, and which line of the spec asked for them."""
 
     def __init__(self, path: str | Path, folder: Path, place: Place | None = None) -> None:
         self.name = str(path)
         self.path = folder / path
         self.folder = folder
         self.place = place
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """The rows with their numbers from 1; raises SURG050 where they cannot be read."""
 
     def fail(
         self, code: str, message: str, row: int | None = None, help: str | None = None, notes: tuple[Note, ...] = ()
@@ -39,16 +45,18 @@ class DataFile:
         span = span_of(self.place, self.folder)
         return fail(code, f"{where}: {message}", span, notes=(*notes, *place_notes(self.place, self.folder)), help=help)
 
+
+class DataFile(Rows):
+    """One data file."""
+
     def rows(self) -> Iterator[tuple[int, Row]]:
         """The rows with their numbers from 1; raises SURG050 where the file or a row cannot be read."""
         if not self.name.endswith(SUFFIXES):
             raise self.fail("SURG050", "not a kind of file that is read", help=f"known here: {', '.join(SUFFIXES)}")
-        read = _json_rows if ".jsonl" in self.name[-len(".jsonl.gz") :] else _csv_rows
         number = 0
         try:
-            with _opened(self.path) as stream:
-                for number, row in read(self, stream):
-                    yield number, row
+            for number, row in self._read():
+                yield number, row
         except IsADirectoryError as error:
             raise self.fail("SURG050", "this is a folder, not a file") from error
         except FileNotFoundError as error:
@@ -58,9 +66,32 @@ class DataFile:
         except (OSError, EOFError, zlib.error) as error:
             raise self.fail("SURG050", f"cannot be read: {error}", number + 1 if number else None) from error
 
+    def _read(self) -> Iterator[tuple[int, Row]]:
+        if self.name.endswith(".parquet"):
+            yield from _parquet_rows(self)
+            return
+        read = _json_rows if ".jsonl" in self.name[-len(".jsonl.gz") :] else _csv_rows
+        with _opened(self.path) as stream:
+            yield from read(self, stream)
+
 
 def _opened(path: Path) -> Stream:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+
+
+def _parquet_rows(file: DataFile) -> Iterator[tuple[int, Row]]:
+    parquet = needed("pyarrow.parquet", "data", f"reading {file.name}", span_of(file.place, file.folder))
+    from pyarrow import ArrowException
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            rows = (row for part in table.iter_batches(batch_size=1000) for row in part.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield number, row
+    except ArrowException as error:
+        said = " ".join(str(error).split())[:200]
+        raise file.fail("SURG050", f"not Parquet: {said}", number + 1 if number else None) from error
 
 
 def _lines(file: DataFile, stream: Stream) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,68 @@
+"""The batches of a run by the number of their step.
+
+The batch of optimizer step t is a pure function of (rows, seed, t): epoch = t // batches, and an epoch's order is a
+permutation drawn from (seed, epoch). So a run is resumed inside an epoch by its step number alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from surgery.compiler.plan import Plan
+from surgery.runtime.data.examples import Examples
+from surgery.runtime.data.packing import Packed
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The batches of a run by the number of their optimizer step; the last batch of an epoch may be smaller."""
+
+    examples: Examples | Packed
+    size: int
+    seed: int
+    _orders: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps that see every row once."""
+        return math.ceil(len(self.examples) / self.size)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """The epoch, and the number of the batch in it, of a step (all from 0)."""
+        return divmod(step, self.batches_per_epoch)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of an epoch in their order."""
+        if epoch not in self._orders:
+            self._orders.clear()  # only the running epoch is kept
+            self._orders[epoch] = torch.randperm(len(self.examples), generator=seeded(self.seed, epoch)).tolist()
+        return self._orders[epoch]
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of a step's batch, the shortest first, which saves micro-batches padding."""
+        epoch, number = self.position(step)
+        rows = self.order(epoch)[number * self.size : (number + 1) * self.size]
+        return sorted(rows, key=self.examples.length)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of an optimizer step, counted from 0."""
+        return self.examples.batch(self.rows(step))
+
+
+def steps_of(plan: Plan, rows: int) -> int:
+    """Optimizer steps of a run over `rows` rows: `steps`, else `epochs` (1 where the spec names neither)."""
+    if plan.step.steps is not None:
+        return plan.step.steps
+    epochs = 1.0 if plan.step.epochs is None else plan.step.epochs
+    return max(1, math.ceil(epochs * math.ceil(rows / plan.step.batch)))
+
+
+def seeded(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order; -1 chooses the rows to hold out, -2 those to calibrate with."""
+    digest = hashlib.sha256(f"surgery data {seed} {epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
