@@ -64,14 +64,14 @@ def plan(program: Program, model: nn.Module | None = None, *, memory: bool = Fal
 
     _check_given(program, model)
     if model is None:
-        with _at_model_line(program):
+        with at_model_line(program):
             model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
     made = pipeline.resolve(program, model)
     return made.model_copy(update={"memory": of_plan(made, model)}) if memory else made
 
 
 @contextmanager
-def _at_model_line(program: Program) -> Iterator[None]:
+def at_model_line(program: Program) -> Iterator[None]:
     """What goes wrong in loading the model is said at the spec's `model` line."""
     try:
         yield
@@ -122,7 +122,7 @@ def _compile(
     _check_given(program, model)
     if model is None:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with _at_model_line(program):
+        with at_model_line(program):
             model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
     made = pipeline.resolve(program, model, example_inputs)
     if not made.totals.trainable:

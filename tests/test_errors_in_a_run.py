@@ -16,6 +16,7 @@ import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import Diagnostic, render
 from surgery.runtime.data import Data, Examples, load_data
+from surgery.runtime.generate import load_speaker
 from surgery.runtime.run_folder import load_state
 from surgery.runtime.train import train
 
@@ -140,15 +141,20 @@ def always_tied(folder: Path) -> None:
     compiled(model, text, **inputs).merge()
 
 
+def no_text(folder: Path) -> None:
+    compiled().save(folder / "run")
+    load_speaker(folder / "run")
+
+
 def no_blocks(folder: Path) -> None:
     text = RULE + "step { recompute = blocks  loss = cross_entropy }\n"
     surgery.plan(surgery.parse(text), model=Plain())
 
 
 RAISED = {
-    "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs, "SURG043": left_padded,
-    "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column, "SURG052": no_rows, "SURG053": diverged,
-    "SURG054": no_run, "SURG055": always_tied,
+    "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs,
+    "SURG043": left_padded, "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column,
+    "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied, "SURG070": no_text,
 }  # fmt: skip
 
 

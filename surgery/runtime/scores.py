@@ -51,4 +51,5 @@ def _correlation(one: Tensor, other: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     """The place of each number among all; equal numbers share the mean of their places. [rows], float64."""
     _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    means: Tensor = counts.cumsum(0) - (counts.double() - 1) / 2
+    return means[place]

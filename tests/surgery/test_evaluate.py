@@ -57,8 +57,9 @@ def encoder(labels: int) -> Any:
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, num_labels=labels, pad_token_id=0,
+        max_position_embeddings=32, pad_token_id=0,
     )  # fmt: skip
+    config.num_labels = labels
     return BertForSequenceClassification(config).eval()
 
 
@@ -157,7 +158,7 @@ def test_nothing_is_read_before_the_last_batch() -> None:
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function in (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.cpu, Tensor.tolist):
                 said.append("read")
-            return super().__torch_function__(function, types, args, kwargs or {})
+            return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     step, data = compiled(encoder(3), "sequence_classification(labels = 3)", 4), rows(rows_of("3"))
     run = step.evaluate

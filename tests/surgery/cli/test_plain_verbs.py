@@ -25,7 +25,9 @@ def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "compile", "train", "eval", "merge", "methods", "fmt", "explain"])
+@pytest.mark.parametrize(
+    "verb", ["check", "plan", "compile", "train", "eval", "generate", "merge", "methods", "fmt", "explain"]
+)
 def test_every_verb_helps_with_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = cli(capsys, verb, "--help")
     assert code == 0 and "Example: surgery" in out
