@@ -34,20 +34,33 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
             _print_list(console, groups)
     if plan.trained:
         console.print(_trained(plan, verbose))
-    _list(console, "equations", _equations(plan))
-    _list(console, "events", dict.fromkeys(_event(plan, event) for event in plan.events))
-    _list(console, "facts", _counted((site.method, facts_text(site.facts)) for site in plan.sites))
-    _list(console, "why", _counted((site.strategy, site.reason) for site in plan.sites))
+    for title, said in lists(plan).items():
+        _list(console, title, said)
     if verbose and plan.sites:
         _print_candidates(console, plan)
-    console.print(Text(_step(plan.step)))
-    if plan.rounds:
-        console.print(Text(_rounded(plan)))
-    if plan.recomputed:
-        console.print(Text(_recompute(plan)))
-    for line in _memory(plan, verbose):
+    for line in lines(plan, verbose):
         console.print(Text(line))
-    console.print(Text(_totals(plan), style="bold"))
+    if plan.memory is None:
+        hint = "memory: not predicted; `--memory` runs the step on tensors without storage, which takes a while"
+        console.print(Text(hint))
+    console.print(Text(totals_text(plan), style="bold"))
+
+
+def lists(plan: Plan) -> dict[str, list[str]]:
+    """What is said of a plan's sites together, by its title."""
+    return {
+        "equations": _equations(plan),
+        "events": list(dict.fromkeys(_event(plan, event) for event in plan.events)),
+        "facts": _counted((site.method, facts_text(site.facts)) for site in plan.sites),
+        "why": _counted((site.strategy, site.reason) for site in plan.sites),
+    }
+
+
+def lines(plan: Plan, verbose: bool = False) -> list[str]:
+    """How a plan's step runs: one line for each thing there is to say."""
+    rounded = [_rounded(plan)] if plan.rounds else []
+    recompute = [_recompute(plan)] if plan.recomputed else []
+    return [_step(plan.step), *rounded, *recompute, *_memory(plan, verbose)]
 
 
 def _event(plan: Plan, event: EventPlan) -> str:
@@ -109,17 +122,18 @@ def facts_text(facts: Facts) -> str:
 def _print_list(console: Console, groups: list[list[Site]]) -> None:
     console.print()
     for group in groups:
-        cells = _cells(group)
-        frozen = f", {cells['frozen']} frozen" if any(member.frozen for member in group) else ""
-        sites = f"{cells['sites']} site{'s' * (len(group) > 1)} {cells['shape']}"
-        console.print(Text(cells["path"], overflow="fold"))
-        rank = "full rank" if cells["rank"] == "full" else f"rank {cells['rank']}"
-        numbers = f"{cells['method']}, {rank}, {cells['trained']} trained{frozen}, {cells['strategy']}"
+        row = cells(group)
+        frozen = f", {row['frozen']} frozen" if any(member.frozen for member in group) else ""
+        sites = f"{row['sites']} site{'s' * (len(group) > 1)} {row['shape']}"
+        console.print(Text(row["path"], overflow="fold"))
+        rank = "full rank" if row["rank"] == "full" else f"rank {row['rank']}"
+        numbers = f"{row['method']}, {rank}, {row['trained']} trained{frozen}, {row['strategy']}"
         console.print(Padding(Text(f"{sites}: {numbers}"), (0, 0, 0, 2)))
     console.print()
 
 
-def _cells(group: list[Site]) -> dict[str, str]:
+def cells(group: list[Site]) -> dict[str, str]:
+    """The row of a group that `fold` made, by the titles of its columns."""
     site = group[0]
     return {
         "path": folded_path([member.path for member in group]),
@@ -153,8 +167,8 @@ def _sites(groups: list[list[Site]], width: int) -> Table:
     for header in shown:
         table.add_column(header, justify="right" if header in NUMBERS else "left", overflow="fold")
     for group in groups:
-        cells = _cells(group)
-        table.add_row(*(Text(cells[header]) for header in shown))
+        row = cells(group)
+        table.add_row(*(Text(row[header]) for header in shown))
     return table
 
 
@@ -213,8 +227,8 @@ def _print_candidates(console: Console, plan: Plan) -> None:
     for what, rows in ways:
         for number, (name, costs, reason) in enumerate(rows):
             legal = "yes" if costs else "no"
-            cells = ("" if number else what, name, *(costs or [""] * len(COSTS)), legal, reason)
-            table.add_row(*map(Text, cells), end_section=number == len(rows) - 1)
+            shown = ("" if number else what, name, *(costs or [""] * len(COSTS)), legal, reason)
+            table.add_row(*map(Text, shown), end_section=number == len(rows) - 1)
     if _natural(console, table) <= console.width:
         return console.print(table)
     console.print(Text(title))
@@ -275,7 +289,7 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
     """What a step takes, on one line, and with `verbose` what each block keeps."""
     found = plan.memory
     if found is None:
-        return ["memory: not predicted; `--memory` runs the step on tensors without storage, which takes a while"]
+        return []
     unit, name = (2**30, "GiB") if found.peak >= 2**30 else (2**20, "MiB")
 
     def said(size: int) -> str:
@@ -304,7 +318,8 @@ def _rounded(plan: Plan) -> str:
     return f"{what} in bfloat16, rounded stochastically; the optimizer's state is float32"
 
 
-def _totals(plan: Plan) -> str:
+def totals_text(plan: Plan) -> str:
+    """The sums over a plan."""
     totals = plan.totals
     trained = f"{totals.trainable:,} numbers trained, {totals.share:.3%} of the model's {totals.model:,}"
     frozen = f", {totals.frozen:,} frozen ones added" if totals.frozen else ""

@@ -26,7 +26,7 @@ def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 @pytest.mark.parametrize(
-    "verb", ["check", "plan", "compile", "train", "eval", "generate", "merge", "methods", "fmt", "explain"]
+    "verb", ["check", "plan", "compile", "train", "eval", "generate", "report", "merge", "methods", "fmt", "explain"]
 )
 def test_every_verb_helps_with_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = cli(capsys, verb, "--help")

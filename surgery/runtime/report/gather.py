@@ -1,0 +1,81 @@
+"""The figures of a run, computed once for the page and for `--format json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.compiler.diagnostics import SurgError
+from surgery.compiler.plan import Plan
+from surgery.compiler.skeleton import Skeleton
+from surgery.runtime.models import load_model
+from surgery.runtime.report.changes import Change, changes, changes_alone, reached
+from surgery.runtime.report.metrics import Series, read_series
+from surgery.runtime.run_folder import RunState, load_state
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report says; `unreached` is why the model's own weights are not known, empty where they are."""
+
+    run: str
+    plan: Plan
+    spec: str
+    step: int  # optimizer steps done at the save that the tensors are of
+    steps: int | None  # of the whole run, where it is known
+    series: dict[str, Series]
+    changes: list[Change]
+    unreached: str
+
+    @property
+    def logged(self) -> int:
+        """Optimizer steps that wrote their numbers down: more than `step` where a run died between two saves."""
+        return max((series.steps[-1] + 1 for series in self.series.values()), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are done."""
+        return self.steps is not None and self.step >= self.steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON."""
+        plan = self.plan
+        return {
+            "run": self.run, "spec": plan.file, "model": plan.model.name, "step": self.step, "steps": self.steps,
+            "finished": self.finished, "totals": plan.totals.model_dump(),
+            "memory": None if plan.memory is None else plan.memory.model_dump(),
+            "metrics": {name: {"steps": found.steps, "values": found.values} for name, found in self.series.items()},
+            "unreached": self.unreached or None,
+            "changes": [asdict(change) for change in self.changes],
+        }  # fmt: skip
+
+
+def gather(run: Path, *, allow_code: bool = False) -> Report:
+    """Read a run folder and compute what its report says. Raises SURG054 where the folder is damaged."""
+    state = load_state(run)
+    series = read_series(run)
+    steps = state.extra.get("steps", state.plan.step.steps)
+    weights: dict[str, Tensor] = state.state["weights"]
+    model, unreached = _model(state, allow_code)
+    if model is None:
+        found = changes_alone(state.plan, weights, state.step)
+    else:
+        found = changes(reached(state.plan, model, weights, state.step))
+    return Report(str(run), state.plan, state.spec, state.step, steps, series, found, unreached)
+
+
+def _model(state: RunState, allow_code: bool) -> tuple[nn.Module | None, str]:
+    """The run's model with its own weights, or why there is none."""
+    plan = state.plan
+    if plan.model.source == "given":
+        return None, "the model was given in Python, and the spec names none"
+    try:
+        model = load_model(plan.model, state.folder, seed=plan.step.seed, allow_code=allow_code)
+    except SurgError as error:
+        return None, "; ".join(found.message for found in error.diagnostics)
+    if Skeleton(model).fingerprint != plan.model.fingerprint:
+        return None, f'the model "{plan.model.name}" is not the one that the run was begun with'
+    return model, ""
