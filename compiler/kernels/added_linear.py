@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from surgery.compiler.kernels import forms
+
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "added_linear(Tensor x, Tensor weight, Tensor? bias, Tensor change, Tensor? inside, float scale) -> Tensor"
@@ -23,14 +25,13 @@ def added_linear(
 ) -> Tensor:
     """`x @ weight.T + bias + scale * inside @ change.T` for x and inside `[..., in]`, weight and change `[out, in]`.
 
-    inside is x where it is None; all are of one dtype. The weight is frozen and has no gradient. The sum is accumulated
-    by the second product itself: it is not rounded in between, and no pass over `[..., out]` does nothing but add. The
-    same holds for the gradient to x.
+    inside is x where it is None; all are of one dtype. The weight is frozen, and has a
+    gradient only where it requires one all the same. The sum is accumulated by the second product itself: it is not
+    rounded in between, and no pass over `[..., out]` does nothing but add. The same holds for the gradient to x.
     """
-    device = x.device.type
-    # costs are counted on meta, which has no autocast; an operation of one's own is not autocast by itself
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if forms.needs_definition(weight):
+        return added_linear_reference(x, weight, bias, change, inside, scale)
+    if dtype := forms.autocast_dtype(x):
         x, weight, change = x.to(dtype), weight.to(dtype), change.to(dtype)
         bias, inside = (None if given is None else given.to(dtype) for given in (bias, inside))
     result: Tensor = torch.ops.surgery.added_linear(x, weight, bias, change, inside, scale)

@@ -15,15 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for a CPU comes without it; plain torch is what runs there
-    triton = None
+from surgery.compiler.kernels import forms
 
 Head = Callable[[dict[str, Tensor], Tensor], Tensor]
 IGNORED = -100  # the target of a row that has none
-_BLOCK = 8192  # columns that a program reads at once
 
 
 def chunked_loss(
@@ -46,7 +41,7 @@ def chunked_loss_reference(
 ) -> Tensor:
     """What `chunked_loss` is by definition, on whole logits."""
     logits = head(dict(weights), hidden.flatten(0, -2))
-    logits = logits.to(_wide(logits))
+    logits = logits.to(forms.wide(logits.dtype))
     return functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / count
 
 
@@ -64,9 +59,9 @@ class _Chunked(torch.autograd.Function):
         # Gradients are those of the sum over the fraction of `count`; its power of two is left to the backward, which
         # is exact there: each number is rounded as often as in the plain form, and none underflows before it is scaled.
         fraction, exponent = torch.frexp(count.double())
-        sums = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in own if tensor.requires_grad]
+        sums = [torch.zeros_like(tensor, dtype=forms.wide(tensor.dtype)) for tensor in own if tensor.requires_grad]
         kept = [torch.zeros_like(inputs)] if needs[0] else []
-        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        total = torch.zeros((), dtype=forms.wide(hidden.dtype), device=hidden.device)
         length = inputs.shape[0]
         step = -(-length // -(-length // most)) if length else 1  # chunks of one size, but for the last
         for start in range(0, length, step):
@@ -106,11 +101,7 @@ def _chunk(
 
 
 def _scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (kept.to(_wide(kept)) * factor).to(dtype)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return (kept.to(forms.wide(kept.dtype)) * factor).to(dtype)
 
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,20 +117,25 @@ def loss_and_gradient_reference(logits: Tensor, targets: Tensor, factor: Tensor)
     """What `loss_and_gradient` is by definition, in plain torch."""
     counted = targets != IGNORED
     index = targets.where(counted, 0).unsqueeze(1)
-    wide = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    wide = torch.log_softmax(logits, -1, dtype=forms.wide(logits.dtype))
     loss = -wide.gather(1, index).squeeze(1).where(counted, 0).sum()
     wide = wide.exp_().scatter_add_(1, index, wide.new_full((), -1).expand_as(index))
     return loss, wide.mul_(factor).where(counted.unsqueeze(1), 0).to(logits.dtype)
 
 
 def _run(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    if triton is not None and logits.is_cuda and logits.dtype != torch.float64:
-        return _fused(logits.contiguous(), targets.contiguous(), factor)
+    if forms.takes("chunked_loss", logits):
+        from surgery.compiler.kernels import chunked_loss_triton
+
+        with forms.on_device_of(logits):
+            return chunked_loss_triton.loss_and_gradient(logits.contiguous(), targets.contiguous(), factor)
     return loss_and_gradient_reference(logits, targets, factor)
 
 
 def _fake(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=_wide(logits)), torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return logits.new_empty((), dtype=forms.wide(logits.dtype)), torch.empty_like(
+        logits, memory_format=torch.contiguous_format
+    )
 
 
 # An operation, so that what counts a step's memory on tensors without storage sees what the kernel takes.
@@ -149,42 +145,3 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.impl("loss_and_gradient", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("surgery::loss_and_gradient", _fake, lib=_library)
-
-
-def _fused(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    rows, vocabulary = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    gradient = torch.empty_like(logits)
-    block = min(triton.next_power_of_2(vocabulary), _BLOCK)
-    with torch.cuda.device(logits.device):
-        _rows[(rows,)](logits, targets, losses, gradient, factor.float(), vocabulary, BLOCK=block, num_warps=8)
-    return losses.sum(), gradient
-
-
-if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _rows(logits, targets, losses, gradient, factor, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One row: its log-sum-exp as it goes along, then the gradient in a second read, out of the cache."""
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * vocabulary
-        gradient += row * vocabulary
-        target = tl.load(targets + row)
-        counted = target != -100
-        highest = -3.4e38  # finite: minus infinity less itself is no number
-        total = 0.0
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(highest, tl.max(x, 0))
-            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
-            highest = higher
-        whole = highest + tl.log(total)
-        own = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
-        tl.store(losses + row, tl.where(counted, whole - own, 0.0))
-        times = tl.where(counted, tl.load(factor), 0.0)
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
-            share = tl.exp(x - whole) - tl.where(columns == target, 1.0, 0.0)
-            tl.store(gradient + columns, (share * times).to(gradient.dtype.element_ty), mask=columns < vocabulary)

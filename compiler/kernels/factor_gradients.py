@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.low_rank import choice, narrow, plain
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -31,7 +32,7 @@ def factor_gradients(
 def _forward(dy: Tensor, x: Tensor, left: Tensor, right: Tensor, need_left: bool, need_right: bool) -> list[Tensor]:
     fused = all(choice.has_narrow_kernels(rows, right.shape[0]) for rows in (dy, x))
     form: Any = narrow if fused else plain
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with forms.on_device_of(x):
         u = form.narrow_product(x, [right], [1.0]) if need_left else None
         if not need_right:
             return plain.left_gradients([dy], u, [left]) if u is not None else []

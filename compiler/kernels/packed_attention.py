@@ -6,7 +6,6 @@ so is computed on the device, and has an entry for each two blocks of 128 tokens
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from surgery.compiler.kernels import forms
 
 _BLOCK = 128  # tokens of a block of the mask
 # Else torch takes another kernel for few queries, which is made for decoding.
@@ -39,7 +40,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
     `document_starts(...)`, of all rows or of one for all. `scale` is one over the root of `size` if left out.
     """
     starts = starts.expand(query.shape[0], -1)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_triton():
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and forms.has_triton():
         run = _flex if torch.compiler.is_compiling() else _compiled()
         return run(query, key, value, starts, scale)
     return packed_attention_reference(query, key, value, starts, scale)
@@ -68,11 +69,6 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: floa
 def _compiled() -> Callable[..., Tensor]:
     """The same for an eager caller: uncompiled, flex attention would form all scores."""
     return torch.compile(_flex, dynamic=True)
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def block_mask(starts: Tensor) -> BlockMask:

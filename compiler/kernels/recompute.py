@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.factor_gradients import factor_gradients
 
 Build = Callable[..., Tensor]
@@ -77,7 +78,5 @@ class _Rebuilt(torch.autograd.Function):
 
 def _built(build: Build, operands: Any, x: Tensor) -> Tensor:
     """The weight; its algebra keeps its own dtypes under autocast, and so is the same in both directions."""
-    if x.is_meta:  # costs are counted there, and it has no autocast
-        return build(*operands)
-    with torch.autocast(x.device.type, enabled=False):
+    with forms.without_autocast(x):
         return build(*operands)

@@ -15,13 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from surgery.compiler.kernels.updated_weight import has_kernel
+from surgery.compiler.kernels import forms
 
 WIDEST = 64  # ranks of the kernel, which holds a [rank, rank] matrix in registers
-
-KERNEL = False
-"""Whether the kernel in Triton is taken: it was right in Triton's interpreter; on a GPU it has run with blocks that did
-not fit alone, and not since."""
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("updated_row_norms(Tensor weight, Tensor left, Tensor right, float scale) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
@@ -30,37 +26,38 @@ _library.define("updated_row_norms(Tensor weight, Tensor left, Tensor right, flo
 def updated_row_norms(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """The norms `[out]` of the rows of `weight + scale * left @ right`, of `[out, in]`, `[out, rank]`, `[rank, in]`.
 
-    In float32, or the weight's dtype if that is wider. `left` and `right` have gradients; the weight is frozen and has
-    none.
+    In float32, or the weight's dtype if that is wider, under autocast too. `left` and `right` have gradients; the
+    weight is frozen, and has one only where it requires it all the same.
     """
+    if forms.needs_definition(weight):
+        return updated_row_norms_reference(weight, left, right, scale)
     norms: Tensor = torch.ops.surgery.updated_row_norms(weight, left, right, scale)[0]
     return norms
 
 
 def updated_row_norms_reference(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """What `updated_row_norms` is by definition, in plain torch."""
-    wide = _wide(weight)
-    norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * (left.to(wide) @ right.to(wide)), dim=-1)
+    wide = forms.wide(weight.dtype)
+    with forms.without_autocast(weight):
+        update = left.to(wide) @ right.to(wide)
+    norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=-1)
     return norms
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The norms, and `W @ right.T` for the backward."""
-    if KERNEL and right.shape[0] <= WIDEST and has_kernel(weight, left, right):
+    if right.shape[0] <= WIDEST and forms.takes("row_norms", weight, left, right):
         from surgery.compiler.kernels.row_norms_triton import norms_and_product as fused
 
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+        with forms.on_device_of(weight):
             return fused(weight, left, right, scale)
-    return norms_and_product(weight, left, right, scale)
+    with forms.without_autocast(weight):
+        return norms_and_product(weight, left, right, scale)
 
 
 def norms_and_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The norms by their three terms, and `weight @ right.T`, from torch's own operations."""
-    wide = _wide(weight)
+    wide = forms.wide(weight.dtype)
     left, right = left.to(wide), right.to(wide)
     product = _product(weight, right)
     squares = torch.linalg.vector_norm(weight, dim=-1, dtype=wide).square()
@@ -104,7 +101,8 @@ class _RowNorms(torch.autograd.Function):
             shared = share * wide_left
             through_weight = (shared.to(weight.dtype).T @ weight).to(norms.dtype)
             dright = through_weight + ctx.scale * ((shared.T @ wide_left) @ wide_right)
-        return None, *(None if new is None else new.to(left.dtype) for new in (dleft, dright)), None
+        pairs = ((dleft, left), (dright, right))
+        return None, *(None if new is None else new.to(factor.dtype) for new, factor in pairs), None
 
 
 def _differentiable(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +111,7 @@ def _differentiable(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
 
 
 def _fake(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    norms = weight.new_empty(weight.shape[0], dtype=_wide(weight))
+    norms = weight.new_empty(weight.shape[0], dtype=forms.wide(weight.dtype))
     return norms, norms.new_empty(weight.shape[0], right.shape[0])
 
 

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from surgery.compiler.kernels.updated_weight import has_kernel
-
-KERNELS = False
-"""Whether the kernels in Triton are taken: they were right in Triton's interpreter and have not been run on a GPU."""
+from surgery.compiler.kernels import forms
 
 
 def scaled_columns(y: Tensor, scales: Tensor) -> Tensor:
@@ -38,7 +35,7 @@ def scaled(y: Tensor, scales: Tensor) -> Tensor:
 
 def scaled_and_sums(dy: Tensor, y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """`dy * scales` like dy, and the sums of `dy * y` over all rows like `scales`."""
-    wide = torch.promote_types(y.dtype, torch.float32)
+    wide = forms.wide(y.dtype)
     return scaled(dy, scales), (dy * y).flatten(0, -2).sum(0, dtype=wide).to(scales.dtype)
 
 
@@ -48,7 +45,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, scales)
-        with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
+        with forms.on_device_of(y):
             return _forms(y, scales)[0](y, scales)
 
     @staticmethod
@@ -56,12 +53,12 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y, scales = ctx.saved_tensors
         one, both = _forms(dy, scales)
-        with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
+        with forms.on_device_of(dy):
             return (one(dy, scales), None) if y is None else both(dy, y, scales)
 
 
 def _forms(y: Tensor, scales: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    if KERNELS and has_kernel(y, scales):
+    if forms.takes("scaled_columns", y, scales):
         from surgery.compiler.kernels import scaled_columns_triton as kernels
 
         return kernels.scaled, kernels.scaled_and_sums

@@ -8,7 +8,6 @@ arXiv:2501.08582) or W itself (HiRA, openreview:TwJrTz9cRS). Of torch's operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-KERNEL = False
-"""Whether the kernel in Triton is taken: it was right in Triton's interpreter and has not been run on a GPU."""
+from surgery.compiler.kernels import forms
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("updated_weight(Tensor weight, Tensor left, Tensor right, float scale, str times) -> Tensor")  # type: ignore[no-untyped-call]
@@ -27,9 +25,12 @@ def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1
     """`weight + scale * times(weight) * (left @ right)` for `[out, in]`, `[out, rank]` and `[rank, in]`.
 
     `times` is "one", "mask" or "weight". The result has the weight's dtype, rounded once from float32 or what is
-    wider. `left` and `right`, of any floating dtype, have gradients; the weight is frozen and has none.
+    wider, under autocast too. `left` and `right`, of any floating dtype, have gradients; the weight is frozen, and has
+    one only where it requires it all the same.
     """
-    if torch.compiler.is_compiling() and not KERNEL:  # torch.compile makes one pass of what stands behind the product
+    # torch.compile makes one pass of what stands behind the product
+    compiles = torch.compiler.is_compiling() and "updated_weight" in forms.WITHHELD
+    if compiles or forms.needs_definition(weight):
         return updated_weight_reference(weight, left, right, scale, times)
     result: Tensor = torch.ops.surgery.updated_weight(weight, left, right, scale, times)
     return result
@@ -39,8 +40,9 @@ def updated_weight_reference(
     weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, times: str = "one"
 ) -> Tensor:
     """What `updated_weight` is by definition, in plain torch."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    update = scale * (left.to(wide) @ right.to(wide))
+    wide = forms.wide(weight.dtype)
+    with forms.without_autocast(weight):
+        update = scale * (left.to(wide) @ right.to(wide))
     return (weight.to(wide) + _under(weight.to(wide), times, update)).to(weight.dtype)
 
 
@@ -55,28 +57,23 @@ def _under(weight: Tensor, times: str, update: Tensor) -> Tensor:
 
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
-    if KERNEL and has_kernel(weight, left, right):
+    if forms.takes("updated_weight", weight, left, right):
         from surgery.compiler.kernels.updated_weight_triton import updated_weight as fused
 
-        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+        with forms.on_device_of(weight):
             return fused(weight, left, right, scale, times)
-    return in_place(weight, left, right, scale, times)
+    with forms.without_autocast(weight):
+        return in_place(weight, left, right, scale, times)
 
 
 def in_place(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
     """The numbers of the reference with one matrix beside the result, in the fewest passes of torch's operations."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = forms.wide(weight.dtype)
     update = (left.to(wide) * scale) @ right.to(wide)
     if times == "weight":
         update.mul_(weight)
     result = torch.add(weight, update, out=torch.empty_like(weight))
     return result.masked_fill_(weight == 0, 0) if times == "mask" else result
-
-
-def has_kernel(*tensors: Tensor) -> bool:
-    """Whether a kernel in Triton takes these: on a CUDA device, of a dtype that fits into float32."""
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    return all(tensor.is_cuda and tensor.dtype in floats for tensor in tensors) and find_spec("triton") is not None
 
 
 class _UpdatedWeight(torch.autograd.Function):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from surgery.compiler.kernels.forms import taking
 from surgery.compiler.kernels.low_rank import choice, low_rank_linear, low_rank_linear_reference, plain, product
 from surgery.compiler.kernels.low_rank.product import Tiling
 
@@ -95,12 +96,15 @@ def check(
 
 
 @pytest.fixture(params=["chosen", "Triton"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the model chooses, and Triton wherever it takes the operands."""
-    if request.param == "Triton":
-        for chooses in ("fastest_for_outputs", "fastest_for_input_gradient"):
-            monkeypatch.setattr(choice, chooses, lambda *sizes: next(iter(choice.STEP)))
-        monkeypatch.setattr(choice, "NARROW_KERNELS", True)
+    if request.param == "chosen":
+        yield
+        return
+    for chooses in ("fastest_for_outputs", "fastest_for_input_gradient"):
+        monkeypatch.setattr(choice, chooses, lambda *sizes: next(iter(choice.STEP)))
+    with taking("narrow"):
+        yield
 
 
 @pytest.mark.usefixtures("form")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.low_rank.narrow import WIDEST
 from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, by_row, ceil_div, fits, processors
 
@@ -28,10 +28,6 @@ WRITTEN, READ = 3.3e6, 5e6  # bytes of a sum in a microsecond: written by a narr
 LAUNCH = 40.0
 """How long a Triton product has to run: Python takes about as long to launch one (50 to 90, without a device, on a slow
 processor), and a program that is faster there than here waits for it."""
-
-NARROW_KERNELS = False
-"""Whether Triton's narrow passes are taken. Their first form was right on an H200, but waited for its launches longer
-than torch's products took (59 to 78 microseconds, and 12 to 31); the present one has not been run on a GPU."""
 
 
 def tiling_of_outputs(rows: Tensor, weights: Sequence[Tensor], ranks: Sequence[int]) -> Tiling | None:
@@ -52,7 +48,7 @@ def tiling_of_input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], r
 
 def has_narrow_kernels(wide: Tensor, ranks: int) -> bool:
     """Whether Triton's passes over a wide matrix are to be taken for `ranks` columns on the narrow side."""
-    return NARROW_KERNELS and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= WIDEST
+    return forms.takes("narrow", wide) and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= WIDEST
 
 
 @lru_cache(4096)
@@ -120,4 +116,4 @@ def _is_half_on_gpu(matrix: Tensor) -> bool:
 @cache
 def _is_hopper(device: torch.device) -> bool:
     # later cards have them too, but other times
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) == (9, 0)
+    return forms.has_triton() and torch.cuda.get_device_capability(device) == (9, 0)

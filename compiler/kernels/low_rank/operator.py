@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.low_rank import choice, plain, product
 from surgery.compiler.kernels.low_rank import narrow as fused
 from surgery.compiler.kernels.low_rank.reference import low_rank_linear_reference
@@ -39,15 +39,11 @@ def low_rank_linear(
     are and `[rows, sum of ranks]` numbers. A weight that requires a gradient all the same gets it by the definition,
     which is also what transforms of torch.func see.
     """
-    device = x.device.type
-    # costs are counted on meta, which has no autocast; an operation of one's own is not autocast by itself
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if dtype := forms.autocast_dtype(x):
         x, narrow = x.to(dtype), None if narrow is None else narrow.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    thawed = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    if thawed or torch._C._are_functorch_transforms_active():
+    if forms.needs_definition(*weights):
         return low_rank_linear_reference(x, weights, biases, lefts, rights, scales, narrow)
     run = torch.ops.surgery.low_rank_linear if _is_watched() else _differentiable
     results: list[Tensor] = run(x, narrow, weights, biases, lefts, rights, scales)
@@ -66,7 +62,7 @@ def _forward(
     """The outputs, and `scale * narrow @ right.T` of all sites, `[rows, sum of ranks]`."""
     rows = x.reshape(-1, x.shape[-1])
     source = rows if narrow is None else narrow.reshape(rows.shape)
-    with _device_of(x):
+    with forms.on_device_of(x):
         form = fused if choice.has_narrow_kernels(source, sum(right.shape[0] for right in rights)) else plain
         u = form.narrow_product(source, rights, scales)
         tiling = choice.tiling_of_outputs(rows, weights, [left.shape[1] for left in lefts])
@@ -93,7 +89,7 @@ def _backward(
     gradients: list[Tensor] = []
     du: Tensor | None = None
     dlefts: list[Tensor] = []
-    with _device_of(dys[0]):
+    with forms.on_device_of(dys[0]):
         if need_du and u is not None and choice.has_narrow_kernels(rows[0], max(left.shape[1] for left in lefts)):
             du, dlefts = fused.narrow_gradients(rows, u, lefts, scales)
         else:
@@ -120,11 +116,6 @@ def _input_gradient(
     if tiling is None:
         return plain.input_gradient(dys, weights, du, rights)
     return product.input_gradient(dys, weights, du, rights, tiling)
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _unpacked(needed: Sequence[bool]) -> tuple[bool, bool, Sequence[bool], Sequence[bool], Sequence[bool]]:

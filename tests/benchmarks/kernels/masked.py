@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.compiler.kernels import row_norms, scaled_columns, updated_weight
-from surgery.compiler.kernels.low_rank import choice
+from surgery.compiler.kernels.forms import taking
 
 TOKENS, WIDTH, LAYERS, RANK = 8192, 4096, 8, 16
 RATE = 4.25e6  # bytes in a microsecond that a copy moves
@@ -133,16 +133,15 @@ def layers() -> None:
 
     frozen, peak = time(base, [])
     print(f"frozen {frozen:.3f} ms, {peak:.0f} MiB")
-    for kernels in (False, True):
-        updated_weight.KERNEL = choice.NARROW_KERNELS = kernels
+    for kernels in ([], ["updated_weight", "narrow"]):
         for method in ("lora(rank = 16)", "released()", "sqft(rank = 16)"):
             program = surgery.parse(SPEC.format(method=method, mode="off"))
             step = surgery.compile(program, model=copy.deepcopy(base), example_inputs={"x": x.detach()}, device="cuda")
             trained = [value for site in step.parameters_by_site.values() for value in site.values()]
-            found, peak = time(lambda x, step=step: step.module(x, True)[0], trained)  # type: ignore[misc]
-            print(f"{method} {step.plan.sites[0].strategy}, kernels {kernels}: {found:.3f} ms, {found / frozen:.3f} of "
+            with taking(*kernels):
+                found, peak = time(lambda x, step=step: step.module(x, True)[0], trained)  # type: ignore[misc]
+            print(f"{method} {step.plan.sites[0].strategy}, taking {kernels}: {found:.3f} ms, {found / frozen:.3f} of "
                   f"frozen, {peak:.0f} MiB", flush=True)  # fmt: skip
-    updated_weight.KERNEL = choice.NARROW_KERNELS = False
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from surgery.compiler.kernels.forms import taking
 from surgery.compiler.kernels.low_rank import choice, low_rank_linear, plain, product
 from surgery.compiler.kernels.low_rank.product import Tiling
 
@@ -122,9 +123,8 @@ def forms(wide: bool, narrow: bool) -> Iterator[None]:
     def chosen(*sizes: Any) -> Tiling | None:
         return next(iter(choice.STEP)) if wide else None
 
-    with mock.patch.multiple(
-        choice, fastest_for_outputs=chosen, fastest_for_input_gradient=chosen, NARROW_KERNELS=narrow
-    ):
+    replaced = mock.patch.multiple(choice, fastest_for_outputs=chosen, fastest_for_input_gradient=chosen)
+    with replaced, taking(*["narrow"] * narrow):
         yield
 
 

@@ -1,0 +1,86 @@
+"""Which form of an operation runs, a kernel in Triton or torch's own products, and what the operations here share.
+
+A kernel that no GPU has shown to be right in its present form is withheld: the form in plain torch runs in its place.
+`taking` lifts that for a test or a measurement, `tests/gpu` and `tests/benchmarks/kernels` say what is still to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WITHHELD = {
+    "narrow": "Its first form was right on an H200, but waited for its launches longer than torch's products took (59 "
+    "to 78 microseconds, and 12 to 31); the present one has not been run on a GPU.",
+    "row_norms": "It was right in Triton's interpreter; on a GPU it has run with blocks that did not fit, not since.",
+    "scaled_columns": "It was right in Triton's interpreter and has not been run on a GPU.",
+    "updated_weight": "It was right in Triton's interpreter and has not been run on a GPU.",
+}
+"""The kernels that are not taken, and why; those that are not named here are."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(kernel: str, *tensors: Tensor) -> bool:
+    """Whether a kernel in Triton runs on these: it is not withheld, they are on a CUDA device and fit into float32."""
+    known = kernel not in WITHHELD and has_triton()
+    return known and all(tensor.is_cuda and tensor.dtype in _FLOATS for tensor in tensors)
+
+
+@contextmanager
+def taking(*kernels: str) -> Iterator[None]:
+    """Let these kernels run although they are withheld; for the whole process, so for tests and measurements alone."""
+    reasons = {kernel: WITHHELD.pop(kernel) for kernel in kernels}
+    try:
+        yield
+    finally:
+        WITHHELD.update(reasons)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there: torch for a CPU comes without it."""
+    return find_spec("triton") is not None
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, a tensor's CUDA device is the current one, where Triton launches."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are made: float32, or the given one if it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast runs a product with x; None where it does not change it.
+
+    An operation of one's own is not autocast by itself.
+    """
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) and x.dtype != torch.float64 else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, operations on x's device keep their dtypes: autocast reaches into an operation of one's own."""
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext()
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type  # costs are counted on meta, which has no autocast
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def needs_definition(*frozen: Tensor) -> bool:
+    """Whether an operation has to run as it is defined, in plain torch, for its gradients to be all there.
+
+    That is so where what it takes for frozen requires a gradient all the same, and under transforms of torch.func.
+    """
+    thawed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in frozen)
+    return thawed or torch._C._are_functorch_transforms_active()
