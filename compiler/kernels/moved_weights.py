@@ -6,12 +6,12 @@ once; elsewhere, and for what the kernel does not take, the same sums in plain t
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from surgery.compiler.kernels import forms
 
 Products = tuple[Sequence[Tensor], Sequence[Tensor]]  # left and right factors of all sites
 
@@ -36,10 +36,11 @@ def add_products(
     """
     sources = targets if sources is None else sources
     done: Sequence[int] = ()
-    if targets and targets[0].is_cuda and _has_triton():
+    if targets and targets[0].is_cuda and forms.has_triton():
         from surgery.compiler.kernels import moved_weights_triton
 
-        done = moved_weights_triton.add_products(targets, lefts, rights, scale, before, sources, transposed)
+        with forms.on_device_of(targets[0]):
+            done = moved_weights_triton.add_products(targets, lefts, rights, scale, before, sources, transposed)
     left_out = range(len(targets)) if not done else sorted(set(range(len(targets))) - set(done))
     for i in left_out:
         old = None if before is None else (before[0][i], before[1][i])
@@ -62,14 +63,10 @@ def add_product(
         old_left, old_right = before[0].to(dtype), before[1].to(dtype)
         left = torch.cat([left - old_left, old_left], -1)
         right = torch.cat([right, right - old_right], -2)
+    in_place = source is target and target.dtype == dtype and target.dim() == 2
     if transposed:
         target, source = target.transpose(-1, -2), source.transpose(-1, -2)
-    if source is target and target.dtype == dtype and target.dim() == 2:  # no second matrix
+    if in_place:  # no second matrix
         target.addmm_(left, right, alpha=scale)
         return
     target.copy_(torch.add(source.to(dtype), left @ right, alpha=scale))
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

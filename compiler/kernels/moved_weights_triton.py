@@ -137,12 +137,14 @@ class _Known:
 
     tensors: tuple[weakref.ref[Tensor], ...]
     addresses: tuple[int, ...]
+    transposed: bool
     launches: tuple[_Launch, ...]
     done: tuple[int, ...]
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors."""
-        return len(tensors) == len(self.tensors) and all(
+    def holds(self, tensors: Sequence[Tensor], transposed: bool) -> bool:
+        """Whether these are the tensors, and stored so."""
+        same = len(tensors) == len(self.tensors) and transposed == self.transposed
+        return same and all(
             reference() is tensor and address == tensor.data_ptr()
             for reference, address, tensor in zip(self.tensors, self.addresses, tensors, strict=True)
         )
@@ -165,7 +167,7 @@ def add_products(
     old = ((), ()) if before is None else before
     tensors = [*targets, *sources, *lefts, *rights, *old[0], *old[1]]
     known: _Known | None = _known.get(lefts[0])
-    if known is None or tiles is not None or not known.holds(tensors):
+    if known is None or tiles is not None or not known.holds(tensors, transposed):
         known = _prepare(targets, lefts, rights, before, sources, transposed, tensors, tiles)
         _known[lefts[0]] = known
     for launch in known.launches:
@@ -185,12 +187,14 @@ def _prepare(
     tiles: Tiles | None,
 ) -> _Known:
     groups: dict[tuple[Any, ...], list[list[int]]] = {}
-    done = []
+    done, written = [], set[int]()
     for number, target in enumerate(targets):
         factors = [lefts[number], rights[number]]
         factors += [] if before is None else [before[0][number], before[1][number]]
-        if not _fits(target, sources[number], factors, transposed):
+        shared = target.data_ptr() in written  # moved twice, it cannot be in one launch
+        if shared or target.device != targets[0].device or not _fits(target, sources[number], factors, transposed):
             continue
+        written.add(target.data_ptr())
         done.append(number)
         rank = lefts[number].shape[-1]
         for matrix in range(target.shape[0]) if target.dim() == 3 else (None,):
@@ -215,7 +219,7 @@ def _prepare(
         table = _on(device, torch.tensor(rows, dtype=torch.int64))
         launches.append(_Launch(table, _on(device, torch.tensor(strips, dtype=torch.int32)), constants, cut.warps))
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
-    return _Known(tuple(map(weakref.ref, tensors)), addresses, tuple(launches), tuple(done))
+    return _Known(tuple(map(weakref.ref, tensors)), addresses, transposed, tuple(launches), tuple(done))
 
 
 def _fits(target: Tensor, source: Tensor, factors: Sequence[Tensor], transposed: bool) -> bool:

@@ -81,3 +81,19 @@ def test_the_table_follows_the_tensors() -> None:
         before = target.clone()
         add_products([target], [left], [right])
         assert torch.equal(target, before)
+
+
+def test_the_table_follows_how_weights_are_stored() -> None:
+    target, (left, right) = torch.zeros(64, 64, device="cuda"), drawn([(64, 16), (16, 64)], torch.float32)
+    for transposed, change in ((False, left @ right), (True, (left @ right).T)):
+        target.zero_()
+        add_products([target], [left], [right], transposed=transposed)
+        torch.testing.assert_close(target, change, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_two_sites_is_moved_by_both() -> None:
+    target = torch.zeros(256, 256, device="cuda")
+    lefts, rights = drawn([(256, 16)] * 2, torch.float32), drawn([(16, 256)] * 2, torch.float32)
+    add_products([target, target], lefts, rights)
+    change = lefts[0] @ rights[0] + lefts[1] @ rights[1]
+    torch.testing.assert_close(target, change, rtol=1e-4, atol=1e-4)
