@@ -135,4 +135,7 @@ def is_constant(name: str) -> bool:
 
 def writes(node: fx.Node) -> bool:
     """Whether the node's operation writes into one of its arguments."""
+    if node.op == "call_method":  # as torch names its methods; what Python itself calls is __getitem__ and the like
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

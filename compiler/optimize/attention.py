@@ -35,8 +35,11 @@ def group_queries(module: fx.GraphModule) -> int:
             continue
         if not isinstance(query.shape[3], int) or query.shape[3] > _WIDEST:
             continue
-        key, value = (unrepeated(argument, _sizes(node.args[0])[1]) for argument in node.args[1:3])
+        _, heads, _, size = _sizes(node.args[0])
+        key, value = (unrepeated(argument, heads) for argument in node.args[1:3])
         if key is None or value is None or _sizes(key)[1] != _sizes(value)[1]:
+            continue
+        if not _sizes(key)[3] == _sizes(value)[3] == size:  # the kernel that takes groups takes one size alone
             continue
         node.args = (node.args[0], key, value, *node.args[3:])
         node.kwargs = {**node.kwargs, "enable_gqa": True}

@@ -20,6 +20,8 @@ def share_repeated(module: fx.GraphModule) -> int:
     known: dict[Any, fx.Node] = {}
     gone = 0
     for node in list(module.graph.nodes):
+        if writes(node):  # what was read before it may be another value behind it, through any view
+            known.clear()
         key = _key(node)
         if key is None:
             continue
@@ -36,7 +38,7 @@ def _key(node: fx.Node) -> Any:
     """What two nodes have in common that give the same value; None for a node that is to stay."""
     if node.op not in ("call_function", "call_method") or "span" not in node.meta:
         return None
-    if is_ordered(node) or any(writes(user) or _writes_by_name(user) for user in node.users):
+    if is_ordered(node) or any(map(writes, node.users)):
         return None
     key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs), list_entry(node))
     try:
@@ -58,7 +60,3 @@ def _frozen(value: Any) -> Any:
         case fx.Node():
             return value
     return type(value), value
-
-
-def _writes_by_name(node: fx.Node) -> bool:
-    return node.op == "call_method" and str(node.target).endswith("_")

@@ -49,7 +49,7 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
             if key not in current:
                 found.append(current.setdefault(key, []))
             current[key].append(node)
-        elif writes(node) or (node.op == "call_method" and str(node.target).endswith("_")):
+        elif writes(node):
             current.clear()
     return found
 

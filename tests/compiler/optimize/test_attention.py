@@ -99,19 +99,38 @@ def test_a_repeat_that_something_else_reads_stays() -> None:
     assert group_queries(graph.module) == 1
 
 
-class Tiled(nn.Module):
-    """Keys in another order than `enable_gqa` has: k0 k1 k0 k1, where a repeat gives k0 k0 k1 k1."""
+class Shared(nn.Module):
+    """Four heads of size 8, two of which share a key and a value; `tiled` repeats them as k0 k1 k0 k1."""
 
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        batch, groups, length, size = key.shape
-        keys = key.unsqueeze(1).expand(batch, 2, groups, length, size).reshape(batch, 2 * groups, length, size)
-        return nn.functional.scaled_dot_product_attention(query, keys, keys)
+    def __init__(self, width: int = 8, tiled: bool = False) -> None:
+        super().__init__()
+        self.width, self.tiled = width, tiled
+        self.query, self.key, self.value = nn.Linear(6, 4 * 8), nn.Linear(6, 2 * 8), nn.Linear(6, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+        key = self.repeated(self.key(x).view(*x.shape[:2], 2, 8).transpose(1, 2))
+        value = self.repeated(self.value(x).view(*x.shape[:2], 2, self.width).transpose(1, 2))
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+    def repeated(self, shared: Tensor) -> Tensor:
+        batch, groups, length, size = shared.shape
+        if self.tiled:
+            return shared[:, None].expand(batch, 2, groups, length, size).reshape(batch, 2 * groups, length, size)
+        return shared[:, :, None].expand(batch, groups, 2, length, size).reshape(batch, 2 * groups, length, size)
 
 
-def test_another_order_is_no_repeat() -> None:
-    query, key = torch.randn(2, 4, 5, 8, dtype=torch.bfloat16), torch.randn(2, 2, 5, 8, dtype=torch.bfloat16)
-    graph = p5_capture.run(Tiled(), {"query": query, "key": key}, None)
-    assert len(attentions(graph.module)) == 1 and group_queries(graph.module) == 0
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({}, 1),
+        ({"tiled": True}, 0),  # `enable_gqa` has k0 k0 k1 k1
+        ({"width": 4}, 0),  # what takes groups on a GPU takes keys and values of one size alone
+    ],
+)
+def test_keys_are_shared_where_a_kernel_takes_them_in_their_order(settings: dict[str, Any], changed: int) -> None:
+    graph = p5_capture.run(Shared(**settings).bfloat16(), {"x": torch.randn(2, 5, 6).bfloat16()}, None)
+    assert len(attentions(graph.module)) == 1 and group_queries(graph.module) == changed
 
 
 # --- rows of several documents ----------------------------------------------------------------------------------------

@@ -75,6 +75,24 @@ def test_what_draws_or_is_written_into_stays() -> None:
     assert torch.equal(third, torch.full((64,), 3.0)) and torch.equal(fourth, torch.full((64,), 2.0))
 
 
+def test_nothing_is_shared_over_an_operation_that_writes() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    copy = graph.call_method("clone", (x,))
+    part = graph.call_method("narrow", (copy, 0, 0, 2))  # a view: what writes into `copy` changes it too
+    before = graph.call_function(torch.mul, (part, 2))
+    graph.call_method("add_", (copy, 1))
+    after = graph.call_function(torch.mul, (part, 2))
+    for node in (before, after):
+        node.meta = {"span": object()}
+    graph.output((before, after))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    expected = module(torch.ones(4))
+    assert share_repeated(module) == 0
+    for ours, theirs in zip(module(torch.ones(4)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_lists_and_tensors_among_the_operands() -> None:
     def run(x: Tensor) -> Tensor:
         return torch.cat([x, x], -1) + torch.cat([x, x], -1)
