@@ -20,7 +20,8 @@ from surgery.compiler.graph import HANDED_ON
 
 # A value that is computed with one of these is a block's own work, never a shared preparation to be moved out of it.
 _HEAVY = re.compile(r"aten\.(linear|addmm|mm|bmm|matmul|baddbmm|conv\w*|scaled_dot_product_attention|layer_norm)\.")
-_HEAVY_FUNCTIONS = ("linear", "matmul", "addmm", "low_rank_linear", "packed_attention")  # as an adapted site calls them
+# as an adapted site calls them
+_HEAVY_FUNCTIONS = ("linear", "matmul", "addmm", "added_linear", "low_rank_linear", "packed_attention")
 
 
 @dataclass(frozen=True)

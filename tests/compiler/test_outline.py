@@ -13,6 +13,8 @@ from surgery.compiler import p5_capture
 from surgery.compiler.emit.forward import forward_source, spans
 from surgery.compiler.emit.outline import Block, is_ordered, outline
 from surgery.compiler.graph import Graph, tensors
+from surgery.compiler.kernels.added_linear import added_linear
+from surgery.compiler.kernels.low_rank import low_rank_linear
 
 PREAMBLE = "import math, torch\nimport torch.nn.functional as F\nfrom torch import Tensor\nfrom typing import Any\n"
 
@@ -185,6 +187,18 @@ def test_blocks_that_differ_have_functions_of_their_own() -> None:
     assert forward.block_functions == ("layer_0", "layer_3")
     assert "if index < 3:" in forward.source
     same(graph, forward.source, {"x": torch.randn(4, 6)})
+
+
+@pytest.mark.parametrize("operation", [added_linear, low_rank_linear])
+def test_what_an_adapted_site_multiplies_with_is_its_block_s_own_work(operation: Callable[..., Any]) -> None:
+    model = Plain()
+    for layer in model.layers:
+        layer.dropout = nn.Identity()
+    graph = capture(model).module.graph
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.linear.default:
+            node.target = operation
+    assert [item.index for item in outline(graph) if isinstance(item, Block)] == [0, 1, 2, 3]
 
 
 def test_every_second_block() -> None:

@@ -83,7 +83,8 @@ def outputs(
     has_bias = any(bias is not None for bias in biases)
     vectors = ys  # of the right type, and not read
     if has_bias:
-        vectors = [rows.new_zeros(y.shape[1]) if bias is None else bias for bias, y in zip(biases, ys, strict=True)]
+        given = zip(biases, ys, strict=True)
+        vectors = [rows.new_zeros(y.shape[1]) if bias is None else bias.contiguous() for bias, y in given]
     sizes = [weight.shape[0] for weight in weights]
     starts = [0, *accumulate(ceil_div(size, tiling.columns) for size in sizes)]
     block = [tiling.columns, tiling.depth]

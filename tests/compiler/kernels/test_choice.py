@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from surgery.compiler.kernels.low_rank import choice
-from surgery.compiler.kernels.low_rank.product import Tiling
 
 ROWS, RANK, PROCESSORS = 8192, 16, 132
 WIDE, SMALL = choice.STEP
@@ -55,7 +54,3 @@ def test_what_is_short_is_left_to_torch(rows: int, width: int) -> None:
 
 def test_without_a_narrow_product_one_site_is_left_to_torch() -> None:
     assert choice.fastest_for_input_gradient(ROWS, 4096, (4096,), 0, PROCESSORS) is None
-
-
-def test_every_tiling_has_one_time() -> None:
-    assert all(isinstance(tiling, Tiling) and step > 0 for tiling, step in choice.STEP.items())
