@@ -13,11 +13,12 @@ BATCH, LENGTH, TARGET = 3, 11, 7  # all different and none of them 1, so that no
 _TEXT = ("masked_lm", "sequence_classification", "token_classification", "feature_extraction")
 
 
-def example_inputs(model_or_config: Any, task: str | None) -> dict[str, Tensor]:
+def example_inputs(model_or_config: Any, task: str | None, packed: bool = False) -> dict[str, Tensor]:
     """Inputs to capture the model with, on the CPU: `input_ids` [3, 11] within the vocabulary, or `pixel_values`.
 
     Encoders get an `attention_mask`, sequence-to-sequence models `decoder_input_ids` [3, 7] too. A decoder gets none:
-    it trains on right-padded rows, where a mask changes nothing for a real token and costs flash attention. Raises
+    it trains on right-padded rows, where a mask changes nothing for a real token and costs flash attention. `packed`
+    rows hold two documents, which `position_ids` [3, 11] tell apart by starting over. Raises
     SURG042 where task and config do not say what the model reads.
     """
     config = getattr(model_or_config, "config", model_or_config)
@@ -34,6 +35,11 @@ def example_inputs(model_or_config: Any, task: str | None) -> dict[str, Tensor]:
         return {"pixel_values": _pixels(config)}
     generator = torch.Generator().manual_seed(0)
     inputs = {"input_ids": _tokens(config, LENGTH, generator)}
+    length = inputs["input_ids"].shape[1]
+    if packed:
+        lengths = (length // 3 + 1 + row for row in range(BATCH))  # of the first document: another in each row
+        rows = [torch.cat([torch.arange(first), torch.arange(length - first)]) for first in lengths]
+        inputs["position_ids"] = torch.stack(rows)
     if task == "causal_lm" or (task in _TEXT and is_decoder(config)):
         return inputs
     inputs["attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.int64)

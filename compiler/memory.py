@@ -61,7 +61,8 @@ def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None 
     from surgery.runtime.step import TrainingStep
 
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    given = example_inputs(model, plan.model.task) if examples is None else examples
+    packed = plan.data is not None and plan.data.pack
+    given = example_inputs(model, plan.model.task, packed) if examples is None else examples
     graph = p5_capture.run(model, {name: value.to(place) for name, value in given.items()}, plan.model.task)
     empty = {
         tensor.key: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ def run(
     if not program.rules and not trained and not diagnostics.errors:
         diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
     _check_length(program, skeleton, diagnostics)
+    _check_packed(program, skeleton, diagnostics)
     _check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
     plan = resolver.plan(trained)
@@ -83,6 +85,17 @@ def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics
         message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
         help_text = f"write `max_length = {positions}` or less"
         diagnostics.error("SURG031", message, written.span, help=help_text)
+
+
+def _check_packed(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
+    """Positions are what tells the documents of a row apart."""
+    if program.data is None or not program.data.pack:
+        return
+    if "position_ids" not in inspect.signature(skeleton.model.forward).parameters:
+        settings = [setting for item in program.tree.items if isinstance(item, nodes.Data) for setting in item.settings]
+        written = next(setting for setting in settings if setting.name == "pack")
+        message = f"{type(skeleton.model).__name__} takes no `position_ids`, which tell the documents of a row apart"
+        diagnostics.error("SURG031", message, written.span, help="leave `pack = true` out")
 
 
 def _check_half(

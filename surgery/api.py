@@ -111,6 +111,7 @@ def _compile(
     import torch
 
     from surgery.compiler import p5_capture, pipeline
+    from surgery.compiler.capture.documents import check_documents
     from surgery.compiler.examples import example_inputs as make_examples
     from surgery.compiler.graph import tensors
     from surgery.compiler.pass_log import logged
@@ -133,9 +134,12 @@ def _compile(
         raise missing(made)
     task = made.model.task
     where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
-    examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task)
+    packed = made.data is not None and made.data.pack
+    examples = dict(example_inputs) if example_inputs is not None else make_examples(model, task, packed)
     examples = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in examples.items()}
     graph = logged(p5_capture, model, examples, task)
+    if packed and example_inputs is None:
+        check_documents(made, graph, examples)
     for found in () if made.recomputed else graph.warnings:  # the step has what they say is dropped
         warnings.warn(render(found), stacklevel=2)
     seen = calibrate(made, graph, calibration) if reads_data and calibration else None

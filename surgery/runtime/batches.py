@@ -1,20 +1,25 @@
-"""Checks of a batch before a step takes it: missing and unknown entries, padding of causal models."""
+"""Checks of a batch before a step takes it: missing and unknown entries, padding and documents of causal models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from surgery.compiler.diagnostics import did_you_mean, fail
+
+POSITIONS = "position_ids"
 
 
 def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None, *, causal: bool) -> dict[str, Tensor]:
     """The entries that the step takes: the graph's `inputs`, and `labels` where there is to be a loss.
 
     A causal model captured without an `attention_mask` is exact for rows padded on the right, since no token sees what
-    comes after it: such a mask is checked, labels under its zeros become -100, and it is dropped. Raises SurgError:
-    SURG043 for another mask, SURG044 for entries that are missing, unknown, no tensors or of another number of rows.
+    comes after it: such a mask is checked, labels under its zeros become -100, and it is dropped. One captured with
+    `position_ids` takes rows of several documents, whose positions start over: the first token of each has no label,
+    since what comes before it is another's. Left out, a row is one document. Raises SurgError: SURG043 for another
+    mask, SURG044 for entries that are missing, unknown, no tensors or of another number of rows.
     """
     wanted = [*inputs, *([labels] if labels and labels not in inputs else [])]
     if not isinstance(batch, Mapping):
@@ -24,6 +29,10 @@ def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None
     mask = None
     if causal and "attention_mask" not in inputs:
         mask = given.pop("attention_mask", None)
+    packed = causal and POSITIONS in inputs
+    if packed and POSITIONS not in given and isinstance(given.get(inputs[0]), Tensor):
+        tokens = given[inputs[0]]
+        given[POSITIONS] = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
     for name in wanted:
         if name not in given:
             what = "labels" if name == labels and name not in inputs else f"the input `{name}`"
@@ -46,7 +55,23 @@ def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None
         _check_mask(mask, given[inputs[0]])
         if labels in given:
             given[str(labels)] = given[str(labels)].masked_fill(mask.to(given[str(labels)].device) == 0, -100)
+    if packed:
+        _check_positions(given[POSITIONS], given[inputs[0]])
+        if labels in given:
+            given[str(labels)] = _within_documents(given[str(labels)], given[POSITIONS])
     return {name: given[name] for name in wanted}
+
+
+def _check_positions(positions: Tensor, tokens: Tensor) -> None:
+    if positions.shape != tokens.shape[:2]:
+        message = f"`{POSITIONS}` has shape {list(positions.shape)}, the tokens {list(tokens.shape)}"
+        raise fail("SURG044", message, help="each token has a position, from 0 in its document")
+
+
+def _within_documents(labels: Tensor, positions: Tensor) -> Tensor:
+    """Labels that are predicted from their own document: -100 where positions do not go on by one."""
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    return torch.cat([labels[:, :1], labels[:, 1:].masked_fill(begins.to(labels.device), -100)], dim=1)
 
 
 def _check_mask(mask: Tensor, tokens: Tensor) -> None:
