@@ -124,6 +124,26 @@ def test_sites_keep_their_modules_and_lines(architectures: Any) -> None:
     assert "q_proj, v_proj = low_rank_linear(" in step.source and ")  # <text>:2, <text>:4" in step.source
 
 
+def test_a_block_compiles_whole(architectures: Any) -> None:
+    """Joined calls break no graph, and compute in a compiled block what they do outside."""
+    architecture = replace(architectures["llama"], adapt="model.layers.*.self_attn.{q,k,v}_proj")
+    text = architecture.spec("vera(rank = 3)  strategy = branch")
+    text += "adapt model.layers.*.mlp.up_proj { with dora(rank = 2, dropout = 0.1)  strategy = branch }\n"
+    step = surgery.compile(surgery.parse(text), architecture.model(), architecture.inputs(3, 5))
+    namespace, tokens = step._namespace, architecture.inputs()["input_ids"]
+    learned = [tensor for tensor in step.weights.values() if tensor.requires_grad]
+
+    def values() -> list[Tensor]:
+        torch.manual_seed(0)
+        output = namespace["forward"](step.weights, tokens, True)
+        return [output, *torch.autograd.grad(output.sin().sum(), learned)]
+
+    expected, block = values(), namespace["llama_decoder_layer"]
+    namespace["llama_decoder_layer"] = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # --- graphs by hand ---------------------------------------------------------------------------------------------------
 
 
