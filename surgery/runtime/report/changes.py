@@ -183,12 +183,15 @@ def _share(norm: float, size: float) -> float | None:
 
 
 def _largest(delta: Tensor) -> float:
-    """The largest singular value of `[..., m, n]`, by iteration on a few vectors."""
+    """The largest singular value of `[..., m, n]`, from the space that a few vectors and delta span (block Krylov)."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(delta.shape[-1], PROBES, generator=generator, dtype=delta.dtype)
+    blocks = []
     for _ in range(ROUNDS):
         block = torch.linalg.qr(delta.transpose(-1, -2) @ (delta @ block)).Q
-    return float(torch.linalg.svdvals(delta @ block).max())
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, -1)).Q
+    return float(torch.linalg.svdvals(delta @ basis).max())
 
 
 def _shape(site: Site) -> tuple[int, ...]:

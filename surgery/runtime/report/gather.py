@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import Plan
 from surgery.compiler.skeleton import Skeleton
+from surgery.runtime.best import Best, best_of
 from surgery.runtime.models import load_model
 from surgery.runtime.report.changes import Change, changes, changes_alone, reached
 from surgery.runtime.report.metrics import Series, read_series
@@ -29,6 +30,7 @@ class Report:
     series: dict[str, Series]
     changes: list[Change]
     unreached: str
+    best: Best | None = None  # the best evaluation, where the spec asks for its state
 
     @property
     def logged(self) -> int:
@@ -37,15 +39,15 @@ class Report:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps of the run are done."""
-        return self.steps is not None and self.step >= self.steps
+        """Whether nothing is left to do: all steps are done, or evaluations were no better for long enough."""
+        return (self.steps is not None and self.step >= self.steps) or (self.best is not None and self.best.over)
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
         plan = self.plan
         return {
             "run": self.run, "spec": plan.file, "model": plan.model.name, "step": self.step, "steps": self.steps,
-            "finished": self.finished, "totals": plan.totals.model_dump(),
+            "finished": self.finished, "best": self.best and self.best.record(), "totals": plan.totals.model_dump(),
             "memory": None if plan.memory is None else plan.memory.model_dump(),
             "metrics": {name: {"steps": found.steps, "values": found.values} for name, found in self.series.items()},
             "unreached": self.unreached or None,
@@ -64,7 +66,8 @@ def gather(run: Path, *, allow_code: bool = False) -> Report:
         found = changes_alone(state.plan, weights, state.step)
     else:
         found = changes(reached(state.plan, model, weights, state.step))
-    return Report(str(run), state.plan, state.spec, state.step, steps, series, found, unreached)
+    best = best_of(state.plan.step, state.extra.get("best"))
+    return Report(str(run), state.plan, state.spec, state.step, steps, series, found, unreached, best)
 
 
 def _model(state: RunState, allow_code: bool) -> tuple[nn.Module | None, str]:

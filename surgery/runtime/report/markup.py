@@ -7,7 +7,7 @@ from html import escape
 
 # Neither XML nor HTML has a form for these, escaped or not.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-_VOID = {"meta", "br", "path", "rect", "circle", "line"}
+_VOID = {"meta", "path", "rect", "circle", "line"}
 
 
 class Markup(str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from surgery.runtime.report.metrics import Series
 from surgery.runtime.report.style import STYLE
 from surgery.runtime.report.svg import heat_map, line_chart, number, running_mean, window
 
-TITLES = {"loss": "Loss", "lr": "Learning rate", "seconds": "Seconds per step"}
+TITLES = {"lr": "Learning rate", "seconds": "Seconds per step", "tokens": "Tokens per step"}
 MOST_LINES = 6  # of one chart: more of them, such as a rank for each site, are rows of a heat map over time
 MOMENTS = 24  # columns of such a heat map
 # Nothing may be loaded or run, whatever a spec or a name in it says.
@@ -55,12 +55,17 @@ def _section(name: str, title: str, *parts: str) -> Markup:
 
 def _header(report: Report, title: str) -> Markup:
     of = "" if report.steps is None else f" of {report.steps:,}"
+    best = report.best
     state = "finished" if report.finished else "not finished"
+    if best is not None and best.over:
+        of += f", ended early: {best.patience} evaluations in a row were no better"
     parts = [
         tag("h1", title),
         tag("p", report.run, class_="soft"),
         tag("p", f"{state}: step {report.step:,}{of}", class_=f"state {'good' if report.finished else 'wait'}"),
     ]
+    if best is not None and best.value is not None:
+        parts.append(tag("p", f"best held-out {best.score}: {number(best.value)}, after step {best.steps:,}"))
     if report.logged > report.step:
         behind = f"{report.logged:,} steps wrote their numbers down, {report.step:,} are in the last save: "
         parts.append(tag("p", f"{behind}the weights below are of that save.", class_="notice"))
@@ -73,6 +78,8 @@ def _tiles(report: Report) -> list[Markup]:
     if "seconds" in series:
         seconds = series["seconds"].values
         shown += [("Seconds per step (median)", number(median(seconds))), ("In all steps", _duration(sum(seconds)))]
+        if "tokens" in series and (spent := sum(seconds)):
+            shown.append(("Tokens per second", number(sum(series["tokens"].values) / spent)))
     shown += [("Sites", f"{plan.totals.sites:,}"), ("Numbers trained", f"{plan.totals.trainable:,}"),
               ("Of the model", f"{plan.totals.share:.3%}")]  # fmt: skip
     return [tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in shown]
@@ -113,7 +120,7 @@ def charts(series: dict[str, Series]) -> list[tuple[str, list[Series]]]:
 def _chart(name: str, members: Sequence[Series], steps: int) -> Markup:
     title = TITLES.get(name) or _title(name)
     if len(members) > MOST_LINES:
-        return tag("div", tag("h3", title), tag("div", _over_time(title, members), class_="scroll"), class_="card")
+        return tag("div", tag("h3", title), tag("div", _over_time(title, members), class_="scroll"), class_="card wide")
     legend = [tag("li", tag("span", _legend(one)), class_=f"tone{place % 8}") for place, one in enumerate(members)]
     return tag(
         "div", tag("h3", title), line_chart(title, members, steps), tag("ul", *legend, class_="legend"), class_="card"
@@ -122,7 +129,7 @@ def _chart(name: str, members: Sequence[Series], steps: int) -> Markup:
 
 def _legend(line: Series) -> str:
     points = [point for point in zip(line.steps, line.values, strict=True) if math.isfinite(point[1])]
-    mean = f", with the mean of {window(len(points))} steps" if running_mean(points) else ""
+    mean = f", with the mean of {window(len(points))} values" if running_mean(points) else ""
     return f"{line.name}{mean}: {number(line.last)}"
 
 
@@ -164,23 +171,19 @@ def _changes(report: Report) -> Markup:
     return _section("changes", title, notice, tag("div", *parts, class_="maps"), _table(report.changes))
 
 
-def _map(title: str, meaning: str, figures: Iterable[tuple[Change, float | None]]) -> list[Markup]:
-    known = [(change, value) for change, value in figures if value is not None]
-    if not known:
+def _map(title: str, meaning: str, figures: Sequence[tuple[Change, float | None]]) -> list[Markup]:
+    values = {(change.kind, str(change.layer)): value for change, value in figures if value is not None}
+    if not values:
         return []
-    rows = list(dict.fromkeys(change.kind for change, _ in known))
-    columns = [str(layer) for layer in sorted({change.layer for change, _ in known if change.layer is not None})]
-    values = {(change.kind, str(change.layer)): value for change, value in known}
-    drawn = tag("div", heat_map(title, rows, columns, values), class_="scroll")
-    return [
-        tag(
-            "div",
-            tag("h3", title),
-            tag("p", f"{meaning}; a column for each layer.", class_="soft"),
-            drawn,
-            class_="card",
-        )
+    rows = [
+        kind for kind in dict.fromkeys(change.kind for change, _ in figures) if any(kind == row for row, _ in values)
     ]
+    columns = [str(layer) for layer in sorted({change.layer for change, _ in figures if change.layer is not None})]
+    said = tag(
+        "p", f"{meaning}; a column for each layer, the deepest colour is {number(max(values.values()))}.", class_="soft"
+    )
+    drawn = tag("div", heat_map(title, rows, columns, values), class_="scroll")
+    return [tag("div", tag("h3", title), said, drawn, class_="card")]
 
 
 def _table(found: Sequence[Change]) -> Markup:
@@ -193,7 +196,7 @@ def _table(found: Sequence[Change]) -> Markup:
         shape = " x ".join(map(str, change.shape)) or "1"
         figures = [getattr(change, name) for name in names]
         numbers = [tag("td", "–" if value is None else number(value), class_="n") for value in figures]
-        path = [change.path, *([tag("br"), tag("span", change.note, class_="soft")] if change.note else [])]
+        path = [change.path, *([tag("div", change.note, class_="why")] if change.note else [])]
         rows.append(tag("tr", tag("td", *path, class_="p"), tag("td", shape, class_="p"), *numbers))
     table = tag("table", tag("thead", header), tag("tbody", *rows))
     label = f"Every weight ({len(found)})"

@@ -19,10 +19,11 @@ p{margin:0 0 8px;max-width:80ch;overflow-wrap:anywhere}
 .notice{border-left:3px solid var(--wait);padding:6px 12px;background:var(--card)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;margin:18px 0 0}
 .tile,.card{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px;min-width:0}
-.tile b{display:block;font-size:1.2rem;font-variant-numeric:tabular-nums}
+.tile b{display:block;font-size:1.15rem;white-space:nowrap;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:12px}
-.charts svg{display:block;width:100%;height:auto}
+.charts>.card>svg{display:block;width:100%;height:auto}
+.wide{grid-column:1/-1}
 .maps{display:flex;flex-wrap:wrap;gap:12px}.maps>*{flex:0 1 auto;max-width:100%}.maps p{width:0;min-width:100%}
 .stack{display:grid;grid-template-columns:minmax(0,1fr);gap:12px}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:6px 0 0;padding:0;list-style:none;font-size:.85rem}
@@ -41,11 +42,12 @@ svg .dot{fill:var(--tone);stroke:var(--card);stroke-width:1}
 svg .cell{fill:var(--heat)}
 .tone0{--tone:var(--t0)}.tone1{--tone:var(--t1)}.tone2{--tone:var(--t2)}.tone3{--tone:var(--t3)}
 .tone4{--tone:var(--t4)}.tone5{--tone:var(--t5)}.tone6{--tone:var(--t6)}.tone7{--tone:var(--t7)}
-table{border-collapse:collapse;font-size:.88rem;width:100%}
-th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
+table{border-collapse:collapse;font-size:.88rem;width:max-content;min-width:100%}
+th,td{text-align:left;max-width:60ch;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 th{color:var(--soft);font-weight:500;white-space:nowrap}
 td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 td.p{font-family:ui-monospace,monospace;font-size:.82rem;white-space:nowrap}
+td .why{color:var(--soft);font-family:system-ui,sans-serif;white-space:normal;min-width:24ch;max-width:60ch}
 th[scope=rowgroup]{color:var(--ink);padding-top:14px;font-family:ui-monospace,monospace;white-space:normal;font-size:.82rem}
 pre{margin:0;font:12.5px/1.5 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 summary{cursor:pointer;font-weight:600}
