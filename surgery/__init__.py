@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from surgery.compiler.program import Program as Program
     from surgery.method_info import methods as methods
     from surgery.runtime.step import TrainingStep as TrainingStep
+    from surgery.trainer import TrainerCallback as TrainerCallback
 
 _HOMES = {
     "surgery.api": ("parse", "plan", "compile", "apply", "load"),
@@ -42,6 +43,7 @@ _HOMES = {
     "surgery.compiler.plan": ("Plan",),
     "surgery.compiler.program": ("Program",),
     "surgery.runtime.step": ("TrainingStep",),
+    "surgery.trainer": ("TrainerCallback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = list(_HOME_OF)

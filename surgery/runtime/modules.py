@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.compiler import p6_rewrite, p7_lower, pipeline
+from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics, fail
+from surgery.compiler.events import programs
 from surgery.compiler.graph import TRAINING, called_modules, put, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
+from surgery.runtime import clock
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.initialise import Sources, initialise
 from surgery.runtime.owners import (
@@ -88,8 +91,11 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     """Adapt a model in place; see `surgery.apply`."""
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
-    _refuse_graph_scope(plan)
-    return _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
+    _reads_across(plan).raise_errors()
+    attached = _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
+    if events := programs(plan):
+        clock.attach(clock.Clock(events, _full_names(plan), attached), attached, _owners(plan, attached))
+    return attached
 
 
 def apply_run(directory: Path, model: nn.Module) -> nn.Module:
@@ -110,34 +116,44 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
         raise fail("SURG054", f"`{directory}` lacks `{missing[0]}`")
     device = next(iter(named.values())).device
     attached = _attach(plan, model, {key: saved[key].to(device) for key in wanted})
-    own_weights = corrected_sites(plan)
+    named |= {site.parameter: clock.stored(attached, site.parameter) for site in _own_weights(plan)}
     with torch.no_grad():
-        for site in plan.sites:
-            if (site.untied or site in own_weights) and site.parameter in saved:  # it moved, and nothing else did
-                own = nn.Parameter(named[site.parameter].detach().clone(), requires_grad=False)
-                put(attached, site.parameter, own)
-                named[site.parameter] = own
         for name in saved.keys() - wanted:
             named[name].copy_(saved[name])
+    if programs(plan):
+        clock.attach(None, attached, _owners(plan, attached))
     return attached
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `surgery.apply` has changed a model."""
+    return any(isinstance(module, Adapted | AdaptedOwner) for module in model.modules())
 
 
 def _refuse_adapted(model: nn.Module) -> None:
     """A second program would freeze what the first one trains."""
-    if any(isinstance(module, Adapted | AdaptedOwner) for module in model.modules()):
+    if is_adapted(model):
         raise fail("SURG060", "the model is adapted already", help="put all rules into one program")
 
 
-def _refuse_graph_scope(plan: Plan) -> None:
-    diagnostics = Diagnostics()
-    for event in plan.events:
-        if event.phase == "at start":  # done when the modules are made
-            continue
-        span = plan.span(event.place)
-        help_text = "use surgery.compile or `surgery train`, which run it"
-        diagnostics.error("SURG060", "nobody runs the step's clock in module scope", span, help=help_text)
-    diagnostics.found += _reads_across(plan).found
-    diagnostics.raise_errors()
+def _full_names(plan: Plan) -> dict[str, str]:
+    """Where the tensors of all sites are in the adapted model, by key."""
+    found: dict[str, str] = {}
+    for site in plan.sites:
+        home = site.path
+        if site.module_class in ("Experts", "Parameter"):
+            home = f"{site.path}_adapter" if site.path == site.parameter else site.parameter.rpartition(".")[0]
+        for tensor in site.tensors:
+            key = tensor.key
+            found[key] = f"{SHARED}.{key.replace('.', '_')}" if key.startswith("shared.") else f"{home}.{tensor.name}"
+    return found
+
+
+def _owners(plan: Plan, model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward uses what events of the plan read or write."""
+    formulas = {event.formula for event in plan.events if event.phase != "at start"}
+    sites = [site for site in plan.sites if site.formula in formulas]
+    return [model.get_submodule(site.parameter.rpartition(".")[0] or site.path) for site in sites]
 
 
 def _reads_across(plan: Plan) -> Diagnostics:
@@ -160,7 +176,7 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
                 owners.setdefault(id(child), []).append((parent, name))
     holder = nn.Module()
     known: dict[tuple[object, ...], Lowered] = {}  # sites that compute alike share one graph: it has no state
-    replacements, moved = [], corrected_sites(plan)
+    replacements, own = [], _own_weights(plan)
     changes: list[Callable[[], None]] = []
     for site in plan.sites:
         if site.module_class in ("Experts", "Parameter", "Module"):
@@ -173,8 +189,8 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
             if key not in known:
                 known[key] = _lowered(plan, site, module, values)
             replacement = _adapted(site, module, known[key], values, holder, first)
-            if site in moved:  # the module's own from here on: the model's weight may be used elsewhere
-                weight = corrected(plan, site, module.get_parameter("weight"), values)
+            if site in own:  # the module's own from here on: the model's weight may be used elsewhere
+                weight = _own_weight(plan, site, module.get_parameter("weight"), values)
                 replacement.weight = first.weight if first else nn.Parameter(weight, requires_grad=False)
             replacements.append((module, replacement))
             first = first or replacement
@@ -191,6 +207,18 @@ def _attach(plan: Plan, model: nn.Module, values: dict[str, Tensor]) -> nn.Modul
     if holder._parameters or holder._buffers:
         model.add_module(SHARED, holder)
     return model
+
+
+def _own_weights(plan: Plan) -> list[Site]:
+    """The sites whose W becomes another than the model's, for this use of it alone: corrected, or untied and moved."""
+    moved = [site for site in plan.sites if site.untied and instance(plan, site.formula).moves_base]
+    return [*corrected_sites(plan), *moved]
+
+
+def _own_weight(plan: Plan, site: Site, stored: Tensor, values: dict[str, Tensor]) -> Tensor:
+    if instance(plan, site.formula).corrections:
+        return corrected(plan, site, stored, values)
+    return stored.detach().clone()
 
 
 def _modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
@@ -244,8 +272,8 @@ def _changed(
     path, _, name = site.parameter.rpartition(".")
     owner, lowered = model.get_submodule(path), lower_parameter(plan, site, values)
     own = None
-    if site in corrected_sites(plan):
-        own = nn.Parameter(corrected(plan, site, owner.get_parameter(name), values), requires_grad=False)
+    if site in _own_weights(plan):
+        own = nn.Parameter(_own_weight(plan, site, owner.get_parameter(name), values), requires_grad=False)
 
     def change() -> None:
         if own is not None:

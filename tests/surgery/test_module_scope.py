@@ -132,7 +132,7 @@ def test_three_trainer_steps_have_the_losses_of_the_graph(tmp_path: Path) -> Non
     ("rule", "code"),
     [
         ("adapt **.q_proj { with lora(rank = 4) }\nadapt **.k_prj { with lora(rank = 4) }", "SURG020"),
-        ("adapt **.q_proj { with lora(rank = 4) }\nadapt **.k_proj { with delta_lora(rank = 4) }", "SURG060"),
+        ("adapt **.q_proj { with lora(rank = 4) }\nadapt **.k_proj { with reslora(rank = 4) }", "SURG060"),
         ("adapt model.** { with lora(rank = 4) }", "SURG025"),
     ],
 )
