@@ -106,8 +106,8 @@ def columns() -> None:
         y, dy, scales = random(TOKENS, width), random(TOKENS, width), random(width, dtype=torch.float32)
         print(f"columns {TOKENS} x {width}: bytes {10 * TOKENS * width / RATE:.1f}", end="  ")
         for name, forms in (("kernels", kernels), ("torch", scaled_columns)):
-            print(name, alone(partial(forms.scaled, y, scales)),  # type: ignore[attr-defined]
-                  alone(partial(forms.scaled_and_sums, dy, y, scales)), end="  ")  # type: ignore[attr-defined]  # fmt: skip
+            print(name, alone(partial(forms.scaled, y, scales)),
+                  alone(partial(forms.scaled_and_sums, dy, y, scales)), end="  ")  # fmt: skip
         print(flush=True)
 
 

@@ -65,10 +65,10 @@ def test_autocast_reaches_a_product_of_its_own_operands_alone() -> None:
 
 @pytest.mark.parametrize(("operation", "reference"), OF_FACTORS)
 def test_a_weight_that_is_thawed_gets_its_gradient(operation: Operation, reference: Operation) -> None:
-    found, expected = [], []
-    for function, into in ((operation, found), (reference, expected)):
-        leaves = [tensor.double().requires_grad_() for tensor in operands()]
-        into += torch.autograd.grad(function(*leaves, 0.5).square().sum(), leaves)
+    leaves = [tensor.double().requires_grad_() for tensor in operands()]
+    found, expected = (
+        torch.autograd.grad(function(*leaves, 0.5).square().sum(), leaves) for function in (operation, reference)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
