@@ -20,9 +20,10 @@ from surgery.compiler.library import library
 from surgery.compiler.pattern import parse_pattern
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule, TrainRule
-from surgery.compiler.settings import TRAIN, later, read_model, read_settings, read_step, word
+from surgery.compiler.settings import TRAIN, later, read_model, read_settings, word
 from surgery.compiler.source import read
 from surgery.compiler.span import Source
+from surgery.compiler.step_settings import check_step, read_step
 
 SYMBOLIC = ("in", "out", *sorted(COORDINATES))
 RULE_SETTINGS = {
@@ -59,6 +60,7 @@ def run(tree: nodes.Tree, folder: Path | None = None) -> Program:
     step = read_step([item for item in tree.items if isinstance(item, nodes.Step)], diagnostics)
     if data is not None and not diagnostics.errors:
         check_data(model, data, next(item for item in tree.items if isinstance(item, nodes.Data)), diagnostics)
+    check_step(tree, model, data, step, diagnostics)
     diagnostics.raise_errors()
     source = tree.span.source if tree.span else Source("<program>", show(tree))
     return Program.of(

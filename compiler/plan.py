@@ -161,6 +161,14 @@ class RecomputePlan(Record):
     place: Place | None = None  # of the setting in the spec
 
 
+class ReportPlan(Record):
+    """Where a run is followed beside its own folder: `tensorboard`, `wandb(project = "...")` or `trackio(...)`."""
+
+    name: Literal["tensorboard", "wandb", "trackio"]
+    project: str | None = None
+    place: Place | None = None  # of the setting in the spec
+
+
 class StepPlan(Record):
     """The `step` block with its defaults filled in."""
 
@@ -181,6 +189,9 @@ class StepPlan(Record):
     save: int | None = None
     keep: int | None = None  # how many saves to keep
     log: int = 10
+    best: str | None = None  # the score whose best state is kept
+    stop: int | None = None  # after so many evaluations in a row without a better one
+    report: ReportPlan | None = None
 
 
 class ModelPlan(Record):

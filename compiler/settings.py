@@ -1,15 +1,14 @@
-"""The `model`, `step` and `train` blocks: settings by name, each with its kind, to records of the plan."""
+"""Settings by name, each with its kind: what all blocks share, and the `model` and `train` blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
-from surgery.compiler.algebra.quantity import LARGEST
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
-from surgery.compiler.plan import ModelPlan, OptimizerPlan, Place, RecomputePlan, SchedulePlan, StepPlan
+from surgery.compiler.plan import ModelPlan, Place
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
@@ -25,7 +24,6 @@ TASKS = {
     "feature_extraction": False,
 }  # task: whether it takes labels = n
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-LATER_OPTIMIZERS = ("lora_plus", "riemannian", "lora_pro", "lora_rite", "loko", "geolora")
 
 
 def place(span: Span | None) -> Place:
@@ -158,69 +156,6 @@ def _task(node: nodes.Expr) -> tuple[str, int | None]:
     return name, values.get("labels")
 
 
-def _optimizer(node: nodes.Expr) -> OptimizerPlan:
-    given = call(node)
-    if given.function in LATER_OPTIMIZERS:
-        raise fail("SURG008", f"the optimizer `{given.function}` is not built yet", node.span)
-    common = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
-    readers: dict[str, dict[str, Reader]] = {
-        "adamw": {**common, "betas": pair, "eps": at_least(0, above=True)},
-        "sgd": {**common, "momentum": at_least(0, below=1), "nesterov": truth},
-    }
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"there is no optimizer `{given.function}`", node.span, help=known)
-    values = arguments(given, readers[given.function])
-    if values.get("nesterov") and not values.get("momentum"):
-        raise fail("SURG004", "nesterov needs a momentum", node.span)
-    if "lr" not in values:
-        raise fail(
-            "SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)"
-        )
-    return OptimizerPlan.model_validate({"name": given.function, **values})
-
-
-def _schedule(node: nodes.Expr) -> SchedulePlan:
-    given = call(node)
-    readers: dict[str, dict[str, Reader]] = {
-        "constant": {"warmup": at_least(0)},
-        "linear": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
-        "cosine": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
-    }
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"there is no schedule `{given.function}`", node.span, help=known)
-    return SchedulePlan.model_validate({"name": given.function, **arguments(given, readers[given.function])})
-
-
-def _recompute(node: nodes.Expr) -> RecomputePlan:
-    given = call(node)
-    readers: dict[str, dict[str, Reader]] = {"none": {}, "blocks": {}, "budget": {"share": share}}
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"`recompute` knows no `{given.function}`", node.span, help=known)
-    values = arguments(given, readers[given.function])
-    if given.function == "budget" and not values:
-        raise fail("SURG004", "`budget` needs the share that may be kept", node.span, help="budget(0.5)")
-    kept = values["share"] if values else float(given.function == "none")
-    return RecomputePlan.model_validate({"name": given.function, "share": kept, "place": place(node.span)})
-
-
-def _every(*more: str) -> Reader:
-    def read(node: nodes.Expr) -> dict[str, int]:
-        if isinstance(node, nodes.Call) and node.function != "every":
-            raise fail("SURG002", f"`every(100)` is meant, not `{show(node)}`", node.span)
-        if not isinstance(node, nodes.Call):
-            return {"every": whole(1)(node)}
-        readers: dict[str, Reader] = {"every": whole(1), **dict.fromkeys(more, whole(1))}
-        values = arguments(node, readers)
-        if "every" not in values:
-            raise fail("SURG004", "say how often: `every(100)`", node.span)
-        return values
-
-    return read
-
-
 MODEL: dict[str, Reader] = {
     "task": _task,
     "dtype": word(*DTYPES),
@@ -228,25 +163,6 @@ MODEL: dict[str, Reader] = {
     "tokenizer": text,
     "attention": word("sdpa", "eager", "flash_attention_2"),
     "quantize": later,
-}
-STEP: dict[str, Reader] = {
-    "optimizer": _optimizer,
-    "schedule": _schedule,
-    "batch": whole(1),
-    "micro_batch": whole(1),
-    "steps": whole(1),
-    "epochs": at_least(0, above=True),
-    "clip": at_least(0, above=True),
-    "precision": word("model", "bfloat16", "float16"),
-    "adapter_dtype": word(*DTYPES),
-    "seed": whole(0, LARGEST),
-    "compile": word("auto", "on", "off", "reduce_overhead"),
-    "loss": word("auto", "causal_lm", "cross_entropy", "mse", "output"),
-    "evaluate": _every(),
-    "save": _every("keep"),
-    "log": _every(),
-    "recompute": _recompute,
-    "report": later,
 }
 TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
 
@@ -279,34 +195,3 @@ def read_model(item: nodes.Model, diagnostics: Diagnostics) -> ModelPlan:
     task, labels = values.pop("task", None) or (None, None)
     values.pop("quantize", None)
     return ModelPlan(source=item.source, name=item.name, task=task, labels=labels, **values)  # type: ignore[arg-type]
-
-
-def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan:
-    """The `step` block; several are not built yet."""
-    if not items:
-        return StepPlan()
-    if len(items) > 1:
-        diagnostics.error("SURG008", "several `step` blocks are not built yet", items[1].span)
-    (item, *_) = items
-    for setting in item.settings:
-        if not isinstance(setting, nodes.Setting):
-            word_ = "train" if isinstance(setting, nodes.Train) else "freeze"
-            message = f"`{word_}` inside `step` is not built yet"
-            diagnostics.error("SURG008", message, setting.span, help=f"put `{word_}` beside the `adapt` rules")
-    values = {
-        name: value
-        for name, value in read_settings(item.settings, STEP, "step", diagnostics).items()
-        if value is not None
-    }
-    spans = {setting.name: setting.span for setting in item.settings if isinstance(setting, nodes.Setting)}
-    if "steps" in values and "epochs" in values:
-        diagnostics.error(
-            "SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them"
-        )
-    if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
-        diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
-    save = values.pop("save", {})
-    for name in ("evaluate", "log"):
-        if name in values:
-            values[name] = values[name]["every"]
-    return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))

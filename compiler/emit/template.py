@@ -237,9 +237,10 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "    step: int,",
         "    steps: int,",
         *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
-        ") -> tuple[Tensor, bool]:",
-        '    """Optimizer step number `step` (from 0) of `steps`: its loss, and whether it was taken.',
+        ") -> tuple[Tensor, Tensor | None, bool]:",
+        '    """Optimizer step number `step` (from 0) of `steps`: its loss, the norm of its gradients, whether it was taken.',
         "",
+        *(["    Without `clip` nobody asks for the norm: it is None."] if plan.clip is None else []),
         "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
         *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
         '    """',
@@ -261,7 +262,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "    if not loss.is_cuda and not torch.isfinite(loss):",
         "        optimizer.zero_grad()",
         *put_back,
-        "        return loss, False",
+        "        return loss, None, False",
     ]
     if scaled:
         lines += [
@@ -273,14 +274,14 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
             "        scaler.update()",
             "        optimizer.zero_grad()",
             *put_back,
-            "        return loss, False",
+            "        return loss, None, False",
         ]
     lines += _phase(events, "after backward", "5. after the backward")
     if plan.clip is not None:
         lines += [
             "",
             "    # 6. clip the norm of all gradients together",
-            f"    torch.nn.utils.clip_grad_norm_(trained, {plan.clip})",
+            f"    norm = torch.nn.utils.clip_grad_norm_(trained, {plan.clip})",
         ]
     lines += [
         "",
@@ -290,7 +291,8 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         *(["    scaler.step(optimizer)", "    scaler.update()"] if scaled else ["    optimizer.step()"]),
     ]
     lines += _phase(events, "after step", "8. after the step")
-    lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", "    return loss, True"]
+    norm = "None" if plan.clip is None else "norm"
+    lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", f"    return loss, {norm}, True"]
     return "\n".join([*head, *(lines if lines[0] else lines[1:])]) + "\n"
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from surgery.compiler.diagnostics import Diagnostic, SurgError, render
+from surgery.compiler.diagnostics import Diagnostic, SurgError, fail, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,9 @@ VerboseOption = Annotated[
     bool, typer.Option("-v", "--verbose", help="one line per pass on standard error: its number, seconds, what it gave")
 ]
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC", help="a .surg file", show_default=False)]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="the state of the run's best evaluation (`best = ...` in its spec), not the last")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
 
 
@@ -195,6 +198,20 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def chosen(run: Path, best: bool) -> Path:
+    """The folder of a run's last state, or of its best; SURG054 where it keeps none."""
+    from surgery.runtime.best import BEST
+    from surgery.runtime.run_folder import is_run, load_state
+
+    if not best:
+        return run
+    if not is_run(run / BEST):
+        load_state(run)  # what is wrong with the run itself comes first
+        help = "write `best = loss` and `evaluate = every(100)` in the step block: then the best state is kept"
+        raise fail("SURG054", f"`{run}` keeps no best state", help=help)
+    return run / BEST
 
 
 def load_run(run: Path, device: str | None, allow_code: bool) -> TrainingStep:

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from surgery.cli.common import (
+    BestOption,
     CodeOption,
     DeviceOption,
     Format,
     FormatOption,
     RunArgument,
     answer,
+    chosen,
     data_of,
     load_run,
     reporting,
@@ -30,6 +32,7 @@ def run(
         typer.Option("--data", metavar="FILE", help="rows to evaluate on; left out: the spec's held-out rows",
                      show_default=False),
     ] = None,
+    best: BestOption = False,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
@@ -45,6 +48,7 @@ def run(
         from surgery.runtime.models import load_tokenizer
         from surgery.runtime.run_folder import load_state
 
+        run = chosen(run, best)
         labels = tuple(load_state(run).extra.get("labels", ()))
         step = load_run(run, device, allow_code)
         if data is not None:

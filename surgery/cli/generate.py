@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli.common import (
+    BestOption,
     CodeOption,
     DeviceOption,
     Format,
     FormatOption,
     RunArgument,
     answer,
+    chosen,
     quiet,
     reporting,
     show,
@@ -48,6 +50,7 @@ def run(
                      help="draw from the likeliest tokens that have this share of the probability together"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of what is drawn", min=0)] = 0,
+    best: BestOption = False,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
@@ -69,6 +72,7 @@ def run(
 
         quiet()
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        run = chosen(run, best)
         speaker = load_speaker(run, place, allow_code=allow_code)
         said = _say if format is Format.text else None
         share = 1.0 if top_p is None else top_p

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, RunArgument, answer, load_run, reporting
+from surgery.cli.common import (
+    BestOption,
+    CodeOption,
+    Format,
+    FormatOption,
+    RunArgument,
+    answer,
+    chosen,
+    load_run,
+    reporting,
+)
 
 EXAMPLE = "Example: surgery merge runs/demo -o merged; then AutoModel...from_pretrained('merged')"
 NEEDS_ARGUMENTS = True
@@ -16,6 +26,7 @@ NEEDS_ARGUMENTS = True
 def run(
     run: RunArgument,
     folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write")],
+    best: BestOption = False,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
 ) -> None:
@@ -26,6 +37,7 @@ def run(
         from surgery.runtime.models import load_tokenizer
         from surgery.runtime.run_folder import load_state
 
+        run = chosen(run, best)
         labels = tuple(load_state(run).extra.get("labels", ()))
         step = load_run(run, "cpu", allow_code)
         try:

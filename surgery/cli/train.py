@@ -53,6 +53,7 @@ def run(
     good state. metrics.jsonl in the run folder has a row for every step (steps count from 0).
     """
     with reporting(format):
+        from surgery.runtime.best import BEST
         from surgery.runtime.data import steps_of
         from surgery.runtime.train import train
 
@@ -69,12 +70,17 @@ def run(
         note(f"memory: {torch.cuda.max_memory_allocated(step.device) / 2**30:.2f} GiB at the peak")
     scores = {name: value for name, value in outcome.evaluation.items() if name != "rows"}
     evaluation = "".join(f", held-out {name} {value:.4f}" for name, value in scores.items())
+    best = outcome.best
+    if best is not None and best.value is not None:
+        why = f"stopped, since {best.since} evaluations were no better; " if outcome.stopped else ""
+        note(f"{why}best {best.score} {best.value:.4f} after {best.steps} steps, kept in {folder / BEST}")
     if outcome.interrupted:
         note(f"interrupted and saved after {outcome.done} of {outcome.steps} steps; continue with:")
         note(f"  surgery train {folder} --resume")
     if format is Format.json:
         answer({"run": str(folder), "steps": outcome.done, "of": outcome.steps, "loss": outcome.loss,
-                "evaluation": scores, "seconds": outcome.seconds, "interrupted": outcome.interrupted})  # fmt: skip
+                "evaluation": scores, "seconds": outcome.seconds, "interrupted": outcome.interrupted,
+                "stopped": outcome.stopped, "best": best and best.record()})  # fmt: skip
     elif not outcome.interrupted:
         loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
         typer.echo(f"{folder}: {outcome.done} steps in {outcome.seconds:.0f} s{loss}{evaluation}")
@@ -86,6 +92,7 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
     """The step to run and its data. The data is read first: what is wrong with it shows before the model is loaded."""
     import surgery
     from surgery.runtime.run_folder import is_run, load_state
+    from surgery.runtime.trackers import check_installed
 
     if resume and spec.is_dir() and folder != spec:
         raise typer.BadParameter("--resume continues in DIR itself; leave -o out", param_hint="-o")
@@ -96,6 +103,7 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
         program = surgery.parse(spec)
         show(program.warnings)
         plan = surgery.plan(program, allow_code=allow_code)
+        check_installed(plan, program.folder)
         data = data_of(plan, program.folder)
         batches = calibration_of(plan, program.folder, data)
         return surgery.compile(program, device=device, calibration=batches, allow_code=allow_code), data
@@ -105,6 +113,7 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
         raise typer.BadParameter(f"`{spec}` is a run with {state.step} steps done; continue it with --resume")
     if not spec.is_dir():
         _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
+    check_installed(state.plan, state.folder)
     data = data_of(state.plan, state.folder, state.extra.get("labels", ()))
     step = load_run(source, device, allow_code)
     if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked

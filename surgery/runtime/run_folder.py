@@ -8,6 +8,7 @@
     training.json           the rest of the state: step, structure, the spec's folder, data and labels
     metrics.jsonl           one row per step
     saves/step-000200/      earlier saves, each a run folder (`save = every(200, keep = 2)`)
+    best/                   the state of the best evaluation, a run folder too (`best = accuracy`)
 
 All files of a save are first written beside their final names (`NAME.new`) and synced; then `commit.json` is renamed
 into place, which is the moment at which the save exists; then each file is renamed. Whoever finds a `commit.json`
@@ -38,7 +39,7 @@ from surgery.runtime.structure import pack, unpack
 
 PLAN, SPEC, STEP = "plan.json", "spec.surg", "step.py"
 ADAPTERS, OPTIMIZER, TRAINING = "adapters.safetensors", "optimizer.safetensors", "training.json"
-METRICS, COMMIT = "metrics.jsonl", "commit.json"
+METRICS, COMMIT, SAVES = "metrics.jsonl", "commit.json", "saves"
 STATE_FILES = (PLAN, SPEC, STEP, ADAPTERS, OPTIMIZER, TRAINING)
 VERSION = 1
 
@@ -151,9 +152,11 @@ def is_run(directory: str | Path) -> bool:
 
 def keep_save(directory: Path, step: int, keep: int) -> None:
     """Keep the present save as `saves/step-NNNNNN`, a run folder of its own, and only the last `keep` of them."""
-    saves = directory / "saves"
-    target, temporary = saves / f"step-{step:06d}", saves / ".new"
-    shutil.rmtree(temporary, ignore_errors=True)
+    finish(directory)
+    saves = directory / SAVES
+    target, temporary, old = saves / f"step-{step:06d}", saves / ".new", saves / ".old"
+    for left in (temporary, old):  # by a crash
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name in STATE_FILES:
         shutil.copyfile(directory / name, temporary / name)
@@ -163,9 +166,12 @@ def keep_save(directory: Path, step: int, keep: int) -> None:
     (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
     if (directory / METRICS).exists():
         shutil.copyfile(directory / METRICS, temporary / METRICS)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+        shutil.rmtree(old)
     os.replace(temporary, target)
-    for old in sorted(saves.glob("step-*"))[:-keep]:
+    for more in sorted(saves.glob("step-*"), key=lambda save: int(save.name.removeprefix("step-")))[:-keep]:
+        os.replace(more, old)  # what is there under its name is whole
         shutil.rmtree(old)
 
 

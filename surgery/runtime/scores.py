@@ -8,12 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What an evaluation can say, and whether a larger number is the better one.
-LARGER_IS_BETTER = {
-    "loss": False, "perplexity": False, "accuracy": True, "f1": True, "matthews": True, "pearson": True,
-    "spearman": True,
-}  # fmt: skip
-
 
 def of_classes(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     """`accuracy`, `f1` and `matthews` of class numbers below `classes`, [rows] each, int64.

@@ -35,11 +35,15 @@ _MOST_SKIPPED = 50
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives: `loss` without penalties and `penalty`, both 0-d; `taken` is False for a skipped step."""
+    """What one step gives: `loss` without penalties and `penalty`, both 0-d; `taken` is False for a skipped step.
+
+    `gradient_norm` is that of all gradients together before they are clipped, where the spec clips them.
+    """
 
     loss: Tensor
     penalty: Tensor
     taken: bool = True
+    gradient_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,14 +145,15 @@ class TrainingStep:
             )
         ready = self._ready(batch, labels=True)
         scaler = () if self._scaler is None else (self._scaler,)
-        loss, taken = self._namespace["train_step"](self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
+        take = self._namespace["train_step"]
+        loss, norm, taken = take(self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
         if taken:
             self.step += 1
         self._skipped = 0 if taken else self._skipped + 1
         if self._scaler is not None and self._skipped > _MOST_SKIPPED:
             message = f"the float16 gradients of step {self.step} overflow at every loss scale"
             raise fail("SURG053", message, help="lower lr, or use `precision = bfloat16`")
-        return StepResult(loss, torch.zeros((), device=loss.device), taken)
+        return StepResult(loss, torch.zeros((), device=loss.device), taken, norm)
 
     @property
     def learning_rate(self) -> float:

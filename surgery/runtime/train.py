@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import shutil
 import signal
 import threading
 import time
@@ -15,39 +13,38 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from surgery.compiler.diagnostics import Note, fail
-from surgery.runtime.data import Data, Examples, Stream
-from surgery.runtime.evaluate import Evaluable, evaluate
-from surgery.runtime.progress import Progress, line
-from surgery.runtime.run_folder import METRICS, Savable, all_finite, keep_save, load_state, save_step
+from surgery.runtime.best import BEST, Best, best_of
+from surgery.runtime.data import Data, Stream
+from surgery.runtime.progress import Progress
+from surgery.runtime.records import Metrics, Rows, Steppable, Taken, due
+from surgery.runtime.run_folder import SAVES, Savable, all_finite, keep_save, load_state, save_step
+from surgery.runtime.trackers import Report, new_identity, open_report
 
-Row = dict[str, Any]
 
-
-class Trainable(Savable, Evaluable, Protocol):
+class Trainable(Savable, Steppable, Protocol):
     """What the loop needs of a training step."""
-
-    step: int  # optimizer steps done
-    steps: int  # optimizer steps of the whole run
-
-    @property
-    def learning_rate(self) -> float: ...  # noqa: D102
-
-    def __call__(self, batch: dict[str, Tensor]) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps done, of how many, the last loss and evaluation, seconds of this part of it."""
+    """How a run ended: steps done, of how many, the last loss and evaluation, seconds of this part of it.
+
+    `best` is what the spec asks to keep; `stopped` says that the run ended since nothing was better for long enough.
+    """
 
     done: int
     steps: int
     loss: float | None
     evaluation: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    best: Best | None = None
     interrupted: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended before its last step because the spec says so."""
+        return self.best is not None and self.best.over and not self.interrupted
 
 
 def train(
@@ -63,163 +60,111 @@ def train(
 
     `run` is the run folder (None: nothing is written). `progress` shows a bar on standard error, where that is a
     terminal; `log` is called with one line per logged step. SIGINT ends the run after the present step, saved. Raises
-    SURG053 at a loss that is not finite (nothing of that step is kept) and SURG054 when resuming on other data.
+    SURG053 at a loss that is not finite (nothing of that step is kept), SURG054 when resuming on other data, SURG063
+    and SURG071 where the spec's tracker does not begin.
     """
     plan = step.plan.step
     stream = Stream(data.train, plan.batch, plan.seed)
-    extra = {"steps": step.steps, "labels": list(data.names), "data": data.fingerprint()}
-    if resume and run is not None:
-        _check_resumed(run, extra)
-    metrics = _Metrics(run, step.step)
-    if run is not None and not resume:
-        save_step(step, run, extra)
+    extra: dict[str, Any] = {"steps": step.steps, "labels": list(data.names), "data": data.fingerprint()}
+    before = _resumed(run, extra) if resume and run is not None else {}
+    best = best_of(plan, before.get("best"))
+    if best is not None and data.held_out is None:
+        raise fail("SURG052", "the best state is that of an evaluation, and no rows are held out for one")
+    report = Report()
+    if run is not None and plan.report is not None:
+        extra["identity"] = before.get("identity") or new_identity()
+        report = open_report(step.plan, step.folder, run, extra["identity"], step.step)
+    folder = None if run is None else _Folder(step, run, extra, best)
+    metrics = Metrics(run, step.step)
     began = time.perf_counter()
-    with metrics, _interruption() as interrupted, Progress(step.steps, step.step, progress) as bar:
-        rows = _Rows(step, run, extra, metrics, bar, log)
-        while step.step < step.steps and not interrupted.is_set():
-            taken = _Taken(step, stream)
+    with report, metrics, _interruption() as interrupted, Progress(step.steps, step.step, progress) as bar:
+        if folder is not None:
+            folder.begin(resume)
+        rows = Rows(step, metrics, report, bar, log, lambda loss, number: _not_finite(step, loss, number, folder))
+        while step.step < step.steps and not interrupted.is_set() and not (best and best.over):
+            taken = Taken(step, stream)
             done = step.step
             if done == taken.number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller scale
                 rows.read(taken)
                 continue
             rows.settle()
-            evaluates = data.held_out is not None and (done == step.steps or _due(plan.evaluate, done))
-            saves = run is not None and _due(plan.save, done) and done < step.steps
+            evaluates = data.held_out is not None and (done == step.steps or due(plan.evaluate, done))
+            saves = folder is not None and due(plan.save, done) and done < step.steps
             rows.unread = taken
             # While a GPU computes a step, the host prepares the next one and only then reads the loss of the last.
             if taken.result.loss.is_cuda and not evaluates and not saves:
                 continue
             rows.settle(data.held_out if evaluates else None)
-            if saves and run is not None:
+            if evaluates and best is not None and best.better(rows.evaluation, done) and folder is not None:
+                folder.save_best()
+            if saves and folder is not None:
                 metrics.sync()
-                save_step(step, run, extra)
-                if plan.keep is not None:
-                    keep_save(run, done, plan.keep)
+                folder.save(keeps=True)
         rows.settle()
         metrics.sync()
-        if run is not None:
-            save_step(step, run, extra)
+        if folder is not None:
+            folder.save()
     seconds = time.perf_counter() - began
-    return Outcome(step.step, step.steps, rows.loss, rows.evaluation, seconds, interrupted=step.step < step.steps)
+    stopped = best is not None and best.over
+    return Outcome(
+        step.step, step.steps, rows.loss, rows.evaluation, seconds, best,
+        interrupted=step.step < step.steps and not stopped,
+    )  # fmt: skip
 
 
-class _Taken:
-    """A step that was taken, with a loss that nobody has read yet."""
+class _Folder:
+    """The run folder, and what of it is kept beside the last state."""
 
-    def __init__(self, step: Trainable, stream: Stream) -> None:
-        self.number, self.rate = step.step, step.learning_rate
-        batch = stream.batch(self.number)
-        self.began = time.perf_counter()
-        self.result = step(batch)
+    def __init__(self, step: Trainable, run: Path, extra: dict[str, Any], best: Best | None) -> None:
+        self.step, self.run, self.extra, self.best = step, run, extra, best
 
+    def begin(self, resume: bool) -> None:
+        """The start of a run, without what another has left; or what a crash behind the last save has left undone."""
+        if not resume:
+            for name in (BEST, SAVES):
+                shutil.rmtree(self.run / name, ignore_errors=True)
+            self.save()
+        elif due(self.step.plan.step.save, self.step.step) and 0 < self.step.step < self.step.steps:
+            self._keep()
 
-class _Rows:
-    """What is known of each step: written, shown and logged in order, as soon as its loss is read."""
+    def save(self, keeps: bool = False) -> None:
+        """The state as it is; `keeps` it beside later ones, if the spec says so."""
+        save_step(self.step, self.run, self._extra())
+        if keeps:
+            self._keep()
 
-    def __init__(
-        self, step: Trainable, run: Path | None, extra: dict[str, Any], metrics: _Metrics, bar: Progress,
-        log: Callable[[str], None] | None,
-    ) -> None:  # fmt: skip
-        self.step, self.run, self.extra, self.metrics, self.bar, self.log = step, run, extra, metrics, bar, log
-        self.unread: _Taken | None = None
-        self.ended = 0.0  # when the last loss was there
-        self.loss: float | None = None
-        self.evaluation: dict[str, float] = {}
+    def save_best(self) -> None:
+        """The state as the best so far: a run folder of its own."""
+        save_step(self.step, self.run / BEST, self._extra())
 
-    def settle(self, held_out: Examples | None = None) -> None:
-        """Read the step that is unread, if one is, and evaluate on `held_out`."""
-        if self.unread is None:
-            return
-        taken, self.unread = self.unread, None
-        row = self.read(taken)
-        if held_out is not None:
-            self.evaluation = evaluate(self.step, held_out)
-            row |= {f"eval_{name}": value for name, value in self.evaluation.items() if name != "rows"}
-        self.metrics.write(row)
-        self.bar.advance(row)
-        done = taken.number + 1
-        if self.log is not None and (_due(self.step.plan.step.log, done) or done == self.step.steps or held_out):
-            self.log(line(row))
-        self.loss = row["loss"]
+    def _keep(self) -> None:
+        if self.step.plan.step.keep is not None:
+            keep_save(self.run, self.step.step, self.step.plan.step.keep)
 
-    def read(self, taken: _Taken) -> Row:
-        """The row of a step; SURG053 if its loss is not finite."""
-        loss = float(taken.result.loss)
-        if not math.isfinite(loss):
-            raise _not_finite(self.step, loss, taken.number, self.run, self.extra)
-        now = time.perf_counter()
-        seconds, self.ended = now - max(taken.began, self.ended), now
-        row: Row = {"step": taken.number, "loss": loss, "lr": taken.rate, "seconds": round(seconds, 6)}
-        if penalty := float(taken.result.penalty):
-            row["penalty"] = penalty
-        return row
+    def _extra(self) -> dict[str, Any]:
+        return self.extra if self.best is None else {**self.extra, "best": self.best.record()}
 
 
-def _not_finite(step: Trainable, loss: float, number: int, run: Path | None, extra: dict[str, Any]) -> Exception:
+def _not_finite(step: Trainable, loss: float, number: int, folder: _Folder | None) -> Exception:
     """Keep the state before the failed step if it is good, else leave the last save as it is; then the error."""
     notes = []
-    if run is not None:
+    if folder is not None:
         # A step with such a loss changes nothing, unless the numbers were broken by the step before it.
         if step.step == number and all_finite(step.state_dict()["weights"]):
-            save_step(step, run, extra)
-        notes.append(Note(f"`{run}` holds the last good state, after {load_state(run).step} steps"))
+            folder.save()
+        notes.append(Note(f"`{folder.run}` holds the last good state, after {load_state(folder.run).step} steps"))
     help = "lower lr, add warmup or clip, or look at the rows of this batch; `surgery train --resume` starts from there"
     return fail("SURG053", f"the loss is {loss} at step {number} (steps count from 0)", notes=notes, help=help)
 
 
-def _due(interval: int | None, done: int) -> bool:
-    return interval is not None and done % interval == 0
-
-
-def _check_resumed(run: Path, extra: dict[str, Any]) -> None:
+def _resumed(run: Path, extra: dict[str, Any]) -> dict[str, Any]:
+    """What the run folder keeps beside its state, if it was begun with the same data."""
     before = load_state(run).extra
     for name, what in (("data", "other rows"), ("labels", "other labels"), ("steps", "another number of steps")):
         if name in before and before[name] != extra[name]:
             message = f"`{run}` was begun with {what} than it is resumed with"
             raise fail("SURG054", message, help="resume with the data of the run, or train into a new folder")
-
-
-class _Metrics:
-    """`metrics.jsonl`: one row per step, each flushed; rows behind the save that a run is resumed from are cut off."""
-
-    def __init__(self, run: Path | None, done: int) -> None:
-        self.path = None if run is None else run / METRICS
-        self.file: Any = None
-        self.done = done
-
-    def __enter__(self) -> _Metrics:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
-                file.seek(0)
-                file.truncate(sum(len(row) for row in _rows_before(file.readlines(), self.done)))
-            self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed in __exit__)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, row: Row) -> None:
-        """Append a row."""
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def sync(self) -> None:
-        """Have the rows on the disk before a save says that their steps are done."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-
-def _rows_before(rows: list[bytes], done: int) -> Iterator[bytes]:
-    for row in rows:
-        try:
-            if not row.endswith(b"\n") or json.loads(row)["step"] >= done:
-                return
-        except (ValueError, KeyError, TypeError):
-            return  # cut off by a crash
-        yield row
+    return before
 
 
 @contextmanager

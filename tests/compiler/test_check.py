@@ -9,7 +9,8 @@ import pytest
 
 import surgery
 from surgery.compiler.data_settings import DATA
-from surgery.compiler.settings import MODEL, STEP, TRAIN
+from surgery.compiler.settings import MODEL, TRAIN
+from surgery.compiler.step_settings import STEP
 
 RULE = "adapt **.query { with lora }\n"
 
@@ -73,6 +74,12 @@ GOOD: list[tuple[str, str, dict[str, Any]]] = [
     ("step", "save = every(200, keep = 2)", {"save": 200, "keep": 2}),
     ("step", "save = 50", {"save": 50, "keep": None}),
     ("step", "log = every(1)", {"log": 1}),
+    ("step", "evaluate = every(5) best = f1", {"best": "f1", "stop": None}),
+    ("step", "evaluate = every(5) stop = patience(3)", {"best": "loss", "stop": 3}),
+    ("step", "evaluate = 5 stop = patience(evaluations = 3) best = pearson", {"best": "pearson", "stop": 3}),
+    ("step", "report = tensorboard", {"report.name": "tensorboard", "report.project": None}),
+    ("step", 'report = wandb(project = "chats")', {"report.name": "wandb", "report.project": "chats"}),
+    ("step", 'report = trackio("chats")', {"report.name": "trackio", "report.project": "chats"}),
     ("data", 'text = "{a} {b}"', {"text": "{a} {b}", "label": None, "max_length": 512, "loss": "all"}),
     ("data", "text = question", {"text": "{question}"}),
     ("data", "text = a loss = all", {"loss": "all"}),
@@ -166,7 +173,14 @@ BAD: list[tuple[str, str, str]] = [
     ("step", "recompute = budget(rows = 1)", "SURG002"),
     ("step", "recompute = blocks(2)", "SURG002"),
     ("step", "recompute = true", "SURG004"),
-    ("step", "report = wandb", "SURG008"),
+    ("step", "report = mlflow", "SURG002"),
+    ("step", 'report = tensorboard(project = "chats")', "SURG002"),
+    ("step", "report = wandb(project = 3)", "SURG004"),
+    ("step", "evaluate = 5 best = bleu", "SURG002"),
+    ("step", "best = loss", "SURG004"),
+    ("step", "stop = patience(3)", "SURG004"),
+    ("step", "evaluate = 5 stop = 3", "SURG002"),
+    ("step", "evaluate = 5 stop = patience(0)", "SURG004"),
     ("step", "learning_rate = 1", "SURG002"),
     ("step", "train classifier", "SURG008"),
     ("step", "freeze classifier", "SURG008"),

@@ -101,13 +101,14 @@ def test_the_update_is_that_of_a_loop_by_hand(text: str, make: Any) -> None:
         optimizer.param_groups[0]["lr"] = base * factor
         loss = F.cross_entropy(mirror(data["x"]), data["labels"])
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(learned, 0.3)
+        norm = nn.utils.clip_grad_norm_(learned, 0.3)
         optimizer.step()
         optimizer.zero_grad()
         result = step(data)
         assert result.taken and float(result.penalty) == 0
         assert result.loss.shape == () and not result.loss.requires_grad
         torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(result.gradient_norm, norm, rtol=1e-10, atol=0)
         for name, parameter in zip(names, learned, strict=True):
             torch.testing.assert_close(step.weights[name], parameter, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(step.weights["norm.running_mean"], mirror.get_buffer("norm.running_mean"))

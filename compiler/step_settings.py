@@ -1,0 +1,214 @@
+"""The `step` block: settings by name, each with its kind, to the plan's record; and what it says against the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.quantity import LARGEST
+from surgery.compiler.diagnostics import Diagnostics, did_you_mean, fail
+from surgery.compiler.plan import (
+    DataPlan,
+    ModelPlan,
+    OptimizerPlan,
+    RecomputePlan,
+    ReportPlan,
+    SchedulePlan,
+    StepPlan,
+)
+from surgery.compiler.printer import show
+from surgery.compiler.settings import (
+    DTYPES,
+    Reader,
+    arguments,
+    at_least,
+    call,
+    pair,
+    place,
+    read_settings,
+    share,
+    text,
+    truth,
+    whole,
+    word,
+)
+
+# What an evaluation says, by what a task's labels are.
+TOKENS = ("loss", "perplexity")
+CLASSES = ("loss", "accuracy", "f1", "matthews")
+NUMBERS = ("loss", "pearson", "spearman")
+SCORES = tuple(dict.fromkeys((*TOKENS, *CLASSES, *NUMBERS)))
+LATER_OPTIMIZERS = ("lora_plus", "riemannian", "lora_pro", "lora_rite", "loko", "geolora")
+
+
+def _optimizer(node: nodes.Expr) -> OptimizerPlan:
+    given = call(node)
+    if given.function in LATER_OPTIMIZERS:
+        raise fail("SURG008", f"the optimizer `{given.function}` is not built yet", node.span)
+    common = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
+    readers: dict[str, dict[str, Reader]] = {
+        "adamw": {**common, "betas": pair, "eps": at_least(0, above=True)},
+        "sgd": {**common, "momentum": at_least(0, below=1), "nesterov": truth},
+    }
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"there is no optimizer `{given.function}`", node.span, help=known)
+    values = arguments(given, readers[given.function])
+    if values.get("nesterov") and not values.get("momentum"):
+        raise fail("SURG004", "nesterov needs a momentum", node.span)
+    if "lr" not in values:
+        raise fail(
+            "SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)"
+        )
+    return OptimizerPlan.model_validate({"name": given.function, **values})
+
+
+def _schedule(node: nodes.Expr) -> SchedulePlan:
+    given = call(node)
+    readers: dict[str, dict[str, Reader]] = {
+        "constant": {"warmup": at_least(0)},
+        "linear": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
+        "cosine": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
+    }
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"there is no schedule `{given.function}`", node.span, help=known)
+    return SchedulePlan.model_validate({"name": given.function, **arguments(given, readers[given.function])})
+
+
+def _recompute(node: nodes.Expr) -> RecomputePlan:
+    given = call(node)
+    readers: dict[str, dict[str, Reader]] = {"none": {}, "blocks": {}, "budget": {"share": share}}
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"`recompute` knows no `{given.function}`", node.span, help=known)
+    values = arguments(given, readers[given.function])
+    if given.function == "budget" and not values:
+        raise fail("SURG004", "`budget` needs the share that may be kept", node.span, help="budget(0.5)")
+    kept = values["share"] if values else float(given.function == "none")
+    return RecomputePlan.model_validate({"name": given.function, "share": kept, "place": place(node.span)})
+
+
+def _stop(node: nodes.Expr) -> int:
+    if not isinstance(node, nodes.Call) or node.function != "patience":
+        raise fail("SURG002", f"`patience(3)` is meant, not `{show(node)}`", node.span)
+    values = arguments(node, {"evaluations": whole(1)})
+    if not values:
+        raise fail("SURG004", "say after how many evaluations without a better one: `patience(3)`", node.span)
+    found: int = values["evaluations"]
+    return found
+
+
+def _report(node: nodes.Expr) -> ReportPlan:
+    given = call(node)
+    project: dict[str, Reader] = {"project": text}
+    readers: dict[str, dict[str, Reader]] = {"tensorboard": {}, "wandb": project, "trackio": project}
+    if given.function not in readers:
+        known = did_you_mean(given.function, readers)
+        raise fail("SURG002", f"`report` knows no `{given.function}`", node.span, help=known)
+    values = arguments(given, readers[given.function])
+    return ReportPlan.model_validate({"name": given.function, "place": place(node.span), **values})
+
+
+def _every(*more: str) -> Reader:
+    def read(node: nodes.Expr) -> dict[str, int]:
+        if isinstance(node, nodes.Call) and node.function != "every":
+            raise fail("SURG002", f"`every(100)` is meant, not `{show(node)}`", node.span)
+        if not isinstance(node, nodes.Call):
+            return {"every": whole(1)(node)}
+        readers: dict[str, Reader] = {"every": whole(1), **dict.fromkeys(more, whole(1))}
+        values = arguments(node, readers)
+        if "every" not in values:
+            raise fail("SURG004", "say how often: `every(100)`", node.span)
+        return values
+
+    return read
+
+
+STEP: dict[str, Reader] = {
+    "optimizer": _optimizer,
+    "schedule": _schedule,
+    "batch": whole(1),
+    "micro_batch": whole(1),
+    "steps": whole(1),
+    "epochs": at_least(0, above=True),
+    "clip": at_least(0, above=True),
+    "precision": word("model", "bfloat16", "float16"),
+    "adapter_dtype": word(*DTYPES),
+    "seed": whole(0, LARGEST),
+    "compile": word("auto", "on", "off", "reduce_overhead"),
+    "loss": word("auto", "causal_lm", "cross_entropy", "mse", "output"),
+    "evaluate": _every(),
+    "save": _every("keep"),
+    "log": _every(),
+    "recompute": _recompute,
+    "best": word(*SCORES),
+    "stop": _stop,
+    "report": _report,
+}
+
+
+def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan:
+    """The `step` block; several are not built yet."""
+    if not items:
+        return StepPlan()
+    if len(items) > 1:
+        diagnostics.error("SURG008", "several `step` blocks are not built yet", items[1].span)
+    (item, *_) = items
+    for setting in item.settings:
+        if not isinstance(setting, nodes.Setting):
+            word_ = "train" if isinstance(setting, nodes.Train) else "freeze"
+            message = f"`{word_}` inside `step` is not built yet"
+            diagnostics.error("SURG008", message, setting.span, help=f"put `{word_}` beside the `adapt` rules")
+    values = {
+        name: value
+        for name, value in read_settings(item.settings, STEP, "step", diagnostics).items()
+        if value is not None
+    }
+    spans = {setting.name: setting.span for setting in item.settings if isinstance(setting, nodes.Setting)}
+    if "steps" in values and "epochs" in values:
+        diagnostics.error(
+            "SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them"
+        )
+    if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
+        diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
+    if "evaluate" not in values:
+        for name in ("best", "stop"):
+            if name in values:
+                message = f"`{name}` chooses among evaluations during the run, and there are none"
+                diagnostics.error("SURG004", message, spans[name], help="evaluate = every(100)")
+    if "stop" in values:
+        values.setdefault("best", "loss")
+    save = values.pop("save", {})
+    for name in ("evaluate", "log"):
+        if name in values:
+            values[name] = values[name]["every"]
+    return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))
+
+
+def scores_of(model: ModelPlan | None) -> tuple[str, ...]:
+    """What an evaluation of a model says; all that there is where its task does not tell yet."""
+    if model is None or model.task is None:
+        return SCORES
+    if model.task == "sequence_classification":
+        return {None: CLASSES + NUMBERS[1:], 1: NUMBERS}.get(model.labels, CLASSES)
+    return TOKENS if model.task == "causal_lm" else ("loss",)
+
+
+def check_step(
+    tree: nodes.Tree, model: ModelPlan | None, data: DataPlan | None, step: StepPlan, diagnostics: Diagnostics
+) -> None:
+    """What the step block says against the model's task and the data: a best state is chosen by what is evaluated."""
+    if step.best is None:
+        return
+    settings = [line for item in tree.items if isinstance(item, nodes.Step) for line in item.settings]
+    spans = {line.name: line.span for line in settings if isinstance(line, nodes.Setting)}
+    where = spans.get("best", spans.get("stop"))
+    if step.best not in (known := scores_of(model)):
+        assert model is not None
+        message = f"an evaluation of a model with the task {model.task} says no {step.best}"
+        diagnostics.error("SURG031", message, where, help=f"there are: {', '.join(known)}")
+    if data is not None and not (data.holdout or data.eval or data.eval_split):
+        help_text = "write holdout = 0.1 or eval = FILE in the data block"
+        message = "the best state is that of an evaluation, and no rows are held out for one"
+        diagnostics.error("SURG004", message, where, help=help_text)
