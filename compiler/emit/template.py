@@ -238,7 +238,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "    steps: int,",
         *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
         ") -> tuple[Tensor, Tensor | None, bool]:",
-        '    """Optimizer step number `step` (from 0) of `steps`: its loss, its gradients\' norm, and whether it was taken.',
+        '    """Optimizer step number `step` (from 0) of `steps`: its loss, gradient norm, and whether it was taken.',
         "",
         *(["    Nobody asks for the norm without `clip`: it is None."] if plan.clip is None else []),
         "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
