@@ -12,7 +12,7 @@ from torch import fx
 from surgery.compiler.algebra.recompute import Recomputed
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.loops import Checkpoint
-from surgery.compiler.emit.outline import Block, Item, module_path
+from surgery.compiler.emit.outline import Block, Item, draws_by_name, module_path
 from surgery.compiler.graph import tensors
 from surgery.compiler.plan import Plan
 from surgery.compiler.span import Span
@@ -77,7 +77,7 @@ def _draws(nodes: Iterable[fx.Node]) -> bool:
 
 def _draws_itself(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
-        return any(word in str(getattr(node.target, "__name__", "")) for word in ("dropout", "rand", "bernoulli"))
+        return draws_by_name(node.target)
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     names = [argument.name for argument in node.target._schema.arguments]

@@ -71,10 +71,13 @@ def is_ordered(node: fx.Node) -> bool:
         return target._schema.is_mutable and not _writes_into_its_own(node, target)
     if isinstance(target, str):  # a method or a submodule
         return node.op == "call_module" or (target.endswith("_") and not target.endswith("__"))
-    name = str(getattr(target, "__name__", ""))
-    return isinstance(target, torch._ops.HigherOrderOperator) or any(
-        word in name for word in ("dropout", "rand", "bernoulli")
-    )
+    return isinstance(target, torch._ops.HigherOrderOperator) or draws_by_name(target)
+
+
+def draws_by_name(function: object) -> bool:
+    """Whether a function that carries no tag of torch's, such as functional.dropout, draws random numbers."""
+    name = str(getattr(function, "__name__", ""))
+    return any(word in name for word in ("dropout", "rand", "bernoulli"))
 
 
 def _writes_into_its_own(node: fx.Node, target: torch._ops.OpOverload) -> bool:

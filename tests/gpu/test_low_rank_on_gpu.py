@@ -15,22 +15,12 @@ from surgery.compiler.kernels.low_rank.product import Tiling
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nothing has written is NaN."""
-    settings: Any = torch.utils.deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
-    yield
-    settings.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
