@@ -41,6 +41,14 @@ def test_rows_against_float64(dtype: torch.dtype, bound: float, columns: int, tr
         assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
 
 
+@pytest.mark.parametrize("target", [57, -1, 1 << 40])
+def test_a_target_that_is_no_column_is_no_number(target: int) -> None:
+    """A GPU raises nothing by itself, and what lies beside the logits must not pass for one."""
+    logits, targets = torch.randn(3, 57, device="cuda"), torch.tensor([1, target, 2], device="cuda")
+    loss, _ = loss_and_gradient(logits, targets, torch.ones((), device="cuda"))
+    assert loss.isnan()
+
+
 def linear(weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
     return functional.linear(hidden, weights["head"])
 
