@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import Diagnostic, render
+from surgery.peft.write import export
 from surgery.runtime.data import Data, Examples, load_data
 from surgery.runtime.generate import load_speaker
 from surgery.runtime.run_folder import load_state
@@ -151,10 +153,16 @@ def no_blocks(folder: Path) -> None:
     surgery.plan(surgery.parse(text), model=Plain())
 
 
+def no_lora(folder: Path) -> None:
+    step = compiled(text=RULE.replace("lora(rank = 2)", "mask(W) * lora(rank = 2)") + STEP)
+    export(step, folder, folder / "adapter")
+
+
 RAISED = {
     "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs,
     "SURG043": left_padded, "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column,
     "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied, "SURG070": no_text,
+    "SURG064": no_lora,
 }  # fmt: skip
 
 
@@ -180,6 +188,17 @@ def test_dropped_checkpointing_is_said(tmp_path: Path, golden: Golden) -> None:
     with pytest.warns(UserWarning, match="SURG056"):
         compiled(model, "adapt **.q_proj { with lora(rank = 2) }\n", input_ids=ids)
     golden(text_of(p5_capture.run(model, {"input_ids": ids}, "causal_lm").warnings, tmp_path), "errors/run/SURG056.txt")
+
+
+def test_what_peft_does_otherwise_is_said(tmp_path: Path, golden: Golden) -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=32, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    text = 'model "unused" { task = causal_lm }\nadapt lm_head { with pissa(rank = 2)  untie }\n'
+    found = export(compiled(model, text, input_ids=torch.ones(2, 5, dtype=torch.long)), tmp_path, tmp_path / "adapter")
+    assert [warning.code for warning in found.warnings] == ["SURG066", "SURG067"]
+    golden(re.sub(r"\d\.\de-\d+", "N", text_of(found.warnings, tmp_path)), "errors/run/SURG066.txt")
 
 
 def test_rows_left_out_are_said(tmp_path: Path, golden: Golden) -> None:

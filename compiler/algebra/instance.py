@@ -88,18 +88,29 @@ def _effective(
         raise fail("SURG055", f"`{site.path}` has no weight of its own: {reason}", plan.span(site.place)) from reason
     if node is None:
         return None
-    base = logical(weights[site.parameter].detach(), site)
+    evaluator = evaluator_of(site, weights)
+    if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
+        bias: torch.Tensor = evaluator.tensors[BIAS]
+        return bias
+    value: torch.Tensor = evaluator(node)
+    return value
+
+
+def evaluator_of(
+    site: Site, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None, base: torch.Tensor | None = None
+) -> Evaluator:
+    """What computes a site's expressions from its tensors as they are, by their keys, its bias called `BIAS`.
+
+    `dtype` is float32, or W's if that is wider, where it is left out; `base` is W `[..., out, in]` in place of its own.
+    """
+    weight = logical(weights[site.parameter].detach(), site) if base is None else base
     tensors = {tensor.name: weights[tensor.key].detach() for tensor in site.tensors}
     for name, key in site.earlier.items():
         stored = weights[key].detach()
         tensors[name] = logical(stored, site) if name.startswith(f"W{MARK}") else stored
     if site.bias:
         tensors[BIAS] = weights[bias_name(site)].detach()
-    if node.operation == "tensor" and node.name == BIAS:  # as it is, in its own dtype
-        bias: torch.Tensor = tensors[BIAS]
-        return bias
-    value: torch.Tensor = Evaluator(lambda: base, tensors, wider(base.dtype), stacked=stacked(site))(node)
-    return value
+    return Evaluator(lambda: weight, tensors, dtype or wider(weight.dtype), stacked=stacked(site))
 
 
 def bias_name(site: Site) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from surgery.cli import check, compile, eval, explain, fmt, generate, merge, methods, plan, report, train
+from surgery.cli import check, compile, eval, explain, export, fmt, generate, merge, methods, plan, report, train
 from surgery.cli.common import options
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (check, plan, compile, train, eval, generate, report, merge, methods, fmt, explain):
+for verb in (check, plan, compile, train, eval, generate, report, merge, export, methods, fmt, explain):
     name = verb.__name__.rpartition(".")[2]
     app.command(name, epilog=verb.EXAMPLE, no_args_is_help=verb.NEEDS_ARGUMENTS)(verb.run)
 app.callback()(options)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
 import surgery
+from surgery.peft.write import export
 
 RATE = 0.05  # of the cases' plain SGD
 
@@ -71,6 +74,29 @@ def test_merging_equals_the_forward_or_is_refused(case: Any) -> None:
     for name, tensor in case.model.named_parameters():
         if name.rpartition(".")[0] not in adapted:
             assert torch.equal(merged.get_parameter(name), tensor)
+
+
+def test_exporting_equals_the_forward_or_is_refused(case: Any, tmp_path: Path) -> None:
+    """As a LoRA or a DoRA that peft loads and merges, by algebra alone; a delta with a proved rank always exports."""
+    case.disturb()
+    for seed in range(3):
+        case.step(case.batch(seed))
+    try:
+        export(case.step, tmp_path, tmp_path / "adapter", torch.float64)
+    except surgery.SurgError as error:
+        assert not all(site.facts.exports_as_lora for site in case.step.plan.sites)
+        assert {found.code for found in error.diagnostics} == {"SURG064"} and case.method in str(error)
+        return
+    base = copy.deepcopy(case.model)
+    if isinstance(base.config, SimpleNamespace):
+        del base.config  # peft asks a config for its `get`
+    adapted: Any = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    inputs = case.inputs()
+    expected = case.forward(inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(adapted(**inputs)), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logits_of(adapted.merge_and_unload()(**inputs)), expected, rtol=1e-10, atol=1e-10)
+    assert float((expected - case.base(inputs)).abs().max()) > 1e-3
 
 
 def test_gradients_equal_those_of_the_reference(case: Any) -> None:
