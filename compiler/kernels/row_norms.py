@@ -99,10 +99,18 @@ class _RowNorms(torch.autograd.Function):
             dleft = share * (product + ctx.scale * (wide_left @ (wide_right @ wide_right.T)))
         if need_right:
             shared = share * wide_left
-            through_weight = (shared.to(weight.dtype).T @ weight).to(norms.dtype)
-            dright = through_weight + ctx.scale * ((shared.T @ wide_left) @ wide_right)
+            dright = _transposed_product(shared, weight) + ctx.scale * ((shared.T @ wide_left) @ wide_right)
         pairs = ((dleft, left), (dright, right))
         return None, *(None if new is None else new.to(factor.dtype) for new, factor in pairs), None
+
+
+def _transposed_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows.T @ weight` like rows, for `[out, rank]` and `[out, in]`, multiplied in the dtype of the weight."""
+    if weight.dtype != torch.float16 or not rows.numel():
+        return (rows.to(weight.dtype).T @ weight).to(rows.dtype)
+    largest = rows.abs().amax()  # becomes one: float16 holds no gradient of 1e-8, and none under a scaled loss
+    unit = torch.where(largest > 0, largest, 1)
+    return ((rows / unit).to(weight.dtype).T @ weight).to(rows.dtype) * unit
 
 
 def _differentiable(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:

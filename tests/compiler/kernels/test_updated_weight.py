@@ -92,6 +92,18 @@ def test_norms_of_a_rounded_weight_are_summed_in_float32(dtype: torch.dtype, tol
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1.0, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_norms_of_a_half_precision_weight_are_of_any_size(dtype: torch.dtype, size: float) -> None:
+    weight, left, right = operands(33, 65, 20)
+    weight, factors = weight.to(dtype), tuple(factor.detach().float().requires_grad_() for factor in (left, right))
+    dnorms = size * random(33, seed=8)
+    found = torch.autograd.grad(updated_row_norms(weight, factors[0], factors[1], 0.5), factors, dnorms.float())
+    exact = torch.autograd.grad(updated_row_norms_reference(weight.double(), left, right, 0.5), (left, right), dnorms)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.double() - theirs).norm() <= 2e-3 * theirs.norm()
+
+
 def test_norms_that_cancel_are_not_below_zero() -> None:
     _, left, right = operands(12, 10, 3, torch.float32)
     norms = updated_row_norms(-(left @ right).detach(), left, right)
