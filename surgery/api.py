@@ -151,7 +151,7 @@ def _compile(
 def apply(program_or_run: Program | str | Path, model: nn.Module) -> nn.Module:
     """Module scope: the chosen modules are replaced in place, all or none, everything else is frozen; gives the model.
 
-    With a run folder the trained tensors are put in as well. A program's events run in a `transformers.Trainer` that has
+    With a run folder the trained tensors are put in as well. Events run in a `transformers.Trainer` that is given
     `callbacks=[surgery.TrainerCallback(model)]`; to train without is an error. Raises SURG060 for programs that need
     earlier blocks, SURG036 for starts that read data (apply a run instead), and what a program may.
     """

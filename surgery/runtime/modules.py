@@ -140,20 +140,22 @@ def _full_names(plan: Plan) -> dict[str, str]:
     """Where the tensors of all sites are in the adapted model, by key."""
     found: dict[str, str] = {}
     for site in plan.sites:
-        home = site.path
-        if site.module_class in ("Experts", "Parameter"):
-            home = f"{site.path}_adapter" if site.path == site.parameter else site.parameter.rpartition(".")[0]
+        home = f"{site.path}_adapter" if site.path == site.parameter else _owner(site)
         for tensor in site.tensors:
-            key = tensor.key
-            found[key] = f"{SHARED}.{key.replace('.', '_')}" if key.startswith("shared.") else f"{home}.{tensor.name}"
+            own = f"{home}.{tensor.name}"
+            found[tensor.key] = f"{SHARED}.{tensor.key.replace('.', '_')}" if tensor.key.startswith("shared.") else own
     return found
+
+
+def _owner(site: Site) -> str:
+    """The path of the module whose forward uses W and the site's tensors; the root's is empty."""
+    return site.parameter.rpartition(".")[0] if site.module_class in ("Experts", "Parameter") else site.path
 
 
 def _owners(plan: Plan, model: nn.Module) -> list[nn.Module]:
     """The modules whose forward uses what events of the plan read or write."""
     formulas = {event.formula for event in plan.events if event.phase != "at start"}
-    sites = [site for site in plan.sites if site.formula in formulas]
-    return [model.get_submodule(site.parameter.rpartition(".")[0] or site.path) for site in sites]
+    return [model.get_submodule(_owner(site)) for site in plan.sites if site.formula in formulas]
 
 
 def _reads_across(plan: Plan) -> Diagnostics:

@@ -6,7 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -189,6 +189,53 @@ def test_states_shared_tensors_and_compositions(architectures: Any, tmp_path: Pa
     counts = [value for key, value in model.state_dict().items() if key.endswith("count")]
     assert len(counts) == 4
     assert all(float(count) == STEPS // 2 for count in counts)
+
+
+class Plain(nn.Module):
+    """Parameters without a module, one of them on the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.inner = nn.Parameter(torch.randn(6, 5)), nn.Linear(4, 4), cast(Any, nn.Module())
+        self.inner.second = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x @ self.first.T @ self.inner.second.T)
+        return logits
+
+
+PLAIN = """
+method counting(rank: int = 2) {
+    A = train normal(0.5)[rank, out];  n = state zeros[1]
+    output = y + y @ A.T @ A
+    after step { n += 1 }
+}
+adapt {first,inner.second} { with delta_lora(rank = 2, start = 1)  update = literal }
+adapt head { with counting() }
+step { optimizer = adamw(lr = 1e-2)  loss = cross_entropy  steps = 5 }
+"""
+
+
+def test_a_clock_drives_parameters_and_outputs_in_an_own_loop() -> None:
+    batches = [{"x": torch.randn(8, 5), "labels": torch.arange(8) % 4} for _ in range(5)]
+    step = surgery.compile(surgery.parse(PLAIN), Plain(), {"x": batches[0]["x"]})
+    model: Any = surgery.apply(surgery.parse(PLAIN), Plain())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    model.surgery_clock.start(0, 5)
+    for batch in batches:
+        model.surgery_clock.begin(model)
+        loss = nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        model.surgery_clock.end()
+        optimizer.zero_grad()
+        torch.testing.assert_close(loss.detach(), step(batch).loss)
+    own = model.state_dict()
+    for name in ("first", "inner.second"):
+        torch.testing.assert_close(own[name], step.weights[name])
+        assert not torch.equal(own[name], Plain().state_dict()[name])
+    assert float(own["head.n"]) == 5
 
 
 def test_below_float32_the_literal_weight_is_rounded_once(architectures: Any, tmp_path: Path) -> None:
