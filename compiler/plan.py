@@ -235,6 +235,44 @@ class DataPlan(Record):
     place: Place | None = None  # of the block in the spec
 
 
+class ExamplePart(Record):
+    """Tokens in a row of an example, decoded; `learned`: whether they are labels."""
+
+    text: str
+    learned: bool
+
+
+class ExampleRow(Record):
+    """A row as the model sees it."""
+
+    row: int  # its number in the file, from 1
+    tokens: int
+    learned: int  # how many of them are labels that something is before
+    label: str | None = None  # of a classification
+    parts: tuple[ExamplePart, ...]
+
+
+class SamplePlan(Record):
+    """What the first rows of the data say about a step; `tokens` and the like are means."""
+
+    rows: int  # read
+    whole: bool  # these are all there are
+    used: int  # without those that are left out
+    empty: int  # left out: nothing in them, or nothing that is learnt
+    too_long: int  # left out: longer than max_length
+    cut: int  # cut to max_length
+    longest: int  # tokens, before any is cut
+    median: int
+    tokens: float  # of a document
+    learned: float  # of these, how many are labels
+    documents: float  # in a row of a batch: more than one where they are packed
+    tokens_per_step: float
+    learned_per_step: float
+    padding: float  # the share of a batch that is neither
+    steps_per_epoch: int | None  # where these are all rows
+    example: ExampleRow
+
+
 class EventPlan(Record):
     """An event of a rule's method, as the step runs it."""
 
@@ -290,6 +328,7 @@ class Plan(Record):
     tokens: int  # planned tokens per micro-batch
     totals: Totals
     memory: MemoryPlan | None = None  # where it was asked for
+    sample: SamplePlan | None = None  # where `surgery plan` could read the data
 
     @property
     def rounds(self) -> bool:

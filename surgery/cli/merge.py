@@ -33,6 +33,7 @@ def run(
     """Merge a run into the model's weights: a standard folder that plain transformers loads, with the tokenizer."""
     with reporting(format):
         from surgery.compiler.diagnostics import SurgError
+        from surgery.runtime.data.chat import keep_template
         from surgery.runtime.merge import save_merged
         from surgery.runtime.models import load_tokenizer
         from surgery.runtime.run_folder import load_state
@@ -42,8 +43,10 @@ def run(
         step = load_run(run, "cpu", allow_code)
         try:
             tokenizer = load_tokenizer(step.plan.model, step.folder)
+            keep_template(tokenizer, step.plan.data)
         except SurgError:
-            if step.plan.model.source != "config":  # a model of a config alone has none to write
+            model = step.plan.model
+            if model.source != "config" or model.tokenizer is not None:  # a config alone has none to write
                 raise
             tokenizer = None
         save_merged(step, folder, tokenizer, labels)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, output, pass_log, reporting, show, write_text
+from surgery.cli.common import CodeOption, Format, FormatOption, output, pass_log, quiet, reporting, show, write_text
+from surgery.compiler.diagnostics import SurgError
+
+if TYPE_CHECKING:
+    from surgery.compiler.plan import Plan, SamplePlan
 
 EXAMPLE = "Example: surgery plan specs/demo.surg -v -o plan.json"
 NEEDS_ARGUMENTS = True
@@ -32,7 +37,8 @@ def run(
 ) -> None:
     """Show the plan: each adapted weight, its method, the trained numbers, how it is run and why, and what is proved.
 
-    Only the model's config is read, never its weights: planning a 70B model takes seconds and little memory.
+    Only the model's config is read, never its weights: planning a 70B model takes seconds and little memory. Of the
+    data the first rows are, where they and the tokenizer can be.
     """
     with reporting(format), pass_log(verbose):
         if schema:
@@ -45,6 +51,7 @@ def run(
 
         program = surgery.parse(spec)
         plan = surgery.plan(program, memory=memory, allow_code=allow_code)
+        plan = plan.model_copy(update={"sample": _sample(plan, program.folder)})
         text = plan.model_dump_json(indent=2) + "\n"
         if write is not None:
             write_text(write, text)
@@ -53,6 +60,23 @@ def run(
             typer.echo(text, nl=False)
         else:
             print_plan(output(), plan, verbose)
+
+
+def _sample(plan: Plan, folder: Path) -> SamplePlan | None:
+    """What a few rows of the data say; why they cannot be read is shown, and leaves the plan as it is."""
+    from surgery.runtime.data.sample import sample
+    from surgery.runtime.models import load_tokenizer
+
+    if plan.data is None:
+        return None
+    quiet()
+    try:
+        found, reader = sample(plan, folder, load_tokenizer(plan.model, folder))
+    except SurgError as error:
+        show(replace(found, severity="warning") for found in error.diagnostics)
+        return None
+    show(reader.warnings)
+    return found
 
 
 def schema_text() -> str:

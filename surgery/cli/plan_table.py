@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from surgery.cli.data_table import print_sample
 from surgery.compiler.plan import EventPlan, Facts, Plan, Site, StepPlan, WholeParameter, way_text
 
 NARROW = 140
@@ -38,6 +39,7 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
         _list(console, title, said)
     if verbose and plan.sites:
         _print_candidates(console, plan)
+    print_sample(console, plan)
     for line in lines(plan, verbose):
         console.print(Text(line))
     if plan.memory is None:

@@ -44,6 +44,12 @@ def template_text(name: str, tokenizer: Any) -> str | None:
     return f"{{%- macro strftime_now(format) -%}}{{{{- format{spelt} -}}}}{{%- endmacro -%}}{text}"
 
 
+def keep_template(tokenizer: Any, data: DataPlan | None) -> None:
+    """Give a tokenizer the template that a run's messages were rendered with: who loads it speaks what was learnt."""
+    if data is not None and data.messages is not None and data.template != "tokenizer":
+        tokenizer.chat_template = template_text(data.template, tokenizer)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text, and its learnt parts: each the text up to its begin and up to its end."""

@@ -128,12 +128,15 @@ class Documents:
     long: Tally = field(default_factory=Tally)  # longer than max_length
     cut_off: Tally = field(default_factory=Tally)  # of those, whose tokens to learn were all cut off
     longest: int = 0  # tokens of a row, before any is cut
+    whole: bool = True  # whether these are all rows
+    first: int = 0  # the number of the first usable row
 
     def some(self, numbers: Iterable[int]) -> Documents:
         """Some of the usable rows."""
         chosen = list(numbers)
         labels = [self.labels[number] for number in chosen] if self.labels else []
-        return Documents(self.source, [self.tokens[number] for number in chosen], labels)
+        tokens = [self.tokens[number] for number in chosen]
+        return Documents(self.source, tokens, labels, whole=self.whole)
 
 
 class Reader:
@@ -202,6 +205,7 @@ class Reader:
         found = Documents(source)
         for chunk in _chunks(islice(source.rows(), self.limit), AT_ONCE):
             self._encode(found, [Entry(source, number, row) for number, row in chunk])
+        found.whole = self.limit is None or found.read < self.limit
         self._refuse(found)
         self._say(found)
         return found
@@ -231,6 +235,7 @@ class Reader:
             if self.causal and not tokens.teaches:
                 (found.cut_off if too_long else found.silent).add(entry)
                 continue
+            found.first = found.first or entry.number
             found.tokens.append(tokens)
             if self.data.label is not None:
                 found.labels.append(entry.value(label) if self.plan.model.labels == 1 else label)
@@ -302,8 +307,8 @@ class Reader:
         numbers = all(re.fullmatch(r"-?\d{1,18}", name) for name in found)
         names = tuple(sorted(found, key=int) if numbers else sorted(found))
         expected = self.plan.model.labels
-        # A sample may lack some of them.
-        if expected is not None and (len(names) > expected if self.limit else len(names) != expected):
+        some = not all(part.whole for part in parts)  # which may lack a few of them
+        if expected is not None and (len(names) > expected if some else len(names) != expected):
             shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             help = f"write labels = {len(names)} in the model's task, or choose another label column"
             message = f"column `{self.data.label}` has {len(names)} labels, the model {expected}: {shown}"
