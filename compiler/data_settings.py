@@ -89,10 +89,12 @@ def _form(item: nodes.Data, spans: Mapping[str, Span | None], diagnostics: Diagn
     for other, (belonging, _) in FORMS.items():
         for name in belonging:
             if other != form and name in spans:
-                diagnostics.error("SURG004", f"`{name}` belongs to `{other}`, not to `{form}`", spans[name])
+                help_text = f"rows with `{form}` have no `{name}`"
+                diagnostics.error("SURG004", f"`{name}` belongs to `{other}`", spans[name], help=help_text)
     if form == "prompt" and not {"prompt", "completion"} <= spans.keys():
         lacking = "completion" if "prompt" in spans else "prompt"
-        diagnostics.error("SURG004", f"`prompt` and `completion` belong together, `{lacking}` is missing", item.span)
+        message = f"`prompt` and `completion` belong together, `{lacking}` is missing"
+        diagnostics.error("SURG004", message, item.span, help=f"{lacking} = COLUMN, or a template over columns")
     return form
 
 
@@ -104,11 +106,12 @@ def check_data(model: ModelPlan | None, data: DataPlan, item: nodes.Data, diagno
     if model.task == "causal_lm":
         if data.label is not None:
             message = "a causal model learns its text; `label` belongs to a classification"
-            diagnostics.error("SURG031", message, spans["label"])
+            diagnostics.error("SURG031", message, spans["label"], help="`completion` is what a prompt is answered with")
         return
     for name in ("prompt", "completion", "messages", "pack"):
         if getattr(data, name):
-            diagnostics.error("SURG031", f"`{name}` is for the task causal_lm, not {model.task}", spans[name])
+            message = f"`{name}` is for the task causal_lm, not {model.task}"
+            diagnostics.error("SURG031", message, spans[name], help="a classification has `text` and `label`")
     if model.task == "sequence_classification" and data.label is None and data.text is not None:
         message = "a classification needs `label`, the column of the classes"
         diagnostics.error("SURG031", message, item.span, help="label = category")

@@ -49,14 +49,14 @@ def method(name: str, *arguments: Any, **named: Any) -> nodes.Call:
 def _settings(values: Mapping[str, Any], texts: Iterable[str] = ()) -> tuple[nodes.Setting, ...]:
     quoted = set(texts)
     return tuple(
-        nodes.Setting(name, nodes.String(value) if name in quoted else expression(value))
+        nodes.Setting(name, nodes.String(value) if name in quoted and isinstance(value, str) else expression(value))
         for name, value in values.items()
     )
 
 
 def model(name: str, *, source: str = "hub", **settings: Any) -> nodes.Model:
     """`model "name" { ... }`; source: hub (also folders and packages), config or python."""
-    return nodes.Model(source, name, _settings(settings, ["revision"]))
+    return nodes.Model(source, name, _settings(settings, ["revision", "tokenizer"]))
 
 
 def adapt(
@@ -102,4 +102,4 @@ def step(**settings: Any) -> nodes.Step:
 
 def data(path: str, **settings: Any) -> nodes.Data:
     """`data "file.jsonl" { text = "{question}" }`."""
-    return nodes.Data(path, _settings(settings, ["text", "eval"]))
+    return nodes.Data(path, _settings(settings, ["text", "prompt", "completion", "eval"]))

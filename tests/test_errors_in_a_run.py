@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import Diagnostic, render
+from surgery.compiler.plan import Place
 from surgery.peft.write import export
 from surgery.runtime.data import Data, Examples, load_data
+from surgery.runtime.data.files import DataFile
 from surgery.runtime.generate import load_speaker
 from surgery.runtime.run_folder import load_state
 from surgery.runtime.train import train
+from tests.tokenizer import byte_level, joining
 
 Golden = Callable[[str, str], None]
 RULE = "adapt ** : Linear { with lora(rank = 2) }\n"
 STEP = "step { optimizer = adamw(lr = 1e-2)  batch = 2  steps = 3  loss = cross_entropy }\n"
+
+
+CHAT = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
 
 
 class Plain(nn.Module):
@@ -114,6 +121,35 @@ def no_rows(folder: Path) -> None:
     data(folder, "")
 
 
+def chats(folder: Path, *rows: Any, template: str = "chatml", more: str = "", tokenizer: Any = None) -> Any:
+    """What reading conversations gives."""
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    spec = folder / "spec.surg"
+    spec.write_text(
+        'model config "tiny.json" { task = causal_lm }\ntrain lm_head\n'
+        f'data "chat.jsonl" {{\n    messages = messages  template = {template}{more}\n}}\n'
+    )
+    (folder / "tiny.json").write_text(llama().config.to_json_string())
+    return load_data(surgery.plan(surgery.parse(spec)), folder, tokenizer or byte_level())
+
+
+def too_long(folder: Path) -> None:
+    chats(folder, CHAT, [*CHAT, *CHAT], more="  max_length = 30  too_long = error")
+
+
+def wrong_roles(folder: Path) -> None:
+    chats(folder, CHAT, [*CHAT[:1], *CHAT], template="mistral")
+
+
+def no_package(folder: Path) -> None:
+    (folder / "spec.surg").write_text('data "rows.parquet" { text = text }\n')
+    place = Place(file="spec.surg", line=1, column=1, start=0, end=35)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pyarrow", *(name for name in sys.modules if name.startswith("pyarrow."))):
+            patch.setitem(sys.modules, name, None)
+        list(DataFile("rows.parquet", folder, place).rows())
+
+
 def diverged(folder: Path) -> None:
     step = compiled(text=RULE + STEP.replace("1e-2", "1e30"))
     tokens = tuple([number] for number in range(6))
@@ -162,7 +198,7 @@ RAISED = {
     "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs,
     "SURG043": left_padded, "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column,
     "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied, "SURG070": no_text,
-    "SURG064": no_lora,
+    "SURG064": no_lora, "SURG059": too_long, "SURG061": wrong_roles, "SURG063": no_package,
 }  # fmt: skip
 
 
@@ -199,6 +235,11 @@ def test_what_peft_does_otherwise_is_said(tmp_path: Path, golden: Golden) -> Non
     found = export(compiled(model, text, input_ids=torch.ones(2, 5, dtype=torch.long)), tmp_path, tmp_path / "adapter")
     assert [warning.code for warning in found.warnings] == ["SURG066", "SURG067"]
     golden(re.sub(r"\d\.\de-\d+", "N", text_of(found.warnings, tmp_path)), "errors/run/SURG066.txt")
+
+
+def test_markers_that_are_no_tokens_are_said(tmp_path: Path, golden: Golden) -> None:
+    found = chats(tmp_path, CHAT, tokenizer=joining())
+    golden(text_of(found.warnings, tmp_path), "errors/run/SURG062.txt")
 
 
 def test_rows_left_out_are_said(tmp_path: Path, golden: Golden) -> None:

@@ -53,7 +53,7 @@ def test_the_wheel_has_one_top_level_name(archives: tuple[set[str], set[str]]) -
 def test_the_wheel_holds_every_source_and_data_file(archives: tuple[set[str], set[str]]) -> None:
     expected = {"surgery/py.typed"}
     for top, prefix in (("surgery", ""), ("compiler", "surgery/"), ("grammar", "surgery/")):
-        for pattern in ("*.py", "*.surg", "*.lark", "codes/*.md"):
+        for pattern in ("*.py", "*.surg", "*.lark", "*.jinja", "codes/*.md"):
             for path in (ROOT / top).rglob(pattern):
                 inside = path.relative_to(ROOT)
                 if not (inside.parts[0] == "surgery" and inside.parts[1] in {"compiler", "grammar"}):

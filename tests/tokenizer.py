@@ -20,17 +20,26 @@ MARKERS = (
 
 
 @functools.cache
-def _trained(size: int, markers: tuple[str, ...]) -> Tokenizer:
+def _trained(size: int, markers: tuple[str, ...], texts: tuple[str, ...]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(markers), initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def byte_level(size: int = 400, markers: tuple[str, ...] = MARKERS, **options: Any) -> Any:
     """A tokenizer of at most `size` tokens that knows the markers; without a chat template unless one is given."""
     given = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **options}
-    return PreTrainedTokenizerFast(tokenizer_object=_trained(size, markers), **given)
+    return PreTrainedTokenizerFast(tokenizer_object=_trained(size, markers, TEXTS), **given)
+
+
+def joining() -> Any:
+    """A tokenizer without markers, whose tokens reach over the ends of turns: empty lines, brackets, both at once."""
+    ends = tuple(
+        f"{end}{line}" for end in ("<|", "|>", "<<|", "|>|>", "<|<|", "]", "></") for line in ("", "\n", "\n\n\n")
+    )
+    found = _trained(400, ("<s>", "</s>"), TEXTS + ends * 20)
+    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>", pad_token="</s>")

@@ -52,10 +52,10 @@ def keep_template(tokenizer: Any, data: DataPlan | None) -> None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and its learnt parts: each the text up to its begin and up to its end."""
+    """A conversation as text, and where its learnt parts begin and end, in turns."""
 
-    whole: str
-    parts: tuple[tuple[str, str], ...]
+    text: str
+    bounds: tuple[int, ...]
 
 
 class ChatForm:
@@ -102,32 +102,49 @@ class ChatForm:
         return messages
 
     def encode(self, rows: Sequence[tuple[Entry, Messages]]) -> list[Tokens]:
-        """The tokens of conversations, all their prefixes in one call of the tokenizer."""
+        """The tokens of conversations, and of the pieces between their bounds, in one call of the tokenizer."""
         rendered = [self._rendered(entry, messages) for entry, messages in rows]
-        texts = [[one.whole, *(text for part in one.parts for text in part)] for one in rendered]
+        texts = [[one.text, *(one.text[start:end] for start, end in pairwise((0, *one.bounds)))] for one in rendered]
         ids = encoded(self.tokenizer, [text for one in texts for text in one], add_special_tokens=False)
-        bounds = pairwise(accumulate(map(len, texts), initial=0))
-        return [self._marked(*ids[start:end]) for start, end in bounds]
+        ends = pairwise(accumulate(map(len, texts), initial=0))
+        return [self._marked(one, *ids[start:end]) for one, (start, end) in zip(rendered, ends, strict=True)]
 
     def cut(self, read: Messages, tokens: Tokens, length: int) -> Tokens:
         """The end of the conversation is lost."""
         return tokens.first(length)
 
-    def _marked(self, whole: array[int], *prefixes: array[int]) -> Tokens:
-        """A learnt part begins where its tokens leave those before it: the tokenizer may have joined both ends."""
+    def _marked(self, rendered: Rendered, whole: array[int], *pieces: array[int]) -> Tokens:
         if self.loss == "all":
             return Tokens(whole)
+        bounds = self._bounds(rendered, whole, pieces)
         learned = bytearray(len(whole))
-        for before, after in zip(prefixes[::2], prefixes[1::2], strict=True):
-            start, end = _common(before, whole), _common(after, whole)
+        for start, end in zip(bounds[::2], bounds[1::2], strict=True):
             learned[start:end] = b"\1" * (end - start)
         return Tokens(whole, bytes(learned))
+
+    def _bounds(self, rendered: Rendered, whole: array[int], pieces: Sequence[array[int]]) -> list[int]:
+        """Before which token of the whole each bound of the text is.
+
+        Where a piece's own tokens are not those of the whole, the tokenizer has joined two: the bound is where the
+        tokens of the text up to it leave those of the whole. To compare all bounds so takes the square of the turns.
+        """
+        found: list[int] = []
+        place = 0
+        for piece in pieces:
+            if whole[place : place + len(piece)] != piece:
+                break
+            place += len(piece)
+            found.append(place)
+        if rest := rendered.bounds[len(found) :]:
+            prefixes = encoded(self.tokenizer, [rendered.text[:bound] for bound in rest], add_special_tokens=False)
+            found += [_common(prefix, whole) for prefix in prefixes]
+        return found
 
     def _rendered(self, entry: Entry, messages: Messages) -> Rendered:
         whole = self._render(entry, messages)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = {"all": [], "assistant": turns, "completion": turns[-1:]}[self.loss]
-        parts = []
+        bounds: list[int] = []
         for turn in wanted:
             if turn == 0:
                 message = "the conversation begins with the assistant, and a template renders nothing before a message"
@@ -138,8 +155,8 @@ class ChatForm:
             for text, what in ((before, "up to"), (after, "with")):
                 if not whole.startswith(text):
                     raise self._not_a_prefix(entry, turn, what)
-            parts.append((before, after))
-        return Rendered(whole, tuple(parts))
+            bounds += [len(before), len(after)]
+        return Rendered(whole, tuple(bounds))
 
     def _render(self, entry: Entry, messages: Messages, prompt: bool = False) -> str:
         try:

@@ -26,7 +26,7 @@ from surgery.runtime.data.packing import Packed, pack
 from surgery.runtime.data.stream import seeded
 from surgery.runtime.places import place_notes, span_of
 
-AT_ONCE = 1000  # rows: no more text is in memory than that of so many
+AT_ONCE = 200  # rows: no more text is in memory than that of so many
 T = TypeVar("T")
 
 

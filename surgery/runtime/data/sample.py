@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,7 @@ def _statistics(plan: Plan, read: Documents, documents: Examples, example: Examp
     examples: Examples | Packed = pack(documents, data.max_length) if data.pack else documents
     lengths = list(map(documents.length, range(len(documents))))
     learned = sum(map(documents.label_count, range(len(documents))))
-    chosen = range(len(examples))
+    chosen: Sequence[int] = range(len(examples))
     if isinstance(examples, Packed) and not read.whole and len(examples) > 1:
         # The last row is filled by what comes after the sample.
         emptiest = min(chosen, key=examples.length)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from surgery.compiler.data_settings import TEMPLATES
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import DataPlan, ModelPlan, Plan, StepPlan, Totals
 from surgery.runtime.data import Examples, load_data
 from surgery.runtime.data import chat as chat_module
-from tests.tokenizer import MARKERS, byte_level
+from surgery.runtime.data.fields import Entry
+from surgery.runtime.data.files import DataFile
+from tests.tokenizer import MARKERS, byte_level, joining
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -136,13 +139,46 @@ def test_the_mask_is_the_library_s_where_a_template_marks_what_is_generated(tmp_
 
 
 def test_a_token_that_the_tokenizer_made_of_both_sides_is_learnt(tmp_path: Path) -> None:
-    # Not a special token here, so that "|>\n" and what follows it can become one.
-    tokenizer = byte_level(300, markers=("</s>", "<s>"))
+    tokenizer = joining()
     chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "\n\ntwo"}]
     found = read(tmp_path, chat, tokenizer=tokenizer, template="zephyr")
-    text = marked(found, tokenizer=tokenizer)
-    assert text.replace("«", "").replace("»", "") == "<|user|>\none</s>\n<|assistant|>\n\n\ntwo</s>\n"
-    assert re.search(r"<\|assistant\|>\n*«\n*two</s>\n»$", text)
+    # The line that ends the header and the first empty line of the answer are one token.
+    assert marked(found, tokenizer=tokenizer) == "<|user|>\none</s>\n<|assistant|>«\n\n\ntwo</s>\n»"
+
+
+TEXTS = st.text(alphabet=" \n<|/s>INSTaé1", min_size=1, max_size=12).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXTS, min_size=2, max_size=8), st.sampled_from(sorted(MARKED)), st.booleans())
+def test_bounds_are_those_of_whole_prefixes(texts: list[str], template: str, joins: bool) -> None:
+    """The reference: the tokens of every prefix, compared with those of the whole."""
+    tokenizer = joining() if joins else byte_level()
+    chat = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    data = plan(template=template).data
+    assert data is not None
+    form = chat_module.ChatForm(data, tokenizer, lambda *_: SurgError([]))
+    entry = Entry(DataFile("chat.jsonl", Path()), 1, {"messages": chat})
+    (found,) = form.encode([(entry, chat)])
+
+    def tokens(messages: list[dict[str, str]], prompt: bool = False) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=form.template, add_generation_prompt=prompt, tokenize=False
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    whole = tokens(chat)
+    expected = [0] * len(whole)
+    for turn in range(1, len(chat), 2):
+        start, end = (
+            next(
+                (place for place, pair in enumerate(zip(prefix, whole, strict=False)) if pair[0] != pair[1]),
+                len(prefix),
+            )
+            for prefix in (tokens(chat[:turn], prompt=True), tokens(chat[: turn + 1]))
+        )
+        expected[start:end] = [1] * (end - start)
+    assert list(found.ids) == whole and list(found.learned or b"") == expected
 
 
 def test_learning_needs_something_before_it_and_empty_rows_are_said(tmp_path: Path) -> None:
