@@ -18,6 +18,7 @@ import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import Diagnostic, render
 from surgery.compiler.plan import Place
+from surgery.peft.importing import import_adapter
 from surgery.peft.write import export
 from surgery.runtime.data import Data, Examples, load_data
 from surgery.runtime.data.files import DataFile
@@ -189,6 +190,14 @@ def no_blocks(folder: Path) -> None:
     surgery.plan(surgery.parse(text), model=Plain())
 
 
+def no_counterpart(folder: Path) -> None:
+    config = {"peft_type": "LORA", "lora_bias": True, "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    config |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "layer_replication": [[0, 2]]}
+    llama().save_pretrained(folder / "tiny")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    import_adapter(folder, folder, model=str(folder / "tiny"))
+
+
 def no_lora(folder: Path) -> None:
     step = compiled(text=RULE.replace("lora(rank = 2)", "mask(W) * lora(rank = 2)") + STEP)
     export(step, folder, folder / "adapter")
@@ -198,7 +207,8 @@ RAISED = {
     "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs,
     "SURG043": left_padded, "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column,
     "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied, "SURG070": no_text,
-    "SURG064": no_lora, "SURG059": too_long, "SURG061": wrong_roles, "SURG063": no_package,
+    "SURG064": no_lora,
+    "SURG065": no_counterpart, "SURG059": too_long, "SURG061": wrong_roles, "SURG063": no_package,
 }  # fmt: skip
 
 

@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from surgery.cli import check, compile, eval, explain, export, fmt, generate, merge, methods, plan, report, train
+from surgery.cli import (
+    check,
+    compile,
+    eval,
+    explain,
+    export,
+    fmt,
+    generate,
+    import_,
+    merge,
+    methods,
+    plan,
+    report,
+    train,
+)
 from surgery.cli.common import options
 
 app = typer.Typer(
@@ -18,8 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (check, plan, compile, train, eval, generate, report, merge, export, methods, fmt, explain):
-    name = verb.__name__.rpartition(".")[2]
+for verb in (check, plan, compile, train, eval, generate, report, merge, export, import_, methods, fmt, explain):
+    name = verb.__name__.rpartition(".")[2].removesuffix("_")  # `import` is a word of Python
     app.command(name, epilog=verb.EXAMPLE, no_args_is_help=verb.NEEDS_ARGUMENTS)(verb.run)
 app.callback()(options)
 

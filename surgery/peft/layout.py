@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
@@ -22,3 +24,16 @@ def lora_tensors(
 def magnitude_tensor(prefix: str, module_class: str, vector: Tensor) -> dict[str, Tensor]:
     """peft's tensor for DoRA's vector `[out]`."""
     return {f"{prefix}.lora_magnitude_vector": vector[None, :, None, None] if module_class == "Conv2d" else vector}
+
+
+def lora_factors(parts: Mapping[str, Tensor], experts: int | None) -> dict[str, Tensor]:
+    """A `[..., rank, in]`, B `[..., out, rank]` and DoRA's m `[out]` from peft's tensors by their names in a module."""
+    if "lora_embedding_A" in parts:
+        right, left = parts["lora_embedding_A"], parts["lora_embedding_B"]
+    else:
+        right, left = parts["lora_A.weight"].flatten(1), parts["lora_B.weight"].flatten(1)
+    if experts is not None:
+        right = right.reshape(experts, -1, right.shape[1])
+        left = left.reshape(len(left), -1, experts).permute(2, 0, 1)
+    vector = parts.get("lora_magnitude_vector", parts.get("lora_magnitude_vector.weight"))
+    return {"A": right, "B": left} | ({} if vector is None else {"m": vector.flatten()})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -40,3 +43,40 @@ def exactly(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     if all(path in paths for path in modules if is_target(path, paths)):
         return list(paths)
     return "|".join(map(re.escape, paths))
+
+
+def meant(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The modules of a model that a config adapts, as peft reads `target_modules` and what narrows them."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    kept = [*(config.get("modules_to_save") or []), *HEADS.get(config.get("task_type") or "", ())]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _linears(config, model)
+    return [
+        path
+        for path, _ in model.named_modules()
+        if path and not is_target(path, excluded) and not is_reserved(path, kept)
+        if is_target(path, targets or []) and _in_layers(path, targets or [], config)
+    ]
+
+
+def _linears(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """All linear layers but the head."""
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is None and config.get("task_type") == "SEQ_CLS":
+        output = next((head for name in (*HEADS["SEQ_CLS"],) if (head := getattr(model, name, None)) is not None), None)
+    return [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not output
+    ]
+
+
+def _in_layers(path: str, targets: Sequence[str] | str, config: Mapping[str, Any]) -> bool:
+    """Whether the first index of a path is one of `layers_to_transform`, which narrows names that are ends only."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or [r"[^.]*"]
+    if layers is None or layers == [] or isinstance(targets, str) or path in targets:
+        return True
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False

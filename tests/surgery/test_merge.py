@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import surgery
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import Facts, ModelPlan, Place, Plan, Site, Totals
+from surgery.peft.write import export
 from surgery.runtime.merge import merged, save_merged
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -151,3 +154,28 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SurgError, match="no transformers model"):
         save_merged(Adapted(nn.Sequential(nn.Linear(2, 2)), "0"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_merged_weight_is_rounded_once(tmp_path: Path) -> None:
+    """In bfloat16: the number nearest to the float64 sum; the safe merge of peft rounds the change, then the sum."""
+    model = llama(hidden_size=64, intermediate_size=96).to(torch.bfloat16)
+    program = surgery.parse('model "given" { task = causal_lm }\nadapt **.*_proj { with lora(rank = 4, alpha = 7) }')
+    step = surgery.compile(program, model, {"input_ids": torch.ones(2, 5, dtype=torch.long)})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensors in step.parameters_by_site.values():
+            for tensor in tensors.values():
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    export(step, tmp_path, tmp_path / "adapter")
+    adapted: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    ours, theirs = step.merge(), adapted.merge_and_unload(safe_merge=True)
+    nearer = 0
+    for path, tensors in step.parameters_by_site.items():
+        base, left, right = model.get_parameter(f"{path}.weight"), tensors["B"], tensors["A"]
+        truth = (base.double() + 7 / 4 * left.double() @ right.double()).detach()
+        own, other = (merged.get_parameter(f"{path}.weight").detach().double() for merged in (ours, theirs))
+        assert bool(((own - truth).abs() <= (other - truth).abs() + 1e-7).all())  # float32's sum is that far off
+        assert float((own - truth).square().sum()) <= float((other - truth).square().sum())
+        assert float((own.bfloat16() == truth.bfloat16()).double().mean()) > 0.999
+        nearer += int(((own - truth).abs() < (other - truth).abs() - 1e-7).sum())
+    assert nearer > 0

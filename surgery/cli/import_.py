@@ -1,0 +1,58 @@
+"""`surgery import`: an adapter of peft as a spec, and as a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgery.cli.common import Format, FormatOption, answer, check_output, quiet, reporting, write_text
+
+EXAMPLE = (
+    "Example: surgery import adapter/adapter_config.json -o lora.surg --run runs/lora; then surgery eval runs/lora"
+)
+NEEDS_ARGUMENTS = True
+
+
+def run(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="peft's adapter_config.json, or its folder", show_default=False)
+    ],
+    spec: Annotated[Path, typer.Option("-o", "--output", metavar="SPEC", help="the .surg file to write")],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", metavar="RUN", help="a run folder of the adapter's tensors, to write too", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="NAME", help="a folder or hub id instead of the adapter's own", show_default=False
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="of the model, where the adapter does not say it", show_default=False)
+    ] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Write a spec with the same model as an adapter of peft: LoRA and its kin, AdaLoRA, VeRA, LoHa, LoKr, IA3, OFT."""
+    with reporting(format):
+        from surgery.peft.importing import import_adapter, save_run
+        from surgery.runtime.models import CLASSES
+
+        if task is not None and task not in CLASSES:
+            raise typer.BadParameter(f"one of {', '.join(CLASSES)}", param_hint="--task")
+        if run is not None:
+            check_output(run)
+        quiet()
+        imported = import_adapter(adapter, spec.parent, model, task)
+        if run is not None:
+            save_run(imported, adapter, spec, run)
+        write_text(spec, imported.text)
+    if format is Format.json:
+        made = {"adapter": str(adapter), "spec": str(spec), "run": None if run is None else str(run)}
+        answer(made | {"sites": imported.sites})
+    else:
+        typer.echo(f"{spec}: {imported.sites} sites" + (f"; {run}: their tensors" if run else ""))
