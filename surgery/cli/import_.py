@@ -10,7 +10,7 @@ import typer
 from surgery.cli.common import Format, FormatOption, answer, check_output, quiet, reporting, write_text
 
 EXAMPLE = (
-    "Example: surgery import adapter/adapter_config.json -o lora.surg --run runs/lora; then surgery eval runs/lora"
+    "Example: surgery import adapter/adapter_config.json -o lora.surg --run runs/lora; then surgery merge runs/lora"
 )
 NEEDS_ARGUMENTS = True
 
@@ -22,32 +22,40 @@ def run(
     spec: Annotated[Path, typer.Option("-o", "--output", metavar="SPEC", help="the .surg file to write")],
     run: Annotated[
         Path | None,
-        typer.Option(
-            "--run", metavar="RUN", help="a run folder of the adapter's tensors, to write too", show_default=False
-        ),
+        typer.Option("--run", metavar="RUN", help="a run folder of its tensors, to write too", show_default=False),
+    ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option("--add", metavar="FILE", show_default=False,
+                     help="a .surg file to put behind the spec: a data block to evaluate on, a step block"),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", metavar="NAME", help="a folder or hub id instead of the adapter's own", show_default=False
-        ),
+        typer.Option("--model", metavar="NAME", help="a folder or hub id instead of its own", show_default=False),
     ] = None,
     task: Annotated[
         str | None, typer.Option("--task", help="of the model, where the adapter does not say it", show_default=False)
     ] = None,
     format: FormatOption = Format.text,
-) -> None:
+) -> None:  # fmt: skip
     """Write a spec with the same model as an adapter of peft: LoRA and its kin, AdaLoRA, VeRA, LoHa, LoKr, IA3, OFT."""
     with reporting(format):
+        from surgery.compiler.source import read
         from surgery.peft.importing import import_adapter, save_run
         from surgery.runtime.models import CLASSES
+        from surgery.runtime.run_folder import is_run
 
         if task is not None and task not in CLASSES:
             raise typer.BadParameter(f"one of {', '.join(CLASSES)}", param_hint="--task")
+        if spec.exists():
+            raise typer.BadParameter(f"`{spec}` exists already; name a new file", param_hint="-o")
         if run is not None:
             check_output(run)
+            if is_run(run):
+                raise typer.BadParameter(f"`{run}` holds a run; name a new folder", param_hint="--run")
         quiet()
-        imported = import_adapter(adapter, spec.parent, model, task)
+        more = "" if add is None else read(add).text
+        imported = import_adapter(adapter, spec.parent, model, task, more)
         if run is not None:
             save_run(imported, adapter, spec, run)
         write_text(spec, imported.text)

@@ -35,7 +35,7 @@ def contents_of(given: Folder, kind: Kind, skeleton: nn.Module | None) -> Conten
 def _by_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: Kind, skeleton: nn.Module | None
 ) -> Contents:
-    found = Contents()
+    found, ties = Contents(), ties_of(skeleton)
     parts, others = by_module(tensors, kind.mark)
     shared = {name: others.pop(name) for name in kind.shared if name in others}
     for path, own in parts.items():
@@ -53,10 +53,20 @@ def _by_tensors(
                 found.kept.append(plain)
         elif plain.removesuffix(".weight") in parts:
             found.base[plain] = tensor
+        elif _is_repeated(plain.removesuffix(".weight"), config, ties):
+            found.whole[plain] = tensor
         else:
             reason = "it is of none of the adapted modules, nor of those in `modules_to_save`"
             found.unknown.append(Unsupported(name, reason))
+    first = {ties.get(path, path): path for path in reversed(found.kept)}  # what is tied is trained under one name
+    found.kept = [path for path in dict.fromkeys(found.kept) if first[ties.get(path, path)] == path]
     return found
+
+
+def _is_repeated(path: str, config: Mapping[str, Any], ties: Mapping[str, str]) -> bool:
+    """Whether the weight of a module is tied to one that is kept whole."""
+    alike = [other for other in ties if path in ties and ties[other] == ties[path]]
+    return any(is_saved(other, _kept(config)) for other in alike)
 
 
 def _by_config(config: Mapping[str, Any], skeleton: nn.Module) -> Contents:

@@ -46,8 +46,10 @@ class Imported:
     base: dict[str, Tensor] = field(default_factory=dict)
 
 
-def import_adapter(path: Path, folder: Path, model: str | None = None, task: str | None = None) -> Imported:
-    """Read an adapter (its folder or its config) as a program that lies in `folder`.
+def import_adapter(
+    path: Path, folder: Path, model: str | None = None, task: str | None = None, more: str = ""
+) -> Imported:
+    """Read an adapter (its folder or its config) as a program that lies in `folder`, with more text behind its own.
 
     `model` and `task` stand for what the config says of them, or does not. Raises SURG065, with all the reasons, where
     the language has no counterpart, and SURG030 where only the model tells what is meant and it cannot be had.
@@ -90,6 +92,7 @@ def import_adapter(path: Path, folder: Path, model: str | None = None, task: str
     items = [*_methods(readings), _written(line), *_rules(readings, aliases, skeleton), *trained]
     tensors = {path: reading.tensors for path, reading in readings.items() if reading.tensors}
     text = f"# Imported from an adapter of peft ({given.type}).\n{show(nodes.Tree(tuple(items)))}"
+    text += f"\n{more}" if more else ""
     return Imported(text, len(readings), tensors, contents.whole, contents.base)
 
 

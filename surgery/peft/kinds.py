@@ -125,7 +125,7 @@ STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal")  
 @kind(
     "LORA", "lora_", default=LORA_DEFAULTS, classes=("Linear", "Conv1D", "Embedding", "Conv2d", "Experts", "Parameter"),
     free=(*LORA_TRAINING, "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern",
-          "alpha_pattern", "target_parameters"),
+          "alpha_pattern", "target_parameters", "ensure_weight_tying"),
 )  # fmt: skip
 def lora(layer: Layer) -> Reading:
     """LoRA, rsLoRA, DoRA, PiSSA and OLoRA; other starts leave no trace in an adapter."""

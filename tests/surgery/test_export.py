@@ -170,9 +170,11 @@ def test_corrections_of_w_count_from_the_models_own(architectures: Any, tmp_path
                            step.model.get_parameter("model.layers.0.self_attn.q_proj.weight"))  # fmt: skip
 
 
-def test_rounding_of_moved_weights_is_said(architectures: Any, tmp_path: Path) -> None:
-    step, inputs = compiled(architectures, "llama", f"{Q} {{ with pissa(rank = 2) }}", torch.bfloat16)
+@pytest.mark.parametrize("method", ["pissa(rank = 2)", LITERAL])
+def test_rounding_of_moved_weights_is_said(method: str, architectures: Any, tmp_path: Path) -> None:
+    step, inputs = compiled(architectures, "llama", f"{Q} {{ with {method} }}", torch.bfloat16, steps=5)
     made = export(step, tmp_path, tmp_path / "adapter")
+    assert made.config["r"] == 4
     (warning,) = made.warnings
     assert warning.code == "SURG066" and warning.severity == "warning" and "2 sites" in warning.message
     with torch.no_grad():

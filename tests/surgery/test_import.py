@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 import surgery
 from surgery.cli import main
 from surgery.peft.importing import import_adapter, save_run
 from surgery.peft.patterns import patterns_of
 from surgery.peft.write import export
+from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -73,6 +75,12 @@ CASES = {
     "biases": Case(lora(target_modules=ENCODER, bias="all", task_type="SEQ_CLS"),
                    ("train bert.encoder", ".bias"), "bert"),
     "tied": Case(lora(target_modules=["lm_head", "q_proj"]), ("adapt lm_head {", "untie"), "qwen2"),
+    "tied_together": Case(lora(target_modules=["embed_tokens"], ensure_weight_tying=True),
+                          ("adapt lm_head {", " tie"), "qwen2"),
+    "saved_embedding": Case(lora(target_modules=["embed_tokens", "q_proj"]), ("adapt model.embed_tokens {",)),
+    "saved_pair": Case(lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), ("train",), "qwen2"),
+    "trained_tie": Case(lora(modules_to_save=["embed_tokens"], target_modules=["q_proj"]),
+                        ("train model.embed_tokens",)),
     "experts": Case(lora(target_modules=TWO, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
                     ("model.layers.*.mlp.experts.{down_proj,gate_up_proj}",), "qwen3_moe"),
     "router": Case(lora(target_modules=[], target_parameters=["mlp.gate.weight"]), ("mlp.gate",), "qwen3_moe"),
@@ -147,7 +155,14 @@ def test_an_adapter_of_peft_gives_the_same_logits(
         warnings.simplefilter("ignore")
         theirs = adapted(architecture, saved(architecture, tmp_path / "model"), case.config(), tmp_path / "adapter")
     spec, run = tmp_path / "spec.surg", tmp_path / "run"
-    arguments: tuple[str, ...] = ("import", str(tmp_path / "adapter" / "adapter_config.json"), "-o", str(spec), "--run", str(run))
+    arguments: tuple[str, ...] = (
+        "import",
+        str(tmp_path / "adapter" / "adapter_config.json"),
+        "-o",
+        str(spec),
+        "--run",
+        str(run),
+    )
     if name == "router":  # its config tells no task
         arguments = (*arguments, "--task", "causal_lm")
     code, out, err = cli(capsys, *arguments, "--format", "json")
@@ -322,6 +337,7 @@ def test_files_that_are_wrong(architectures: Any, tmp_path: Path, capsys: pytest
         ("qwen2", "adapt lm_head { with lora(rank = 3)  tie }"),
         ("qwen3_moe", "adapt model.layers.*.mlp.experts.{gate_up_proj,down_proj} { with lora(rank = 3) }"),
         ("bert", "adapt **.query { with lora(rank = 3) }  train **.query.bias  train classifier"),
+        ("qwen2", "adapt **.q_proj { with lora(rank = 3) }  train model.embed_tokens"),
         ("gpt2", "adapt transformer.h.*.attn.c_attn { with melora(rank = 1, groups = 4) }"),
     ],
 )
@@ -360,3 +376,30 @@ def test_patterns_mean_the_paths_and_no_others() -> None:
     assert patterns_of([*layers[:2], *layers[4:], "head"]) == ["h.{0,2,3}.{q,v}", "head"]
     assert patterns_of(["a.0.b.0.c", "a.0.b.1.c", "a.1.b.0.c"]) == ["a.0.b.[0..1].c", "a.1.b.0.c"]
     assert patterns_of([]) == []
+
+
+def test_an_imported_run_is_evaluated_merged_and_exported(
+    architectures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_project(tmp_path)
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    wrapped: Any = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "tiny"), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "more.surg").write_text('data "rows.jsonl" { text = "{text}"  label = kind  holdout = 0.25 }\n')
+    spec, run = str(tmp_path / "spec.surg"), str(tmp_path / "run")
+    arguments = ("import", str(tmp_path / "adapter"), "-o", spec, "--run", run, "--add", str(tmp_path / "more.surg"))
+    assert cli(capsys, *arguments)[1] == f"{spec}: 2 sites; {run}: their tensors\n"
+    assert cli(capsys, *arguments)[0] == 2  # never over what is there
+    Path(spec).unlink()
+    assert cli(capsys, *arguments)[0] == 2
+    code, out, _ = cli(capsys, "eval", run, "--format", "json", "--device", "cpu")
+    assert code == 0 and json.loads(out)["rows"] == 15
+    assert cli(capsys, "merge", run, "-o", str(tmp_path / "merged"))[0] == 0
+    assert cli(capsys, "export", run, "--to", "peft", "-o", str(tmp_path / "again"))[0] == 0
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    torch.testing.assert_close(second, first)
+    assert cli(capsys, "import", str(tmp_path / "again"), "-o", str(tmp_path / "s.surg"), "--task", "chess")[0] == 2
