@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import surgery
 from surgery.cli import main
+from surgery.runtime.data import load_data
 from surgery.runtime.generate import load_speaker, prompt_tokens
 from tests.project import save_project
 
@@ -140,6 +141,29 @@ def test_a_prompt_begins_as_in_training_and_has_no_end(folder: Path) -> None:
     )
     names = speaker.tokenizer.convert_ids_to_tokens(prompt_tokens(speaker, "the red"))
     assert names == ["<s>", "the", "red"]
+
+
+def test_a_conversation_begins_as_a_row_of_the_runs_data(folder: Path) -> None:
+    """By the template that the data names, not the tokenizer's own; up to where the learnt tokens begin."""
+    chat = [
+        {"role": "user", "content": "who sings ?"},
+        {"role": "assistant", "content": "the red bird"},
+        {"role": "user", "content": "who swims ?"},
+        {"role": "assistant", "content": "the blue fish"},
+    ]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    text = (
+        SPEC[: SPEC.index("data")] + 'data "chat.jsonl" { messages = messages  template = "chatml"  loss = completion }'
+    )
+    (folder / "chat.surg").write_text(text)
+    surgery.compile(surgery.parse(folder / "chat.surg")).save(folder / "chat")
+    speaker = load_speaker(folder / "chat")
+    rows = load_data(speaker.plan, folder, speaker.tokenizer).train.documents
+    assert rows.learned is not None
+    found = prompt_tokens(speaker, chat[:3])
+    assert found == list(rows.tokens[0])[: len(found)] and rows.learned[0].index(1) == len(found)
+    own = prompt_tokens(load_speaker(folder / "run"), chat[:3])
+    assert own == found  # the same format, written by hand
 
 
 def test_messages_that_are_none_or_are_not_rendered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
