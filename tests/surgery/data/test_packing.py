@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import surgery
-from surgery.runtime.data import IGNORED, Examples, Packed, Stream
+from surgery.runtime.calibrate import calibration_batches
+from surgery.runtime.data import IGNORED, Data, Examples, Packed, Stream
 from surgery.runtime.data.packing import pack
+from surgery.runtime.train import train
 from tests.models import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -194,3 +197,33 @@ def test_the_predicted_memory_is_of_packed_rows() -> None:
     program = surgery.parse(SPEC.format(where="**.{q,v}_proj", batch=8, packed="true"))
     memory = surgery.plan(program, llama(), memory=True).memory
     assert memory is not None and (memory.rows, memory.length) == (8, 24)
+
+
+def test_calibration_takes_the_documents_of_packed_rows() -> None:
+    """A start that reads gradients: the same from packed data as from its documents."""
+    rows = documents(5, 7, 3, 11, 4, 6, 9)
+    text = SPEC.format(where="**.{q,v}_proj", batch="8", packed="true").replace("lora(rank = 2, alpha = 16)", "mine()")
+    method = "method mine() { A = train right_singular(grad(W), 2); B = train zeros[out, 2]; delta = B @ A }\n"
+    program, model = surgery.parse(method + text), llama()
+    batches = calibration_batches(surgery.plan(program, model), Data(train=pack(rows, 24), held_out=None))
+    assert [batch["input_ids"].shape[0] for batch in batches] == [7] and "attention_mask" in batches[0]
+    step = surgery.compile(program, model, calibration=batches)
+    alone = surgery.compile(program, model, calibration=[rows.batch(range(7))])
+    for site in step.plan.sites:
+        torch.testing.assert_close(step.weights[f"{site.path}.A"], alone.weights[f"{site.path}.A"], rtol=0, atol=1e-4)
+
+
+def test_a_packed_run_goes_on_inside_an_epoch_to_the_bit(tmp_path: Path) -> None:
+    data = Data(train=pack(documents(*(3 + number * 7 % 20 for number in range(30))), 24), held_out=documents(5, 9))
+    whole, parts = compiled(llama(), batch="4"), compiled(llama(), batch="4")
+    whole.steps, parts.steps = 6, 2
+    assert parts.steps < Stream(data.train, 4, 0).batches_per_epoch < whole.steps
+    train(whole, data, None, progress=False)
+    train(parts, data, tmp_path / "run", progress=False)
+    resumed = compiled(llama(), batch="4")
+    resumed.load_state_dict(parts.state_dict())
+    resumed.steps = 6
+    outcome = train(resumed, data, None, progress=False)
+    assert outcome.evaluation["loss"] > 0 and outcome.evaluation["rows"] == 2
+    for key, value in whole.state_dict()["weights"].items():
+        assert torch.equal(value, resumed.weights[key])
