@@ -15,7 +15,6 @@ from torch.func import functional_call
 import surgery
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.evaluate import Evaluator
-from surgery.compiler.algebra.base import logical
 from surgery.compiler.algebra.experts import Experts
 from surgery.compiler.algebra.instance import instance
 

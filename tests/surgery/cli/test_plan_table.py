@@ -50,7 +50,11 @@ def plan(*sites: Site) -> Plan:
     return Plan(
         spec="", file="demo.surg", sites=sites, formulas={}, tokens=2048,
         model=ModelPlan(source="hub", name="org/tiny", architecture="Tiny", parameters=1000),
-        trained=(WholeParameter(name="classifier.weight", shape=(8, 384), dtype="float32", numbers=3072, lr=5e-3, place=PLACE),),
+        trained=(
+            WholeParameter(
+                name="classifier.weight", shape=(8, 384), dtype="float32", numbers=3072, lr=5e-3, place=PLACE
+            ),
+        ),
         totals=Totals(sites=len(sites), trainable=6144 * len(sites) + 3072, frozen=0, model=10**6, share=0.015),
     )  # fmt: skip
 
