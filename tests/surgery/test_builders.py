@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
 import surgery
+from surgery.compiler import nodes
 
 TEXT = """
 model "org/name" { task = sequence_classification(labels = 3)  revision = "main" }
@@ -76,3 +79,17 @@ def test_what_is_wrong_is_said_at_the_printed_text() -> None:
 def test_what_is_no_item_is_refused(item: object) -> None:
     with pytest.raises(TypeError, match="no item of a program"):
         surgery.Program(item)
+
+
+def test_conversations_and_splits_are_built() -> None:
+    def data(**settings: Any) -> Any:
+        program = surgery.Program(surgery.adapt("**", "lora"), data=surgery.data("org/chats", **settings))
+        assert surgery.parse(str(program)).tree == program.tree
+        return program.data
+
+    chat = data(messages="messages", template="llama-3", pack=True, split="train_sft", eval=nodes.Name("test_sft"))
+    assert (chat.template, chat.pack, chat.split, chat.eval_split, chat.eval) == (
+        "llama-3", True, "train_sft", "test_sft", None,
+    )  # fmt: skip
+    pair = data(prompt="Q: {question}", completion="{answer}", eval="valid.jsonl")
+    assert (pair.prompt, pair.completion, pair.eval) == ("Q: {question}", "{answer}", "valid.jsonl")

@@ -167,3 +167,18 @@ def test_example_inputs_fit_the_model(architecture: Any) -> None:
 def test_example_inputs_that_cannot_be_made() -> None:
     assert problem(example_inputs, torch.nn.Linear(2, 2), "causal_lm").code == "SURG042"
     assert problem(example_inputs, torch.nn.Linear(2, 2), None).code == "SURG042"
+
+
+def test_a_tokenizer_of_its_own() -> None:
+    config = ModelPlan(source="config", name="configs/small_llama.json", task="causal_lm", tokenizer="data/tokenizer")
+    tokenizer = load_tokenizer(config, SPECS)
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>" and len(tokenizer) == 1024
+    named = load_tokenizer(hub(MINILM, tokenizer="data/tokenizer", revision="v1"), SPECS)  # in place of the model's
+    assert len(named) == 1024
+    small = config.model_copy(update={"name": "configs/tiny_llama.json"})
+    found = problem(load_tokenizer, small, SPECS)
+    assert found.code == "SURG031" and "1,024 tokens, the model's vocabulary 128" in found.message
+    missing = problem(load_tokenizer, config.model_copy(update={"tokenizer": "./none"}), SPECS)
+    assert missing.code == "SURG030" and "./none" in missing.message
+    without = problem(load_tokenizer, config.model_copy(update={"tokenizer": None}), SPECS)
+    assert without.code == "SURG030" and "tokenizer = " in (without.help or "")
