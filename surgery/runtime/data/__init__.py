@@ -1,7 +1,8 @@
 """From the rows of a file to batches: the same ones on every machine and after every resume.
 
-files.py, hub.py (rows) -> fields.py (columns) -> forms.py, chat.py (tokens, and which of them are learnt) -> load.py
-(what a run reads) -> examples.py, packing.py (rows of a batch) -> stream.py (batches by the number of their step).
+files.py, hub.py (rows) -> fields.py (columns) -> forms.py, chat.py (tokens, and which of them are learnt) ->
+reader.py, load.py (what a run reads) -> examples.py, packing.py (rows of a batch) -> stream.py (batches by their step).
+sample.py is what the plan says of it.
 """
 
 from surgery.runtime.data.examples import IGNORED as IGNORED

@@ -11,8 +11,8 @@ from typing import Any
 
 from surgery.compiler.plan import ExamplePart, ExampleRow, Plan, SamplePlan
 from surgery.runtime.data.examples import Examples
-from surgery.runtime.data.load import Documents, Reader
 from surgery.runtime.data.packing import Packed, pack
+from surgery.runtime.data.reader import Documents, Reader
 from surgery.runtime.data.stream import Stream
 
 ROWS = 512

@@ -16,7 +16,7 @@ import pytest
 
 from surgery.compiler.diagnostics import SurgError
 from surgery.runtime.data import Data, load_data
-from surgery.runtime.data.load import is_dataset
+from surgery.runtime.data.reader import is_dataset
 from tests.surgery.data.test_chat import CHAT, plan
 from tests.tokenizer import byte_level
 
