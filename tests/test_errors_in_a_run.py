@@ -24,6 +24,7 @@ from surgery.runtime.data import Data, Examples, load_data
 from surgery.runtime.data.files import DataFile
 from surgery.runtime.generate import load_speaker
 from surgery.runtime.run_folder import load_state
+from surgery.runtime.trackers import open_report
 from surgery.runtime.train import train
 from tests.tokenizer import byte_level, joining
 
@@ -185,6 +186,12 @@ def no_text(folder: Path) -> None:
     load_speaker(folder / "run")
 
 
+def no_tracker(folder: Path) -> None:
+    (folder / "run").write_text("a file where the run folder is to be")
+    plan = compiled(text=RULE + STEP.replace("steps = 3", "steps = 3  report = tensorboard")).plan
+    open_report(plan, folder, folder / "run", "identity", done=0)
+
+
 def no_blocks(folder: Path) -> None:
     text = RULE + "step { recompute = blocks  loss = cross_entropy }\n"
     surgery.plan(surgery.parse(text), model=Plain())
@@ -206,8 +213,8 @@ def no_lora(folder: Path) -> None:
 RAISED = {
     "SURG038": no_blocks, "SURG011": missing_file, "SURG040": uncapturable, "SURG042": no_inputs,
     "SURG043": left_padded, "SURG044": no_labels, "SURG050": broken_row, "SURG051": wrong_column,
-    "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied, "SURG070": no_text,
-    "SURG064": no_lora,
+    "SURG052": no_rows, "SURG053": diverged, "SURG054": no_run, "SURG055": always_tied,
+    "SURG064": no_lora, "SURG070": no_text, "SURG071": no_tracker,
     "SURG065": no_counterpart, "SURG059": too_long, "SURG061": wrong_roles, "SURG063": no_package,
 }  # fmt: skip
 
