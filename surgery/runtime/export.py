@@ -127,8 +127,7 @@ def _with_movement(
     whole = moved + change[0] @ change[1]
     # every step that wrote W rounded it by up to half a unit, up or down
     noise = unit * _size(now) * math.sqrt(step.step + 1)
-    # a sum that telescopes has at most twice delta's rank; anything else has to be worth its numbers
-    found = _small_factors(whole, noise, max(2 * change[0].shape[-1], math.prod(site.shape) // sum(site.shape)))
+    found = _small_factors(whole, noise, 2 * change[0].shape[-1])  # a sum that telescopes has at most that rank
     return found, distance(found, whole)
 
 
@@ -155,16 +154,17 @@ def _joined(pairs: list[Pair]) -> Pair:
     return torch.cat([left for left, _ in pairs], -1), torch.cat([right for _, right in pairs], -2)
 
 
-def _small_factors(matrix: Tensor, noise: float, most: int) -> Pair:
-    """Factors of a matrix `[..., m, n]`, at most so many columns, that leave no more of it than noise of a size."""
+def _small_factors(matrix: Tensor, noise: float, likely: int) -> Pair:
+    """Factors of a matrix `[..., m, n]`, of the `likely` rank or of fewer numbers than it has, that leave but noise."""
     if matrix.dim() == 3:
-        pairs = [_small_factors(one, noise, most) for one in matrix]
+        pairs = [_small_factors(one, noise, likely) for one in matrix]
         rank = max(left.shape[-1] for left, _ in pairs)
         lefts, rights = zip(*(padded(left, right, rank) for left, right in pairs), strict=True)
         return torch.stack(lefts), torch.stack(rights)
     noise = max(noise, 8 * torch.finfo(matrix.dtype).eps * _size(matrix))
     generator = torch.Generator().manual_seed(0)
-    smaller, rank = min(matrix.shape), 8
+    smaller, rank = min(matrix.shape), max(likely, MORE)
+    most = max(likely, matrix.numel() // sum(matrix.shape))
     while True:
         whole = rank + MORE >= smaller
         if whole:
