@@ -127,6 +127,8 @@ def test_no_python_knows_a_method() -> None:
     methods = set(library()) - set(STRUCTURES)  # `toeplitz` is a function of the language as well
     for folder in ("surgery", "compiler", "grammar"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.is_relative_to(ROOT / "surgery" / "peft"):  # a spec written from peft's names says the method's
+                continue
             found = methods & set(_spelt(ast.parse(path.read_text())))
             assert not found, f"{path.relative_to(ROOT)} knows {', '.join(sorted(found))}"
 

@@ -16,7 +16,7 @@ NEEDS_ARGUMENTS = True
 
 
 def run(
-    adapter: Annotated[
+    source: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="peft's adapter_config.json, or its folder", show_default=False)
     ],
     spec: Annotated[Path, typer.Option("-o", "--output", metavar="SPEC", help="the .surg file to write")],
@@ -55,12 +55,12 @@ def run(
                 raise typer.BadParameter(f"`{run}` holds a run; name a new folder", param_hint="--run")
         quiet()
         more = "" if add is None else read(add).text
-        imported = import_adapter(adapter, spec.parent, model, task, more)
+        imported = import_adapter(source, spec.parent, model, task, more)
         if run is not None:
-            save_run(imported, adapter, spec, run)
+            save_run(imported, source, spec, run)
         write_text(spec, imported.text)
     if format is Format.json:
-        made = {"adapter": str(adapter), "spec": str(spec), "run": None if run is None else str(run)}
+        made = {"source": str(source), "spec": str(spec), "run": None if run is None else str(run)}
         answer(made | {"sites": imported.sites})
     else:
         typer.echo(f"{spec}: {imported.sites} sites" + (f"; {run}: their tensors" if run else ""))
