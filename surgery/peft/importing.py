@@ -146,6 +146,8 @@ def _reading(kind: Kind, skeleton: nn.Module | None, layer: Layer) -> Reading | 
     """A module in the language, None if nothing of it is left. Raises Unsupported."""
     modules = {} if skeleton is None else dict(skeleton.named_modules())
     layout = module_layout(modules[layer.path]) if layer.path in modules else None
+    if skeleton is not None and layer.path not in modules and layer.path not in names_of(skeleton):
+        raise Unsupported(layer.path, f"{type(skeleton).__name__} has no such module")
     if isinstance(layout, Layout) and layout.module_class not in kind.classes:
         raise Unsupported("target_modules", f"`{layer.path}` is a {layout.module_class}")
     return kind.read(layer)

@@ -160,9 +160,9 @@ def adalora(layer: Layer) -> Reading | None:
     chosen = [
         mask for name, mask in (config.get("rank_pattern") or {}).items() if name.startswith(f"{layer.path}.lora_")
     ]
-    rank = sum(chosen[0]) if chosen else initial
-    alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else initial
     tensors = layer.named(Q="lora_A", P="lora_B", E="lora_E")
+    rank = len(tensors["Q"]) if tensors else sum(chosen[0]) if chosen else initial
+    alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else initial
     if rank == 0:
         return None
     if tensors:

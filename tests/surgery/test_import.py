@@ -312,7 +312,8 @@ def test_files_that_are_wrong(architectures: Any, tmp_path: Path, capsys: pytest
     for change, words in (
         ({"model.layers.0.mlp.odd": torch.zeros(2)}, "`model.layers.0.mlp.odd`: it is of none"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 7)}, "is [4, 7], and the model's is [4, 32]"),
-        ({"model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}, "has no such tensor"),
+        ({"model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}, "LlamaForCausalLM has no such module"),
+        ({"model.layers.0.self_attn.k_proj.lora_A.weight": torch.zeros(4, 32)}, "the adapter has no such tensor"),
     ):
         save_file(tensors | {f"base_model.model.{name}": tensor for name, tensor in change.items()}, stored)
         assert words in said("--run", str(tmp_path / "run")) and not (tmp_path / "run").exists()
