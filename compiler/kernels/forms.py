@@ -85,3 +85,20 @@ def needs_definition(*frozen: Tensor) -> bool:
     """
     thawed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in frozen)
     return thawed or torch._C._are_functorch_transforms_active()
+
+
+def ceil_div(length: int, block: int) -> int:
+    """How many blocks a length takes."""
+    return -(-length // block)
+
+
+def by_row(matrix: Tensor) -> bool:
+    """Whether a matrix is stored row by row (otherwise column by column: the transposed view of such a one)."""
+    return matrix.stride(1) == 1
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a device."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.kernels import forms
+from surgery.compiler.kernels.forms import by_row, ceil_div, processors
 from surgery.compiler.kernels.low_rank.narrow import WIDEST
-from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, by_row, ceil_div, fits, processors
+from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, fits
 
 STEP = {Tiling(128, 256): 0.74, Tiling(128, 128, 64, 4, 8, 8, False): 0.41}
 """What one step of a tile's loop takes, and with it all tiles that run at a time."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.compiler.kernels.low_rank.product import by_row, ceil_div, processors
+from surgery.compiler.kernels.forms import by_row, ceil_div, processors
 
 WIDEST = 128  # columns on the narrow side; beyond, the products are bound by arithmetic and cuBLAS is right
 AT_ONCE = 8  # parts of a sum that are loaded together

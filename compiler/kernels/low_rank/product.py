@@ -14,9 +14,9 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from surgery.compiler.kernels.forms import by_row, ceil_div, processors
 from surgery.compiler.kernels.low_rank import plain
 
 MOST_SITES = 4
@@ -45,16 +45,6 @@ def _kernels() -> Any:
     return product_triton
 
 
-def ceil_div(length: int, block: int) -> int:
-    """How many blocks a length takes."""
-    return -(-length // block)
-
-
-def by_row(weight: Tensor) -> bool:
-    """Whether a matrix is stored row by row (otherwise column by column: the transposed view of such a one)."""
-    return weight.stride(1) == 1
-
-
 def fits(*matrices: Tensor) -> bool:
     """Whether bulk tensor copies can read the matrices: addresses and strides are multiples of 16 bytes."""
     return all(_fits(matrix) for matrix in matrices)
@@ -68,7 +58,7 @@ def _fits(matrix: Tensor) -> bool:
 def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
     """An empty matrix `[rows, columns]` whose rows begin where a bulk tensor copy can read them."""
     step = ALIGNED // like.element_size()
-    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+    return like.new_empty(rows, ceil_div(columns, step) * step)[:, :columns]
 
 
 def outputs(
@@ -148,7 +138,7 @@ def _spaced(u: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[int]]:
     packed = [sum(ranks[:site]) for site in range(len(ranks))]
     if fits(u) and all(first % step == 0 for first in packed):
         return u, packed
-    spaced = [sum(-(-rank // step) * step for rank in ranks[:site]) for site in range(len(ranks))]
+    spaced = [sum(ceil_div(rank, step) * step for rank in ranks[:site]) for site in range(len(ranks))]
     copy = aligned(u.shape[0], spaced[-1] + ranks[-1], u).zero_()
     for source, target, rank in zip(packed, spaced, ranks, strict=True):
         copy[:, target : target + rank] = u[:, source : source + rank]
@@ -176,10 +166,3 @@ def _constants(count: int, straight: bool, tiling: Tiling) -> dict[str, Any]:
         "GROUP": tiling.group, "HALVES": tiling.halves,
         "num_stages": tiling.stages, "num_warps": tiling.warps,
     }  # fmt: skip
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """The multiprocessors of a device."""
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -31,9 +31,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from surgery.compiler.kernels.forms import ceil_div
 from surgery.compiler.kernels.low_rank import narrow, plain
 from surgery.compiler.kernels.low_rank.narrow import Blocks
-from surgery.compiler.kernels.low_rank.product import ceil_div
 
 SHAPES = [
     (8192, 2048, 16), (8192, 8192, 16), (8192, 512, 16), (8192, 14336, 16), (1024, 2048, 16), (32768, 2048, 16),
