@@ -20,6 +20,7 @@ from surgery.compiler.algebra.quantity import Quantity, whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.fits import why_unfit
 from surgery.compiler.plan import (
+    HALF,
     EventPlan,
     Facts,
     Formula,
@@ -39,7 +40,6 @@ from surgery.compiler.weights import Weight
 
 Update = Literal["none", "literal", "telescope"]
 Built = tuple[str, MethodFormula, Facts, Update]  # the formula's key in the plan, its algebra, its facts, its reading
-HALF = ("bfloat16", "float16")
 UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch says
 
 

@@ -15,11 +15,10 @@ from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.narrow import has_narrow_part
 from surgery.compiler.diagnostics import Diagnostics
-from surgery.compiler.plan import Candidate, Plan, Site
+from surgery.compiler.plan import HALF, Candidate, Plan, Site
 from surgery.compiler.span import Span
 
 STRATEGIES = ("branch", "fold", "recompute")
-HALF = ("bfloat16", "float16")
 # A byte takes as long as this many operations on an H200 (4.3 TB/s; 67 TFLOP/s in float32, some 600 in half precision).
 # Only the order of the candidates matters; a processor's ratio in float32 is of the same size.
 OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16": 140}

@@ -18,6 +18,7 @@ from surgery.compiler.capture.plain import Uncapturable, plain
 from surgery.compiler.capture.repeated import NotAlike, Repeated
 from surgery.compiler.diagnostics import Diagnostic, SurgError, did_you_mean, fail
 from surgery.compiler.graph import TRAINING, Graph, tensors
+from surgery.compiler.kernels.forms import HALF
 
 Inputs = dict[str, Tensor]
 
@@ -247,7 +248,7 @@ def _alike(expected: Any, got: Any) -> bool:
         return bool(expected == got)
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return False
-    tolerance = 1e-3 if expected.dtype not in (torch.bfloat16, torch.float16) else 2e-2
+    tolerance = 2e-2 if expected.dtype in HALF else 1e-3
     return torch.allclose(expected.double(), got.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.compiler.span import Source, Span
 
+HALF = ("bfloat16", "float16")  # the dtypes of two bytes, as a plan names them
+
 
 class Record(BaseModel):
     """Base of everything in the plan: immutable, unknown fields refused."""

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.graph import Graph, tensors
+from surgery.compiler.kernels.forms import HALF
 from surgery.compiler.plan import Plan
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def check_documents(plan: Plan, graph: Graph, examples: dict[str, Tensor]) -> None:

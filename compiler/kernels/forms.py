@@ -25,7 +25,10 @@ WITHHELD = {
 }
 """The kernels that are not taken, and why; those that are not named here are."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+"""The floating dtypes of two bytes: fast kernels take them, and what is rounded to them is compared loosely."""
+
+_FLOATS = (torch.float32, *HALF)
 
 
 def takes(kernel: str, *tensors: Tensor) -> bool:

@@ -9,13 +9,14 @@ import torch
 from torch import fx
 
 from surgery.compiler.capture.causal import ATTENTION, size_of
+from surgery.compiler.kernels.forms import HALF
 
 _aten = torch.ops.aten
 _RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default)
 _COPIES = (_aten.clone.default, _aten.contiguous.default)
-# For these torch has a kernel on every device that takes groups, as long as there is no mask. What it has on a GPU for
-# float32 or for wider heads refuses them: it would fall back to the plain product, with all [length, length] scores.
-_GROUPED = (torch.bfloat16, torch.float16)
+# In half precision torch has a kernel on every device that takes groups, as long as there is no mask. What it has on a
+# GPU for float32 or for wider heads refuses them: it would fall back to the plain product, with all [length, length]
+# scores.
 _WIDEST = 256
 
 
@@ -31,7 +32,7 @@ def group_queries(module: fx.GraphModule) -> int:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         query = _value(node.args[0])
-        if mask is not None or query is None or query.dtype not in _GROUPED or query.ndim != 4:
+        if mask is not None or query is None or query.dtype not in HALF or query.ndim != 4:
             continue
         if not isinstance(query.shape[3], int) or query.shape[3] > _WIDEST:
             continue

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostic, Diagnostics, fail
+from surgery.compiler.plan import HALF
 from surgery.peft.kept import Kept, kept
 from surgery.peft.layout import lora_tensors, magnitude_tensor
 from surgery.peft.names import CONFIG, HEADS, PREFIX, TASKS, TENSORS, exactly, is_reserved, is_target
@@ -141,7 +142,7 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
 
 def _rounded(step: Exportable, targets: Sequence[Target]) -> tuple[Diagnostic, ...]:
     """Say where the run's own W was rounded as it moved, below float32: the exported sum is not."""
-    moved = [target for target in targets if target.factors.rounding and target.site.dtype in ("bfloat16", "float16")]
+    moved = [target for target in targets if target.factors.rounding and target.site.dtype in HALF]
     if not moved:
         return ()
     most = max(target.factors.rounding for target in moved)

@@ -14,8 +14,8 @@ from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
-from surgery.compiler.algebra.structures.displacement import HALF
 from surgery.compiler.kernels.diagonals import from_diagonals
+from surgery.compiler.kernels.forms import HALF
 
 
 @structure("grid_circ", "grid_circ_turned")

@@ -17,8 +17,8 @@ from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
 from surgery.compiler.kernels.diagonals import from_diagonals
+from surgery.compiler.kernels.forms import HALF
 
-HALF = (torch.bfloat16, torch.float16)
 ENTRIES = 4900
 """How many entries of the matrix tensor cores multiply with in half precision while a transform, which runs in float32,
 takes one point. On an H200 in bfloat16, 8192 rows, forward and backward, in microseconds: of 4096 points 1530 and the

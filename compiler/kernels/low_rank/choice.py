@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.kernels import forms
-from surgery.compiler.kernels.forms import by_row, ceil_div, processors
+from surgery.compiler.kernels.forms import HALF, by_row, ceil_div, processors
 from surgery.compiler.kernels.low_rank.narrow import WIDEST
 from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, fits
 
@@ -111,7 +111,7 @@ def _bulk(wides: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 
 
 def _is_half_on_gpu(matrix: Tensor) -> bool:
-    return matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16) and _is_hopper(matrix.device)
+    return matrix.is_cuda and matrix.dtype in HALF and _is_hopper(matrix.device)
 
 
 @cache
