@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import surgery
-from surgery.cli import main
 from surgery.compiler.algebra.change import NotNarrow
 from surgery.peft.write import export
 from surgery.runtime.export import _small_factors
+from tests.command_line import cli, succeed
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -310,17 +310,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     save_project(folder)
     (folder / "spec.surg").write_text(SPEC)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(folder / "spec.surg"), "-o", str(folder / "run"), "--device", "cpu"])
-    assert not ended.value.code
+    succeed("train", str(folder / "spec.surg"), "-o", str(folder / "run"), "--device", "cpu")
     return folder / "run"
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def test_a_run_is_loaded_by_peft(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import surgery
-from surgery.cli import main
 from surgery.peft.importing import import_adapter, save_run
 from surgery.peft.patterns import patterns_of
 from surgery.peft.write import export
+from tests.command_line import cli
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -131,13 +131,6 @@ def adapted(architecture: Any, base: Path, config: Any, folder: Path, seed: int 
                 parameter.add_(spread * torch.randn(parameter.shape, generator=generator).to(parameter))
     wrapped.save_pretrained(folder)
     return peft.PeftModel.from_pretrained(own.from_pretrained(base, dtype=dtype), folder).double().eval()
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def inputs_of(architecture: Any) -> dict[str, Tensor]:

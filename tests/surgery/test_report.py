@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.cli import main
 from surgery.compiler.algebra.base import logical
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import Site
@@ -26,6 +25,7 @@ from surgery.runtime.report.gather import gather
 from surgery.runtime.report.markup import tag, text
 from surgery.runtime.report.metrics import Series, read_series
 from surgery.runtime.report.page import charts, page
+from tests.command_line import cli, succeed
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -123,13 +123,6 @@ def test_what_is_too_large_for_all_singular_values(monkeypatch: pytest.MonkeyPat
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with `runs/whole`, trained to the end, and `runs/start`, compiled alone."""
@@ -137,9 +130,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_project(folder)
     (folder / "spec.surg").write_text(SPEC)
     for verb, name in (("train", "whole"), ("compile", "start")):
-        with pytest.raises(SystemExit) as ended:
-            main([verb, str(folder / "spec.surg"), "-o", str(folder / "runs" / name), "--device", "cpu"])
-        assert not ended.value.code
+        succeed(verb, str(folder / "spec.surg"), "-o", str(folder / "runs" / name), "--device", "cpu")
     return folder
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from surgery.cli import main
 from surgery.runtime.run_folder import load_state
+from tests.command_line import cli
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -22,13 +22,6 @@ train classifier
 step { optimizer = adamw(lr = 1e-1)  batch = 8  steps = 40  seed = 3  evaluate = every(2)  SETTINGS }
 data "rows.jsonl" { text = "{text}"  label = kind  holdout = 0.25 }
 """
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

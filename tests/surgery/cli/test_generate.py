@@ -15,9 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
-from surgery.cli import main
 from surgery.runtime.data import load_data
 from surgery.runtime.generate import load_speaker, prompt_tokens
+from tests import command_line
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -66,17 +66,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps({"text": text}) + "\n" for text in (f"{SENTENCE} </s>", chat) * 4)
     )
     (folder / "spec.surg").write_text(SPEC)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(folder / "spec.surg"), "-o", str(folder / "run"), "--device", "cpu"])
-    assert not ended.value.code
+    command_line.succeed("train", str(folder / "spec.surg"), "-o", str(folder / "run"), "--device", "cpu")
     return folder
 
 
 def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--device", "cpu"] if arguments[0] == "generate" else list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
+    """`command_line.cli`, which generates on the CPU."""
+    device = ("--device", "cpu") if arguments[0] == "generate" else ()
+    return command_line.cli(capsys, *arguments, *device)
 
 
 def answer(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> dict[str, Any]:

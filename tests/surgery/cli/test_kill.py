@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from surgery.cli import main
 from surgery.runtime.run_folder import is_run, load_state
+from tests.command_line import succeed
 from tests.project import save_project
 
 ROOT = Path(__file__).parents[3]
@@ -78,9 +77,7 @@ def test_a_killed_run_has_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
     save_project(tmp_path)
     (tmp_path / "spec.surg").write_text(SPEC)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(tmp_path / "spec.surg"), "-o", str(whole), "--device", "cpu"])
-    assert not ended.value.code
+    succeed("train", str(tmp_path / "spec.surg"), "-o", str(whole), "--device", "cpu")
     expected = rows(whole)
     assert len(expected) == STEPS and expected[0]["gradient_norm"] > 0
 

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 import surgery
-from surgery.cli import main, methods
+from surgery.cli import methods
 from surgery.cli.method_pages import pages
+from tests.command_line import succeed
 
 ROOT = Path(__file__).parents[3]
 PAGES = ROOT / "docs" / "methods"
@@ -27,9 +28,7 @@ def test_the_pages_are_those_of_the_library() -> None:
 
 def test_pages_are_written_and_those_of_methods_that_are_gone_go(tmp_path: Path) -> None:
     (tmp_path / "gone.md").write_text("# gone\n")
-    with pytest.raises(SystemExit) as ended:
-        main(["methods", "--write", str(tmp_path), "--specs", str(ROOT / "specs")])
-    assert not ended.value.code
+    succeed("methods", "--write", str(tmp_path), "--specs", str(ROOT / "specs"))
     assert {path.stem for path in tmp_path.iterdir()} == {"README", *FOUND}
     assert "surg\nmethod lora(" in (tmp_path / "lora.md").read_text()
 

@@ -11,18 +11,11 @@ from typing import Any
 
 import pytest
 
-from surgery.cli import main
 from surgery.cli.plan import schema_text
+from tests.command_line import cli
 
 ROOT = Path(__file__).parents[3]
 UGLY = '# a head\nmodel "org/tiny" {task=causal_lm}\nadapt **.query {with lora(rank=4)} # behind\n'
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize(

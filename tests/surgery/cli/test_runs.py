@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-from surgery.cli import main
 from surgery.compiler.pipeline import PASSES
 from surgery.runtime import alone
 from surgery.runtime.data import Stream, load_data
 from surgery.runtime.run_folder import all_finite, load_state
+from tests.command_line import cli, succeed
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -55,26 +55,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(folder: Path) -> Path:
     """A run from beginning to end."""
     run = folder / "runs" / "whole"
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(folder / "spec.surg"), "-o", str(run), "--device", "cpu"])
-    assert not ended.value.code
+    succeed("train", str(folder / "spec.surg"), "-o", str(run), "--device", "cpu")
     return run
 
 
 @pytest.fixture(scope="module")
 def compiled(folder: Path) -> Path:
     """The spec compiled, not run."""
-    with pytest.raises(SystemExit) as ended:
-        main(["compile", str(folder / "spec.surg"), "-o", str(folder / "compiled"), "--device", "cpu"])
-    assert not ended.value.code
+    succeed("compile", str(folder / "spec.surg"), "-o", str(folder / "compiled"), "--device", "cpu")
     return folder / "compiled"
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def losses(run: Path) -> list[float]:
