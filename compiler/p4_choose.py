@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.compiler.algebra.affine import why_not_folded
+from surgery.compiler.algebra.base import KINDS, Base
 from surgery.compiler.algebra.branch import FUSED
 from surgery.compiler.algebra.cost import Cost, branch_is_dense, measure
 from surgery.compiler.algebra.expression import Expression, Range
@@ -22,7 +23,6 @@ STRATEGIES = ("branch", "fold", "recompute")
 # A byte takes as long as this many operations on an H200 (4.3 TB/s; 67 TFLOP/s in float32, some 600 in half precision).
 # Only the order of the candidates matters; a processor's ratio in float32 is of the same size.
 OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16": 140}
-PLAIN_PRODUCTS = ("Linear", "Conv1D", "Parameter")  # the classes whose use of W is `x @ W.T`
 MOST_TOKENS = 1 << 20  # beyond them all costs only grow alike, and sizes in bytes would not fit 64 bits
 
 ROUNDED = "on demand: loses small updates to rounding"
@@ -113,7 +113,8 @@ class _Chooser:
             dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
             legal = STRATEGIES if folds else ("branch",)
             ways = {}
-            narrow = kind in PLAIN_PRODUCTS and site.experts is None and has_narrow_part(formula)
+            is_matrix = KINDS.get(kind, Base).is_matrix and site.experts is None
+            narrow = is_matrix and has_narrow_part(formula)
             for strategy in legal:
                 operations = (FUSED, "") if strategy == "branch" and narrow else ("",)
                 found = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -54,11 +55,8 @@ class Base:
     stored: Tensor
     transposed: bool  # stored as [in, out], as Conv1D does
     dtype: torch.dtype
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether `linear` is `x @ weight.T + bias` for a 2-D weight and any x `[..., in]`."""
-        return True
+    is_matrix: ClassVar[bool] = True
+    """Whether `linear` is `x @ weight.T + bias` for a 2-D weight and any x `[..., in]`."""
 
     def input(self, x: Tensor) -> Tensor | Input:
         """What the algebra calls x: rows `[..., in]`, or an `Input` that stands for them."""
@@ -111,10 +109,7 @@ class Lookup(Base):
     """An embedding, stored as `[vocabulary, width]`: x is one-hot, so in = vocabulary and out = width."""
 
     vocabulary: int
-
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix = False
 
     def input(self, x: Tensor) -> Input:
         return Tokens(x, self.vocabulary, self.dtype)
@@ -132,10 +127,7 @@ class Convolution(Base):
     stride: int | tuple[int, ...]
     padding: int | tuple[int, ...] | str
     dilation: int | tuple[int, ...]
-
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix = False
 
     def input(self, x: Tensor) -> Input:
         size = self.channels * self.kernel[0] * self.kernel[1]
@@ -156,9 +148,7 @@ class Convolution(Base):
 class Diagonal(Base):
     """The vector of a norm: W is its diagonal matrix, x the normalised input."""
 
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix = False
 
     def base_weight(self) -> Tensor:
         return torch.diag_embed(self.stored)
@@ -179,9 +169,11 @@ class Diagonal(Base):
 class Output(Base):
     """A module without a weight of its own: what the method reads is its output y."""
 
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix = False
 
     def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
         return x
+
+
+KINDS: dict[str, type[Base]] = {"Embedding": Lookup, "Conv2d": Convolution, "Norm": Diagonal, "Module": Output}
+"""What W is of a site, by the class of its module; of all others it is a plain matrix, or a stack of such."""

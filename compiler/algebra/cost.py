@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.compiler.algebra.base import Base, Diagonal, Lookup, Output
+from surgery.compiler.algebra.base import KINDS, Base, Lookup
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.previous import leaves
@@ -157,8 +157,7 @@ def _site(kind: str, rows: int, sides: tuple[int, int], dtype: torch.dtype) -> t
         return Lookup(stored, True, dtype, inputs), torch.empty(rows, dtype=torch.int64, device="meta")
     x = torch.empty(rows, inputs, dtype=dtype, device="meta", requires_grad=True)
     if kind in ("Norm", "Module"):
-        meets = Diagonal if kind == "Norm" else Output
-        return meets(torch.empty(inputs, dtype=dtype, device="meta"), False, dtype), x
+        return KINDS[kind](torch.empty(inputs, dtype=dtype, device="meta"), False, dtype), x
     return Base(torch.empty(sides, dtype=dtype, device="meta"), False, dtype), x
 
 

@@ -23,10 +23,7 @@ class Experts(Base):
 
     ends: Tensor
     grouped: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix = False
 
     def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
         y = self.grouped(x, self.stored if self.transposed else self.stored.transpose(-1, -2), self.ends)
