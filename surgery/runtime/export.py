@@ -6,7 +6,6 @@ A site multiplies with `scale * (W + left @ right)`, W the model's own weight, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +18,8 @@ from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.formula import AT_START, MethodFormula
 from surgery.compiler.algebra.instance import evaluator_of, instance
 from surgery.compiler.algebra.narrow import Narrow, narrow
-from surgery.compiler.plan import Plan, Site
+from surgery.compiler.plan import Site
+from surgery.runtime.adapted import Adapted
 
 MORE = 8  # random vectors beyond the rank that is tried: all of a matrix of that rank is then found
 UNITS = 64  # in the last place of W's largest entry: how far a sum in closed form may be from the W that a run holds
@@ -27,17 +27,8 @@ UNITS = 64  # in the last place of W's largest entry: how far a sum in closed fo
 Pair = tuple[Tensor, Tensor]
 
 
-class Exportable(Protocol):
+class Exportable(Adapted, Protocol):
     """What exporting needs of a training step."""
-
-    @property
-    def plan(self) -> Plan: ...  # noqa: D102
-
-    @property
-    def model(self) -> nn.Module: ...  # noqa: D102
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
     @property
     def step(self) -> int: ...  # noqa: D102

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,20 +16,12 @@ from torch import Tensor, nn
 
 from surgery.compiler.algebra.base import stored_like
 from surgery.compiler.diagnostics import Diagnostics, SurgError, fail
-from surgery.compiler.plan import Plan, Site
+from surgery.compiler.plan import Site
+from surgery.runtime.adapted import Adapted
 
 
-class Mergeable(Protocol):
+class Mergeable(Adapted, Protocol):
     """What merging needs of a training step."""
-
-    @property
-    def plan(self) -> Plan: ...  # noqa: D102
-
-    @property
-    def model(self) -> nn.Module: ...  # noqa: D102
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
     def effective_weight(self, path: str) -> Tensor: ...  # noqa: D102
 
