@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, RunArgument, answer, as_json, load_run, reporting, show
+from surgery.cli.common import (
+    BestOption,
+    CodeOption,
+    Format,
+    FormatOption,
+    RunArgument,
+    answer,
+    as_json,
+    chosen,
+    load_run,
+    reporting,
+    show,
+)
 
 EXAMPLE = "Example: surgery export runs/demo --to peft -o adapter; then PeftModel.from_pretrained(model, 'adapter')"
 NEEDS_ARGUMENTS = True
@@ -34,6 +46,7 @@ def run(
     to: Annotated[To, typer.Option("--to", help="the library that loads it", show_default=False)],
     folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write")],
     dtype: Annotated[Dtype, typer.Option("--dtype", help="of the factors, rounded once from float64")] = Dtype.float32,
+    best: BestOption = False,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
 ) -> None:
@@ -45,6 +58,7 @@ def run(
 
         if folder.exists() and not folder.is_dir():
             raise typer.BadParameter(f"`{folder}` is a file; name a folder", param_hint="-o")
+        run = chosen(run, best)
         step = load_run(run, "cpu", allow_code)
         made = export(step, step.folder, folder, getattr(torch, dtype))
     sites, rank = step.plan.totals.sites, made.config["r"]

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, RunArgument, answer, quiet, reporting, write_text
+from surgery.cli.common import (
+    BestOption,
+    CodeOption,
+    Format,
+    FormatOption,
+    RunArgument,
+    answer,
+    chosen,
+    quiet,
+    reporting,
+    write_text,
+)
 
 EXAMPLE = "Example: surgery report runs/demo -o demo.html; the figures alone: surgery report runs/demo --format json"
 NEEDS_ARGUMENTS = True
@@ -20,20 +31,21 @@ def run(
         typer.Option("-o", "--output", metavar="FILE", help="the page to write; left out: report.html in the run",
                      show_default=False),
     ] = None,
+    best: BestOption = False,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
 ) -> None:  # fmt: skip
     """Show a run as one HTML page: its spec and plan, its numbers over the steps, and how far each weight moved.
 
     The page needs no network and no script. With `--format json` the figures go to standard output, and a page is
-    written only with -o.
+    written only with -o. With `--best` the weights are those of the best evaluation; the numbers are of all steps.
     """
     with reporting(format):
         from surgery.runtime.report.gather import gather
         from surgery.runtime.report.page import page
 
         quiet()
-        report = gather(run, allow_code=allow_code)
+        report = gather(run, chosen(run, best), allow_code=allow_code)
         target = output if output is not None or format is Format.json else run / "report.html"
         if target is not None:
             write_text(target, page(report))

@@ -25,7 +25,8 @@ class Report:
     run: str
     plan: Plan
     spec: str
-    step: int  # optimizer steps done at the save that the tensors are of
+    step: int  # optimizer steps done at the last save
+    weights_step: int  # and at that of the weights, which may be of the best evaluation
     steps: int | None  # of the whole run, where it is known
     series: dict[str, Series]
     changes: list[Change]
@@ -47,7 +48,8 @@ class Report:
         plan = self.plan
         return {
             "run": self.run, "spec": plan.file, "model": plan.model.name, "step": self.step, "steps": self.steps,
-            "finished": self.finished, "best": self.best and self.best.record(), "totals": plan.totals.model_dump(),
+            "finished": self.finished, "best": self.best and self.best.record(), "weights_step": self.weights_step,
+            "totals": plan.totals.model_dump(),
             "memory": None if plan.memory is None else plan.memory.model_dump(),
             "metrics": {name: {"steps": found.steps, "values": found.values} for name, found in self.series.items()},
             "unreached": self.unreached or None,
@@ -55,19 +57,24 @@ class Report:
         }  # fmt: skip
 
 
-def gather(run: Path, *, allow_code: bool = False) -> Report:
-    """Read a run folder and compute what its report says. Raises SURG054 where the folder is damaged."""
-    state = load_state(run)
+def gather(run: Path, kept: Path | None = None, *, allow_code: bool = False) -> Report:
+    """Read a run folder and compute what its report says. Raises SURG054 where the folder is damaged.
+
+    `kept` is the folder of the state whose weights are reported, such as that of the best evaluation; left out: the
+    run itself, which has the last.
+    """
+    last = load_state(run)
+    state = last if kept is None or kept == run else load_state(kept)
     series = read_series(run)
-    steps = state.extra.get("steps", state.plan.step.steps)
+    steps = last.extra.get("steps", last.plan.step.steps)
     weights: dict[str, Tensor] = state.state["weights"]
     model, unreached = _model(state, allow_code)
     if model is None:
         found = changes_alone(state.plan, weights, state.step)
     else:
         found = changes(reached(state.plan, model, weights, state.step))
-    best = best_of(state.plan.step, state.extra.get("best"))
-    return Report(str(run), state.plan, state.spec, state.step, steps, series, found, unreached, best)
+    best = best_of(last.plan.step, last.extra.get("best"))
+    return Report(str(run), last.plan, last.spec, last.step, state.step, steps, series, found, unreached, best)
 
 
 def _model(state: RunState, allow_code: bool) -> tuple[nn.Module | None, str]:

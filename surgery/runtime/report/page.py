@@ -67,8 +67,13 @@ def _header(report: Report, title: str) -> Markup:
     if best is not None and best.value is not None:
         parts.append(tag("p", f"best held-out {best.score}: {number(best.value)}, after step {best.steps:,}"))
     if report.logged > report.step:
-        behind = f"{report.logged:,} steps wrote their numbers down, {report.step:,} are in the last save: "
-        parts.append(tag("p", f"{behind}the weights below are of that save.", class_="notice"))
+        behind = f"{report.logged:,} steps wrote their numbers down, {report.step:,} are in the last save"
+        below = ": the weights below are of that save" if report.weights_step == report.step else ""
+        parts.append(tag("p", f"{behind}{below}.", class_="notice"))
+    if report.weights_step != report.step:
+        parts.append(
+            tag("p", f"The weights below are as they were after step {report.weights_step:,}.", class_="notice")
+        )
     return tag("header", *parts, tag("div", *_tiles(report), class_="tiles"))
 
 
@@ -167,7 +172,7 @@ def _changes(report: Report) -> Markup:
             title = f"{name}, {stack}" if len(stacks) > 1 else name
             if figure != "norm" or report.unreached:
                 parts += _map(title, meaning, [(change, getattr(change, figure)) for change in members])
-    title = f"Change of the weights, after step {report.step:,}"
+    title = f"Change of the weights, after step {report.weights_step:,}"
     return _section("changes", title, notice, tag("div", *parts, class_="maps"), _table(report.changes))
 
 

@@ -62,6 +62,31 @@ def test_a_run_that_stops_keeps_its_best_state(folder: Path, capsys: pytest.Capt
     assert not weights[0].equal(weights[1])
     assert weights[1].equal(load_state(run / "best").state["weights"]["classifier.weight"])
 
+    adapter = folder / "adapter"
+    code, out, err = cli(capsys, "export", str(run), "--to", "peft", "-o", str(adapter), "--best", "--format", "json")
+    assert code == 0 and json.loads(out)["run"] == str(run / "best"), err
+    kept, of_run = load_state(run / "best").state["weights"], load_state(run).state["weights"]
+    exported = load_file(adapter / "adapter_model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        (found_name,) = [key for key in exported if key.endswith(name)]
+        assert exported[found_name].equal(kept[name]) and not exported[found_name].equal(of_run[name])
+
+    for more, weights_step in (((), len(rows)), (("--best",), best)):
+        code, out, err = cli(capsys, "report", str(run), *more, "--format", "json")
+        report = json.loads(out)
+        assert code == 0 and (report["step"], report["weights_step"]) == (len(rows), weights_step), err
+        assert report["finished"] and report["best"] == expected
+        assert len(report["metrics"]["loss"]["values"]) == len(rows)
+        norms = {change["path"]: change["norm"] for change in report["changes"]}
+        state = load_state(run / "best" if more else run)
+        for site in state.plan.sites:
+            A, B = (state.state["weights"][tensor.key].double() for tensor in site.tensors)
+            assert norms[site.path] == pytest.approx(float((B @ A).norm()), rel=1e-6)  # alpha is the rank
+    page = (folder / "best.html").resolve()
+    assert cli(capsys, "report", str(run), "--best", "-o", str(page))[0] == 0
+    shown = page.read_text()
+    assert f"Change of the weights, after step {best:,}" in shown and f"as they were after step {best:,}" in shown
+
     code, out, err = cli(capsys, "train", str(run), "--resume", "--device", "cpu")
     assert code == 0 and len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
 
