@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from surgery.compiler.emit.events import EventSource
 from surgery.compiler.emit.loss import LossText
 from surgery.compiler.emit.tables import names_list
-from surgery.compiler.plan import OptimizerPlan, SchedulePlan, StepPlan
+from surgery.compiler.plan import SchedulePlan, StepPlan
 
 HEADER = """\
 from __future__ import annotations
@@ -77,54 +76,10 @@ if __name__ == "__main__":
     raise SystemExit(main(__file__))
 """
 
+_PROCESSES = "from surgery.compiler.kernels.over_processes import"
 IMPORTS = {
-    "RoundingAdamW": "from surgery.optimizers.adamw import RoundingAdamW",
-    "RoundingSGD": "from surgery.optimizers.sgd import RoundingSGD",
+    "over_processes": f"{_PROCESSES} over_processes, step_over_processes",
 }
-
-
-@dataclass(frozen=True)
-class Group:
-    """Trained tensors with one learning rate and weight decay."""
-
-    names: tuple[str, ...]
-    lr: float
-    weight_decay: float
-
-
-def optimizer_source(optimizer: OptimizerPlan, groups: Sequence[Group], rounds: bool = False) -> str:
-    """`TRAINED` tables and `make_optimizer`; with `rounds`, bfloat16 is trained and rounded stochastically."""
-    lines: list[str] = []
-    tables = []
-    for number, group in enumerate(groups):
-        table = "TRAINED" if len(groups) == 1 else f"TRAINED_{number + 1}"
-        first, *rest = names_list(group.names)
-        lines += [f"{table} = {first}", *rest]
-        tables.append((table, group))
-    lines += ["", ""]
-    options = f"betas={optimizer.betas}, eps={optimizer.eps}"
-    if optimizer.name == "sgd":
-        options = f"momentum={optimizer.momentum}" + (", nesterov=True" if optimizer.nesterov else "")
-    kind = {"adamw": "AdamW", "sgd": "SGD"}[optimizer.name]
-    rounded = ", bfloat16 rounded stochastically" if rounds else ""
-    lines += [
-        "def make_optimizer(weights: Weights) -> torch.optim.Optimizer:",
-        f'    """{kind} over what is trained{rounded}; `base_lr` is the rate that the schedule scales."""',
-        "    groups: list[dict[str, Any]] = [",
-    ]
-    for table, group in tables:
-        rates = f'"lr": {group.lr}, "base_lr": {group.lr}, "weight_decay": {group.weight_decay}'
-        lines.append(f'        {{"params": [weights[name] for name in {table}], {rates}}},')
-    lines.append("    ]")
-    if rounds:
-        lines.append(f"    return Rounding{kind}(groups, {options})")
-    else:
-        lines += [
-            '    devices = {parameter.device.type for group in groups for parameter in group["params"]}',
-            '    fused = devices <= {"cpu", "cuda"}  # in one pass: on a CPU too it takes a third of the time',
-            f"    return torch.optim.{kind}(groups, {options}, foreach=False, fused=fused)",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def schedule_source(schedule: SchedulePlan) -> str:
@@ -188,15 +143,16 @@ def gradients_source(
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
     size = str(plan.micro_batch) if plan.micro_batch else "rows"
+    by = size if plan.micro_batch else "max(rows, 1)"  # of several processes one may have no rows
     more = ", scaler: torch.amp.GradScaler" if scaled else ""
     lines = [
         f"def gradients(weights: Weights, batch: dict[str, Tensor]{more}) -> Tensor:",
-        '    """The loss of a step, summed over all labels and divided by their number; adds its gradients."""',
+        '    """The loss of a step, summed over its labels and divided by the number of all; adds its gradients."""',
         f'    labels = batch["{loss.labels}"]',
-        f"    count = {loss.count}(labels)",
+        f"    count = over_processes({loss.count}(labels))",
         "    rows = labels.shape[0]",
         "    loss = torch.zeros((), device=labels.device)",
-        f"    for start in range(0, rows, {size}):",
+        f"    for start in range(0, rows, {by}):",
         f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
         *(["        part = without_padding(part)"] if cuts_padding else []),
     ]
@@ -259,6 +215,9 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "",
         "    # 3. forward and backward",
         f"    loss = gradients(weights, batch{', scaler' if scaled else ''})",
+        "",
+        "    # 4. sum over the processes of the run",
+        "    loss = step_over_processes(loss, optimizer)",
         "    if not loss.is_cuda and not torch.isfinite(loss):",
         "        optimizer.zero_grad()",
         *put_back,
@@ -267,7 +226,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     if scaled:
         lines += [
             "",
-            "    # 4. unscale; a step whose gradients are not finite is skipped",
+            "    # unscale; a step whose gradients are not finite is skipped",
             "    scaler.unscale_(optimizer)",
             "    found = [parameter.grad for parameter in trained if parameter.grad is not None]",
             "    if not torch.isfinite(torch.nn.utils.get_total_norm(found)):",

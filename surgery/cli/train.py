@@ -52,18 +52,25 @@ def run(
     Ctrl-C finishes the step, saves and says how to continue. A loss that is not finite ends the run and keeps the last
     good state. metrics.jsonl in the run folder has a row for every step (steps count from 0).
     """
-    with reporting(format):
-        from surgery.runtime.best import BEST
-        from surgery.runtime.data import steps_of
-        from surgery.runtime.train import train
+    from surgery.runtime import distributed
 
+    with distributed.joined(), distributed.heard_once(), reporting(format):
         folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
         check_output(folder)
-        step, data = _start(spec, folder, resume, device, allow_code)
-        step.steps = steps_of(step.plan, len(data.train))
-        terminal = sys.stderr.isatty()
-        _note_prediction(step)
-        outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
+        _train(spec, folder, resume, _own(device), format, allow_code)
+
+
+def _train(spec: Path, folder: Path, resume: bool, device: str | None, format: Format, allow_code: bool) -> None:
+    """Run and say how it ended."""
+    from surgery.runtime.best import BEST
+    from surgery.runtime.data import steps_of
+    from surgery.runtime.train import train
+
+    step, data = _start(spec, folder, resume, device, allow_code)
+    step.steps = steps_of(step.plan, len(data.train))
+    terminal = sys.stderr.isatty()
+    _note_prediction(step)
+    outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
     if step.device.type == "cuda":
         import torch
 
@@ -86,6 +93,18 @@ def run(
         typer.echo(f"{folder}: {outcome.done} steps in {outcome.seconds:.0f} s{loss}{evaluation}")
     if outcome.interrupted:
         raise typer.Exit(130)
+
+
+def _own(device: str | None) -> str | None:
+    """The device of this process; of several processes each has the GPU of its number on its machine."""
+    from surgery.runtime import distributed
+
+    if distributed.processes() == 1:
+        return device
+    if device not in (None, "cpu", "cuda"):
+        message = f"`{device}` is one device, and the launcher started {distributed.processes()} processes"
+        raise typer.BadParameter(f"{message}; leave it out, or say cuda or cpu", param_hint="--device")
+    return distributed.local_device() if device is None or device == "cuda" else device
 
 
 def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_code: bool) -> tuple[TrainingStep, Data]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.diagnostics import did_you_mean, fail
+from surgery.compiler.kernels.over_processes import several
 
 POSITIONS = "position_ids"
 
@@ -46,7 +47,8 @@ def check(batch: Mapping[str, Tensor], inputs: Sequence[str], labels: str | None
     for name in wanted:
         if not isinstance(given[name], Tensor):
             raise fail("SURG044", f"`{name}` is a {type(given[name]).__name__}, not a tensor")
-        if given[name].ndim == 0 or given[name].shape[0] == 0:
+        empty = given[name].shape[:1] == (0,) and not several()  # one of several may have no rows
+        if given[name].ndim == 0 or empty:
             raise fail("SURG044", f"`{name}` has no rows: its shape is {list(given[name].shape)}")
     rows = {name: given[name].shape[0] for name in wanted}
     if len(set(rows.values())) > 1:

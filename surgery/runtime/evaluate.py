@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from surgery.compiler.plan import Plan
+from surgery.runtime import distributed
 from surgery.runtime.data import Examples
 from surgery.runtime.scores import of_classes, of_numbers
 
@@ -26,12 +29,15 @@ def evaluate(step: Evaluable, examples: Examples) -> dict[str, float]:
     """`loss`, the mean over all label tokens, `rows`, and the task's scores, in one pass over the rows.
 
     `perplexity` for causal models; `accuracy`, `f1` and `matthews` for classes; `pearson` and `spearman` for a
-    regression. Nothing is read from the device before the last batch is on its way.
+    regression. Nothing is read from the device before the last batch is on its way. Several processes share the
+    batches, and all get the result.
     """
     losses, counts, predicted, labels = [], [], [], []
     classes = 0
-    for batch in examples.batches(step.plan.step.micro_batch or step.plan.step.batch):
+    for batch, counted in _shared(examples, step.plan.step.micro_batch or step.plan.step.batch):
         found = step.evaluate(batch)
+        if not counted:
+            continue
         losses.append(found.loss)
         counts.append(found.count)
         if examples.labels is None or found.output is None:
@@ -42,11 +48,28 @@ def evaluate(step: Evaluable, examples: Examples) -> dict[str, float]:
         else:
             classes = found.output.shape[-1]
             predicted.append(found.output.argmax(-1))
-    total, count = torch.stack(losses).cpu().double().sum(), torch.stack(counts).cpu().sum()
-    result = {"loss": float(total / count.clamp(min=1)), "rows": float(len(examples))}
+    mine = (_sum(losses), _sum(counts), _joined(predicted), _joined(labels), classes)
+    totals, numbers, guesses, truths, widths = zip(*distributed.gathered(mine), strict=True)
+    result = {"loss": float(sum(totals) / max(sum(numbers), 1)), "rows": float(len(examples))}
     if examples.labels is None:
         result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 700 else math.inf
-    elif predicted:
-        guesses, truths = torch.cat(predicted).cpu(), torch.cat(labels)
-        result |= of_classes(guesses, truths, classes) if classes else of_numbers(guesses, truths)
+    elif any(found is not None for found in guesses):
+        guess, truth = (torch.cat([part for part in found if part is not None]) for found in (guesses, truths))
+        result |= of_classes(guess, truth, max(widths)) if max(widths) else of_numbers(guess, truth)
     return result
+
+
+def _shared(examples: Examples, size: int) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """This process's batches, and whether they count: all processes take as many, since a model may be spread."""
+    batches = examples.batches(size)
+    for group in iter(lambda: list(islice(batches, distributed.processes())), []):
+        own = distributed.number()
+        yield (group[own], True) if own < len(group) else (group[0], False)
+
+
+def _sum(values: list[Tensor]) -> float:
+    return float(torch.stack(values).cpu().double().sum()) if values else 0.0
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts).cpu() if parts else None

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from surgery.compiler.diagnostics import SurgError, fail
 from surgery.compiler.plan import Plan
+from surgery.runtime import distributed
 from surgery.runtime.structure import pack, unpack
 
 PLAN, SPEC, STEP = "plan.json", "spec.surg", "step.py"
@@ -77,11 +78,16 @@ class RunState:
 
 
 def save_step(step: Savable, directory: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a step's whole state as a run folder; `extra` (JSON) replaces what the folder keeps beside it, if given."""
+    """Write a step's whole state as a run folder; `extra` (JSON) replaces what the folder keeps beside it, if given.
+
+    All processes of a run call it, the first one writes.
+    """
     directory = Path(directory)
+    state = step.state_dict()
+    if distributed.number() > 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     finish(directory)
-    state = step.state_dict()
     weights = state["weights"]
     tensors: dict[str, Tensor] = {}
     rest = pack({name: value for name, value in state.items() if name != "weights"}, tensors)

@@ -22,7 +22,7 @@ from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
 from surgery.compiler.pass_log import logged
 from surgery.compiler.plan import Plan, Site
-from surgery.runtime import batches
+from surgery.runtime import batches, distributed
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.devices import why_not
 from surgery.runtime.ownership import beside, own, written_names
@@ -109,6 +109,7 @@ class TrainingStep:
         scaled = plan.step.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self._skipped = 0
+        distributed.alike(dict.fromkeys(self.state_dict()["weights"].values()))
 
     @torch.no_grad()
     def _correct(self, names: Mapping[str, Site]) -> None:
@@ -128,6 +129,8 @@ class TrainingStep:
         if compiled == "reduce_overhead":
             self._namespace["gradients"] = replayed(self._namespace["gradients"], self.device)
         self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
+        if distributed.processes() > 1:
+            self.optimizer.register_step_pre_hook(self._seed_optimizer)  # replicas round alike
 
     # --- training ---
 
@@ -146,6 +149,7 @@ class TrainingStep:
         ready = self._ready(batch, labels=True)
         scaler = () if self._scaler is None else (self._scaler,)
         take = self._namespace["train_step"]
+        distributed.seed_step(self.plan.step.seed, self.step, own=True)
         loss, norm, taken = take(self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
         if taken:
             self.step += 1
@@ -154,6 +158,9 @@ class TrainingStep:
             message = f"the float16 gradients of step {self.step} overflow at every loss scale"
             raise fail("SURG053", message, help="lower lr, or use `precision = bfloat16`")
         return StepResult(loss, torch.zeros((), device=loss.device), taken, norm)
+
+    def _seed_optimizer(self, *_: Any) -> None:
+        distributed.seed_step(self.plan.step.seed, self.step, own=False)
 
     @property
     def learning_rate(self) -> float:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from surgery.compiler.diagnostics import Note, fail
+from surgery.runtime import distributed
 from surgery.runtime.best import BEST, Best, best_of
 from surgery.runtime.data import Data, Stream
 from surgery.runtime.progress import Progress
@@ -62,26 +63,35 @@ def train(
     terminal; `log` is called with one line per logged step. SIGINT ends the run after the present step, saved. Raises
     SURG053 at a loss that is not finite (nothing of that step is kept), SURG054 when resuming on other data, SURG063
     and SURG071 where the spec's tracker does not begin.
+
+    All processes of a run call it alike and take every step together; the first one writes, logs and tracks.
     """
     plan = step.plan.step
-    stream = Stream(data.train, plan.batch, plan.seed)
+    stream = Stream(data.train, plan.batch, plan.seed, distributed.number(), distributed.processes())
     extra: dict[str, Any] = {"steps": step.steps, "labels": list(data.names), "data": data.fingerprint()}
+    _check_alike(extra["data"])
     before = _resumed(run, extra) if resume and run is not None else {}
+    distributed.wait()  # until all have read the folder
+    first = distributed.number() == 0
     best = best_of(plan, before.get("best"))
     if best is not None and data.held_out is None:
         raise fail("SURG052", "the best state is that of an evaluation, and no rows are held out for one")
     report = Report()
     if run is not None and plan.report is not None:
         extra["identity"] = before.get("identity") or new_identity()
+    if first and run is not None and plan.report is not None:
         report = open_report(step.plan, step.folder, run, extra["identity"], step.step)
     folder = None if run is None else _Folder(step, run, extra, best)
-    metrics = Metrics(run, step.step)
+    metrics = Metrics(run if first else None, step.step)
     began = time.perf_counter()
-    with report, metrics, _interruption() as interrupted, Progress(step.steps, step.step, progress) as bar:
+    with report, metrics, _interruption() as asked, Progress(step.steps, step.step, progress and first) as bar:
         if folder is not None:
             folder.begin(resume)
-        rows = Rows(step, metrics, report, bar, log, lambda loss, number: _not_finite(step, loss, number, folder))
-        while step.step < step.steps and not interrupted.is_set() and not (best and best.over):
+        rows = Rows(
+            step, metrics, report, bar, log if first else None,
+            lambda loss, number: _not_finite(step, loss, number, folder),
+        )  # fmt: skip
+        while step.step < step.steps and not distributed.anywhere(asked.is_set()) and not (best and best.over):
             taken = Taken(step, stream)
             done = step.step
             if done == taken.number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller scale
@@ -113,7 +123,7 @@ def train(
 
 
 class _Folder:
-    """The run folder, and what of it is kept beside the last state."""
+    """The run folder, and what of it is kept beside the last state. The first process writes; all call it."""
 
     def __init__(self, step: Trainable, run: Path, extra: dict[str, Any], best: Best | None) -> None:
         self.step, self.run, self.extra, self.best = step, run, extra, best
@@ -121,7 +131,7 @@ class _Folder:
     def begin(self, resume: bool) -> None:
         """The start of a run, without what another has left; or what a crash behind the last save has left undone."""
         if not resume:
-            for name in (BEST, SAVES):
+            for name in (BEST, SAVES) if distributed.number() == 0 else ():
                 shutil.rmtree(self.run / name, ignore_errors=True)
             self.save()
         elif due(self.step.plan.step.save, self.step.step) and 0 < self.step.step < self.step.steps:
@@ -138,7 +148,7 @@ class _Folder:
         save_step(self.step, self.run / BEST, self._extra())
 
     def _keep(self) -> None:
-        if self.step.plan.step.keep is not None:
+        if self.step.plan.step.keep is not None and distributed.number() == 0:
             keep_save(self.run, self.step.step, self.step.plan.step.keep)
 
     def _extra(self) -> dict[str, Any]:
@@ -148,13 +158,21 @@ class _Folder:
 def _not_finite(step: Trainable, loss: float, number: int, folder: _Folder | None) -> Exception:
     """Keep the state before the failed step if it is good, else leave the last save as it is; then the error."""
     notes = []
-    if folder is not None:
-        # A step with such a loss changes nothing, unless the numbers were broken by the step before it.
-        if step.step == number and all_finite(step.state_dict()["weights"]):
+    # A step with such a loss changes nothing, unless the numbers were broken by the step before it.
+    if folder is not None and step.step == number:
+        if not distributed.anywhere(not all_finite(step.state_dict()["weights"])):
             folder.save()
+    if folder is not None and distributed.number() == 0:
         notes.append(Note(f"`{folder.run}` holds the last good state, after {load_state(folder.run).step} steps"))
     help = "lower lr, add warmup or clip, or look at the rows of this batch; `surgery train --resume` starts from there"
     return fail("SURG053", f"the loss is {loss} at step {number} (steps count from 0)", notes=notes, help=help)
+
+
+def _check_alike(data: str) -> None:
+    """Each process reads the rows itself, and takes its part of them."""
+    if len(set(distributed.gathered(data))) > 1:
+        help = "give all machines the same files; a split of the hub is pinned by its revision"
+        raise fail("SURG054", "the processes of this run have read different rows", help=help)
 
 
 def _resumed(run: Path, extra: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,16 @@ from surgery.runtime.data.packing import Packed
 
 @dataclass(frozen=True)
 class Stream:
-    """The batches of a run by the number of their optimizer step; the last batch of an epoch may be smaller."""
+    """The batches of a run by the number of their optimizer step; the last batch of an epoch may be smaller.
+
+    Of several `processes` each takes every so-manieth row of a batch, so that all have about as many tokens.
+    """
 
     examples: Examples | Packed
     size: int
     seed: int
+    process: int = 0  # this one's number
+    processes: int = 1
     _orders: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -44,14 +49,17 @@ class Stream:
         return self._orders[epoch]
 
     def rows(self, step: int) -> list[int]:
-        """The rows of a step's batch, the shortest first, which saves micro-batches padding."""
+        """The rows of a step's batch, of all processes, the shortest first, which saves micro-batches padding."""
         epoch, number = self.position(step)
         rows = self.order(epoch)[number * self.size : (number + 1) * self.size]
         return sorted(rows, key=self.examples.length)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of an optimizer step, counted from 0."""
-        return self.examples.batch(self.rows(step))
+        """This process's part of the batch of an optimizer step, counted from 0; it may have no rows."""
+        rows = self.rows(step)
+        if own := rows[self.process :: self.processes]:
+            return self.examples.batch(own)
+        return {name: tensor[:0] for name, tensor in self.examples.batch(rows[:1]).items()}
 
 
 def steps_of(plan: Plan, rows: int) -> int:
