@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import blocks, earlier, nodes, position
+from surgery.compiler import blocks, earlier, factors, nodes, position
 from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.names import COORDINATES, names_in
@@ -71,7 +71,9 @@ def run(
     _check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
     plan = resolver.plan(trained)
-    return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton)})
+    found = factors.factors(program, plan, diagnostics)
+    diagnostics.raise_errors()
+    return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton), "factors": found})
 
 
 def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
@@ -106,7 +108,7 @@ def _check_half(
     diagnostics: Diagnostics,
 ) -> None:
     """AdamW divides by sqrt(v) + eps, and both are 0 in float16: what it trains there is NaN after two steps."""
-    if program.step.optimizer.name != "adamw":
+    if program.step.optimizer.base != "adamw":
         return
     whole = [entry.name for entry in trained if skeleton.parameters[entry.name].dtype is torch.float16]
     own = [

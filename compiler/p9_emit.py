@@ -18,6 +18,8 @@ from surgery.compiler.emit.forward import Forward, forward_source
 from surgery.compiler.emit.imports import IMPORTS as IMPORTS_OF_GRAPHS
 from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
 from surgery.compiler.emit.loss import is_by_rows, loss_text
+from surgery.compiler.emit.optimizer import IMPORTS as IMPORTS_OF_OPTIMIZERS
+from surgery.compiler.emit.optimizer import Group, optimizer_source, rates
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
     COMPILE_WHOLE,
@@ -25,13 +27,11 @@ from surgery.compiler.emit.template import (
     CUT_PADDING,
     HEADER,
     MAIN,
-    Group,
     gradients_source,
-    optimizer_source,
     schedule_source,
     step_source,
 )  # fmt: skip
-from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_OPTIMIZERS
+from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_STEPS
 from surgery.compiler.events import EventProgram, programs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
@@ -39,11 +39,15 @@ from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
 # by the name that is called
-IMPORTS = IMPORTS_OF_GRAPHS | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_EVENTS
+IMPORTS = IMPORTS_OF_GRAPHS | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_STEPS | IMPORTS_OF_EVENTS
 
 
-def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) -> str:
+def run(
+    plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None, model: Forward | None = None
+) -> str:  # fmt: skip
     """The source of step.py; `events` are the plan's own if left out.
+
+    In module scope `model` is the forward, and of the graph only inputs and tensors are read.
 
     It needs torch, and of surgery the kernels alone; it defines `forward`, the loss, `make_optimizer`, `schedule`,
     `gradients` and `train_step`. Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph
@@ -52,14 +56,15 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     again = Again.of(plan)
     chosen = chosen_loss(plan, graph)
     by_rows = chosen.output is None and is_by_rows(chosen.loss, graph)
-    forward = forward_source(graph, plan.step.precision != "model", again, by_rows)
+    forward = model or forward_source(graph, plan.step.precision != "model", again, by_rows)
     loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
         _title("Forward") + forward.source,
-        _compile_source(forward),
+        *([] if model else [_compile_source(forward)]),
         _title("Loss") + loss.source,
-        _title("Optimizer and schedule") + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.rounds),
+        _title("Optimizer and schedule")
+        + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.factors, plan.rounds),
         schedule_source(plan.step.schedule),
         *([_title("Events")] if happenings.definitions else []),
     ]
@@ -74,12 +79,12 @@ def run(plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None) 
     parts += [
         _title("The step")
         + (f"{CUT_PADDING}\n\n" if cuts else "")
-        + gradients_source(plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph))),
+        + gradients_source(plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph)), bool(model)),
         step_source(plan.step, happenings, running_statistics(graph)),
-        MAIN,
+        *([] if model else [MAIN]),
     ]
     body = "\n\n".join(parts)
-    text = f'"""{_documentation(plan)}"""\n\n{_header(graph, body)}\n\n{body}'
+    text = f'"""{_documentation(plan, alone=model is None)}"""\n\n{_header(graph, body)}\n\n{body}'
     return text if "math." in text else text.replace("import math\n", "", 1)
 
 
@@ -110,8 +115,8 @@ def _header(graph: Graph, body: str) -> str:
     return header.replace("from torch import Tensor\n", f"from torch import Tensor\n{needed}", 1) if needed else header
 
 
-def _documentation(plan: Plan) -> str:
-    """What this file is, of what, and how to run it."""
+def _documentation(plan: Plan, alone: bool) -> str:
+    """What this file is, of what, and how to run it `alone` if it can be."""
     spec = Path(plan.file).name
     what = plan.model.architecture or "the model"
     methods: dict[str, int] = {}
@@ -121,14 +126,18 @@ def _documentation(plan: Plan) -> str:
     lines += [f"{count} weights adapted with {method}." for method, count in methods.items()]
     if plan.trained:
         lines.append(f"{len(plan.trained)} parameters of the model trained as they are.")
+    lines += [f"Trained: {plan.totals.trainable:,} numbers; the model has {plan.totals.model:,}.", ""]
     lines += [
-        f"Trained: {plan.totals.trainable:,} numbers; the model has {plan.totals.model:,}.",
-        "",
         "This is what runs: `surgery train` executes this text. Alone, beside its plan.json and adapters.safetensors:",
         "",
         "    python step.py --data FILE",
         "",
         "`weights` holds every tensor by its full name; a function for one block takes that block's own, as `w`.",
+    ] if alone else [
+        "This is what runs: `surgery train --scope module` executes this text around the adapted model.",
+        "`weights` holds what is trained and what events read, by full names; W may be spread over processes by rows.",
+    ]  # fmt: skip
+    lines += [
         f"Comments such as `{spec}:7` name the line of the spec that a piece of code comes from.",
         "",
     ]
@@ -210,9 +219,10 @@ def _groups(plan: Plan, graph: Graph) -> list[Group]:
     for parameter in plan.trained:
         own[parameter.name] = (parameter.lr, parameter.weight_decay)
     optimizer = plan.step.optimizer
+    faster = rates(optimizer, plan.factors)
     groups: dict[tuple[float, float], list[str]] = {}
     for name in trained_names(plan, graph):
         lr, decay = own[name]
-        key = (optimizer.lr if lr is None else lr, optimizer.weight_decay if decay is None else decay)
-        groups.setdefault(key, []).append(name)
+        rate = optimizer.lr * faster.get(name, 1.0) if lr is None else lr
+        groups.setdefault((rate, optimizer.weight_decay if decay is None else decay), []).append(name)
     return [Group(tuple(names), *key) for key, names in groups.items()]

@@ -136,15 +136,29 @@ class WholeParameter(Record):
 
 
 class OptimizerPlan(Record):
-    """`adamw(lr, betas, eps, weight_decay)` or `sgd(lr, momentum, weight_decay, nesterov)`."""
+    """`adamw(...)`, `sgd(...)`, or one that knows factors, around one of these or with its numbers.
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    `base` trains what the optimizer leaves to it; lr, betas and the like are the base's, `options` the optimizer's own.
+    """
+
+    name: str = "adamw"  # of `surgery.optimizers.OPTIMIZERS`
+    base: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.0
     nesterov: bool = False
+    options: dict[str, bool | int | float] = Field(default_factory=dict)
+
+
+class FactorsPlan(Record):
+    """Tensors that the equations read only as `scale * left @ right` or `scale * left @ core @ right`, `[out, in]`."""
+
+    site: str  # the first site that reads them
+    tensors: tuple[str, ...]  # their keys, from left to right
+    turned: tuple[bool, ...]  # whether they stand transposed there
+    scale: float
 
 
 class SchedulePlan(Record):
@@ -326,6 +340,7 @@ class Plan(Record):
     step: StepPlan = StepPlan()
     data: DataPlan | None = None
     events: tuple[EventPlan, ...] = ()
+    factors: tuple[FactorsPlan, ...] = ()  # what the optimizer needs to know of them
     recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch
     totals: Totals

@@ -23,44 +23,53 @@ from surgery.compiler.settings import (
     arguments,
     at_least,
     call,
-    pair,
     place,
     read_settings,
     share,
     text,
-    truth,
     whole,
     word,
 )
+from surgery.optimizers import BASES, OPTIMIZERS, Kind
 
 # What an evaluation says, by what a task's labels are.
 TOKENS = ("loss", "perplexity")
 CLASSES = ("loss", "accuracy", "f1", "matthews")
 NUMBERS = ("loss", "pearson", "spearman")
 SCORES = tuple(dict.fromkeys((*TOKENS, *CLASSES, *NUMBERS)))
-LATER_OPTIMIZERS = ("lora_plus", "riemannian", "lora_pro", "lora_rite", "loko", "geolora")
 
 
 def _optimizer(node: nodes.Expr) -> OptimizerPlan:
     given = call(node)
-    if given.function in LATER_OPTIMIZERS:
-        raise fail("SURG008", f"the optimizer `{given.function}` is not built yet", node.span)
-    common = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
-    readers: dict[str, dict[str, Reader]] = {
-        "adamw": {**common, "betas": pair, "eps": at_least(0, above=True)},
-        "sgd": {**common, "momentum": at_least(0, below=1), "nesterov": truth},
-    }
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
+    if given.function not in OPTIMIZERS:
+        known = did_you_mean(given.function, OPTIMIZERS)
         raise fail("SURG002", f"there is no optimizer `{given.function}`", node.span, help=known)
-    values = arguments(given, readers[given.function])
+    kind = OPTIMIZERS[given.function]
+    if kind.around:
+        return _around(kind, given)
+    values = arguments(given, kind.arguments)
     if values.get("nesterov") and not values.get("momentum"):
         raise fail("SURG004", "nesterov needs a momentum", node.span)
     if "lr" not in values:
         raise fail(
             "SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)"
         )
-    return OptimizerPlan.model_validate({"name": given.function, **values})
+    values = {**kind.defaults, **values}
+    options = {name: values.pop(name) for name in list(values) if name not in OptimizerPlan.model_fields}
+    base = given.function if given.function in BASES else "adamw"
+    return OptimizerPlan.model_validate({"name": kind.name, "base": base, "options": options, **values})
+
+
+def _around(kind: Kind, given: nodes.Call) -> OptimizerPlan:
+    """An optimizer around another, which is its first argument: `riemannian(adamw(lr = 1e-3), damping = 1e-6)`."""
+    first = given.arguments[0] if given.arguments else None
+    inner = first.value if first is not None and first.name is None else None
+    if not isinstance(inner, nodes.Call) or inner.function not in kind.around:
+        message = f"`{kind.name}` is around another optimizer: {' or '.join(kind.around)}"
+        where = given.span if inner is None else inner.span
+        raise fail("SURG004", message, where, help=f"{kind.name}({kind.around[0]}(lr = 1e-3))")
+    values = arguments(nodes.Call(given.function, given.arguments[1:], span=given.span), kind.arguments)
+    return _optimizer(inner).model_copy(update={"name": kind.name, "options": {**kind.defaults, **values}})
 
 
 def _schedule(node: nodes.Expr) -> SchedulePlan:

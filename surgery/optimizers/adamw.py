@@ -17,9 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.compiler.settings import at_least, pair
+from surgery.optimizers import optimizer
 from surgery.optimizers.rounding import RoundingOptimizer
 
 
+@optimizer("adamw", lr=at_least(0, above=True), weight_decay=at_least(0), betas=pair, eps=at_least(0, above=True))
 class RoundingAdamW(RoundingOptimizer):
     """`torch.optim.AdamW` with float32 moments, which rounds bfloat16 parameters stochastically."""
 

@@ -15,9 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.compiler.settings import at_least, truth
+from surgery.optimizers import optimizer
 from surgery.optimizers.rounding import RoundingOptimizer
 
 
+@optimizer("sgd", lr=at_least(0, above=True), weight_decay=at_least(0), momentum=at_least(0, below=1), nesterov=truth)
 class RoundingSGD(RoundingOptimizer):
     """`torch.optim.SGD` with a float32 buffer, which rounds bfloat16 parameters stochastically."""
 

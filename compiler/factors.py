@@ -1,0 +1,109 @@
+"""What the spec's optimizer needs to know of the methods: the products that their equations read, by tensors' keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.products import reading
+from surgery.compiler.diagnostics import Diagnostics, Note
+from surgery.compiler.plan import FactorsPlan, Plan, Site, TensorPlan
+from surgery.compiler.program import Program
+from surgery.compiler.span import Span
+from surgery.optimizers import NEEDS, OPTIMIZERS, Need
+
+COUNTS: Mapping[Need, tuple[int, int]] = {"pairs": (2, 2), "half_pairs": (2, 1), "triples": (3, 3)}  # factors, trained
+
+
+@dataclass
+class _Known:
+    """A product of some tensors, by their keys: where it is read first, and with which numbers in front."""
+
+    site: Site
+    turned: tuple[bool, ...]
+    scales: set[float] = field(default_factory=set)
+
+
+class Products:
+    """The products that all equations of a plan read, as an optimizer may take them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors: dict[str, TensorPlan] = {one.key: one for site in plan.sites for one in site.tensors}
+        self._known: dict[tuple[str, ...], _Known] = {}
+        self._alone: set[str] = set()
+        self._of_site: dict[str, list[tuple[str, ...]]] = {}
+        for site in plan.sites:
+            self._read(plan, site)
+        readers: dict[str, int] = {}
+        for keys in self._known:
+            for key in keys:
+                readers[key] = readers.get(key, 0) + 1
+        self._shared = {key for key, count in readers.items() if count > 1}
+
+    def _read(self, plan: Plan, site: Site) -> None:
+        found = reading(instance(plan, site.formula))
+        keys = {tensor.name: tensor.key for tensor in site.tensors} | site.earlier
+        self._alone |= {keys[name] for name in found.alone if name in keys}
+        for leaves, scales in found.products.items():
+            product = tuple(keys[name] for name, _ in leaves)
+            turned = tuple(turned for _, turned in leaves)
+            self._known.setdefault(product, _Known(site, turned)).scales.update(scales)
+            self._of_site.setdefault(site.path, []).append(product)
+
+    def of(self, site: Site, need: Need) -> Iterator[FactorsPlan]:
+        """The products of one kind that a site reads, and that nothing reads in another way."""
+        if need not in COUNTS:
+            return
+        for keys in self._of_site.get(site.path, []):
+            known = self._known[keys]
+            trained = [self.tensors[key].role == "train" for key in keys if key in self.tensors]
+            whole = len(set(keys)) == len(keys) and not set(keys) & (self._alone | self._shared)
+            if (len(keys), sum(trained)) != COUNTS[need] or not whole or len(known.scales) != 1:
+                continue
+            if need == "triples" and not self._orthogonal(keys):
+                continue
+            yield FactorsPlan(site=known.site.path, tensors=keys, turned=known.turned, scale=next(iter(known.scales)))
+
+    def _orthogonal(self, keys: tuple[str, ...]) -> bool:
+        return all(self.tensors[key].start == "orthogonal" for key in (keys[0], keys[-1]))
+
+
+def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[FactorsPlan, ...]:
+    """The factors that the step's optimizer moves, each product once; SURG039 at rules whose method has none."""
+    kind = OPTIMIZERS[plan.step.optimizer.name]
+    if kind.needs is None or kind.needs not in COUNTS:
+        return ()
+    products = Products(plan)
+    found: dict[tuple[str, ...], FactorsPlan] = {}
+    refused: dict[int, None] = {}
+    for site in plan.sites:
+        of_site = list(products.of(site, kind.needs))
+        found |= {one.tensors: found.get(one.tensors, one) for one in of_site}
+        if not of_site:
+            refused[site.rule] = None
+    where = setting(program, "optimizer")
+    notes = [Note("the optimizer", where)] if where is not None else []
+    for rule in refused:
+        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; `{program.rules[rule].method.name}` has none"
+        fits = f"these fit all rules: {', '.join(fitting(plan, products))}"
+        diagnostics.error("SURG039", message, program.rules[rule].method_span, notes=notes, help=fits)
+    if not plan.sites:
+        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; no rule adapts anything"
+        diagnostics.error("SURG039", message, where, help="adapt some weights, or take adamw or sgd")
+    return tuple(found.values())
+
+
+def fitting(plan: Plan, products: Products) -> list[str]:
+    """The optimizers whose needs every site of the plan meets."""
+    fits: dict[Need | None, bool] = {None: True, "jacobian": False}  # whose outputs are few, its own check says
+    for need in COUNTS:
+        fits[need] = all(any(True for _ in products.of(site, need)) for site in plan.sites)
+    return sorted(name for name, kind in OPTIMIZERS.items() if fits[kind.needs])
+
+
+def setting(program: Program, name: str) -> Span | None:
+    """Where the step block sets something."""
+    lines = [line for item in program.tree.items if isinstance(item, nodes.Step) for line in item.settings]
+    return next((line.value.span for line in lines if isinstance(line, nodes.Setting) and line.name == name), None)
