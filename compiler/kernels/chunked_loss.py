@@ -124,7 +124,7 @@ def loss_and_gradient_reference(logits: Tensor, targets: Tensor, factor: Tensor)
 
 
 def _run(logits: Tensor, targets: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    if forms.takes("chunked_loss", logits):
+    if forms.in_triton(logits):
         from surgery.compiler.kernels import chunked_loss_triton
 
         with forms.on_device_of(logits):

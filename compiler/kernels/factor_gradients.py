@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from surgery.compiler.kernels import forms
-from surgery.compiler.kernels.low_rank import choice, narrow, plain
+from surgery.compiler.kernels.low_rank import choice, plain
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -30,16 +30,16 @@ def factor_gradients(
 
 
 def _forward(dy: Tensor, x: Tensor, left: Tensor, right: Tensor, need_left: bool, need_right: bool) -> list[Tensor]:
-    fused = all(choice.has_narrow_kernels(rows, right.shape[0]) for rows in (dy, x))
-    form: Any = narrow if fused else plain
+    rank, lefts = right.shape[0], []
     with forms.on_device_of(x):
-        u = form.narrow_product(x, [right], [1.0]) if need_left else None
+        u = choice.narrow_product(x, rank).narrow_product(x, [right], [1.0]) if need_left else None
         if not need_right:
             return plain.left_gradients([dy], u, [left]) if u is not None else []
         if u is None:
-            return list(form.right_gradients(form.narrow_product(dy, [left.T], [1.0]), x, [right]))
-        du, lefts = form.narrow_gradients([dy], u, [left], [1.0])
-        return [*lefts, *form.right_gradients(du, x, [right])]
+            du = choice.narrow_product(dy, rank).narrow_product(dy, [left.T], [1.0])
+        else:
+            du, lefts = choice.narrow_gradients(dy, rank).narrow_gradients([dy], u, [left], [1.0])
+        return [*lefts, *choice.right_gradients(x, rank).right_gradients(du, x, [right])]
 
 
 def _fake(dy: Tensor, x: Tensor, left: Tensor, right: Tensor, need_left: bool, need_right: bool) -> list[Tensor]:

@@ -1,13 +1,8 @@
-"""Which form of an operation runs, a kernel in Triton or torch's own products, and what the operations here share.
-
-A kernel that no GPU has shown to be right in its present form is withheld: the form in plain torch runs in its place.
-`taking` lifts that for a test or a measurement, `tests/gpu` and `tests/benchmarks/kernels` say what is still to show.
-"""
+"""Which form of an operation runs, a kernel in Triton or torch's own products, and what the operations here share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WITHHELD = {
-    "chunked_loss": "It was right on an H200 before it checked its labels; it has not been run on a GPU since.",
-    "narrow": "Its first form was right on an H200, but waited for its launches longer than torch's products took (59 "
-    "to 78 microseconds, and 12 to 31); the present one has not been run on a GPU.",
-    "row_norms": "It was right in Triton's interpreter; on a GPU it has run with blocks that did not fit, not since.",
-    "scaled_columns": "It was right in Triton's interpreter and has not been run on a GPU.",
-    "updated_weight": "It was right in Triton's interpreter and has not been run on a GPU.",
-}
-"""The kernels that are not taken, and why; those that are not named here are."""
+HAS_TRITON = find_spec("triton") is not None  # torch for a CPU comes without it; a constant to torch.compile
 
 HALF = (torch.bfloat16, torch.float16)
 """The floating dtypes of two bytes: fast kernels take them, and what is rounded to them is compared loosely."""
@@ -31,26 +18,9 @@ HALF = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *HALF)
 
 
-def takes(kernel: str, *tensors: Tensor) -> bool:
-    """Whether a kernel in Triton runs on these: it is not withheld, they are on a CUDA device and fit into float32."""
-    known = kernel not in WITHHELD and has_triton()
-    return known and all(tensor.is_cuda and tensor.dtype in _FLOATS for tensor in tensors)
-
-
-@contextmanager
-def taking(*kernels: str) -> Iterator[None]:
-    """Let these kernels run although they are withheld; for the whole process, so for tests and measurements alone."""
-    reasons = {kernel: WITHHELD.pop(kernel) for kernel in kernels}
-    try:
-        yield
-    finally:
-        WITHHELD.update(reasons)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is there: torch for a CPU comes without it."""
-    return find_spec("triton") is not None
+def in_triton(*tensors: Tensor) -> bool:
+    """Whether a kernel in Triton runs on these: they are on a CUDA device and fit into float32."""
+    return HAS_TRITON and all(tensor.is_cuda and tensor.dtype in _FLOATS for tensor in tensors)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -35,13 +35,14 @@ class Tiles:
 
 
 def tiles_for(dtype: torch.dtype) -> Tiles:
-    """The form for weights of a dtype: its numbers were checked on an H200, its time is predicted, not measured.
+    """The quickest form of those that `tests/benchmarks/kernels/moved.py` times, for weights of a dtype, on an H200.
 
-    Per tile of W the four pieces of A and B are read from the L2 cache, in bfloat16 as many bytes as W's own; 128 rows
-    would halve that. `tests/benchmarks/kernels/moved.py` compares them. tf32 products of float32 factors were right to
-    8e-4 of the largest change, which is below a half precision weight's own rounding; tf32x3 to 3e-7.
+    tf32 products of float32 factors were right to 8e-4 of the largest change, which is below a half precision weight's
+    own rounding; tf32x3 to 3e-7.
     """
-    return Tiles(64, 128, 2048, 4, 1, "tf32x3" if dtype == torch.float32 else "tf32")
+    if dtype == torch.float32:
+        return Tiles(32, 128, 2048, 4, 1, "tf32x3")
+    return Tiles(128, 64, 2048, 4, 1, "tf32")
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -40,7 +40,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
     `document_starts(...)`, of all rows or of one for all. `scale` is one over the root of `size` if left out.
     """
     starts = starts.expand(query.shape[0], -1)
-    if query.is_cuda and query.dtype in forms.HALF and forms.has_triton():
+    if query.is_cuda and query.dtype in forms.HALF and forms.HAS_TRITON:
         run = _flex if torch.compiler.is_compiling() else _compiled()
         return run(query, key, value, starts, scale)
     return packed_attention_reference(query, key, value, starts, scale)

@@ -59,7 +59,7 @@ def _norms(
 
 
 def norms_and_product(
-    weight: Tensor, left: Tensor, right: Tensor, scale: float, rows: int = 16, columns: int | None = None,
+    weight: Tensor, left: Tensor, right: Tensor, scale: float, rows: int = 32, columns: int | None = None,
     warps: int = 4, stages: int = 3,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The norms, and `weight @ right.T`; a program takes `rows` rows, `columns` columns at a time."""

@@ -58,7 +58,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _forms(y: Tensor, scales: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    if forms.takes("scaled_columns", y, scales):
+    if forms.in_triton(y, scales):
         from surgery.compiler.kernels import scaled_columns_triton as kernels
 
         return kernels.scaled, kernels.scaled_and_sums

@@ -28,9 +28,9 @@ def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1
     wider, under autocast too. `left` and `right`, of any floating dtype, have gradients; the weight is frozen, and has
     one only where it requires it all the same.
     """
-    # torch.compile makes one pass of what stands behind the product
-    compiles = torch.compiler.is_compiling() and "updated_weight" in forms.WITHHELD
-    if compiles or forms.needs_definition(weight):
+    # in torch.compile, where there is no kernel, what stands behind the product becomes one pass
+    fuses = torch.compiler.is_compiling() and not forms.in_triton(weight, left, right)
+    if fuses or forms.needs_definition(weight):
         return updated_weight_reference(weight, left, right, scale, times)
     result: Tensor = torch.ops.surgery.updated_weight(weight, left, right, scale, times)
     return result
@@ -57,7 +57,7 @@ def _under(weight: Tensor, times: str, update: Tensor) -> Tensor:
 
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float, times: str) -> Tensor:
-    if forms.takes("updated_weight", weight, left, right):
+    if forms.in_triton(weight, left, right):
         from surgery.compiler.kernels.updated_weight_triton import updated_weight as fused
 
         with forms.on_device_of(weight):

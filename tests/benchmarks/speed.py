@@ -86,6 +86,7 @@ def llama(bench: Bench, shape: arms.Llama, everything: bool) -> None:
         partial(arms.ours, shape, f"delta_lora({rank}, ratio = 2.0, start = 1)", "compile = on",
                 rule="update = literal"),
     )  # fmt: skip
+    run("surgery LoRA, replayed", partial(arms.ours, shape, f"lora({rank})", "compile = reduce_overhead"))
     run("surgery LoRA on q and o, compiled", partial(arms.ours, shape, f"lora({rank})", "compile = on", arms.SQUARE))
     run("surgery circulant on q and o, compiled", partial(arms.ours, shape, "circulant()", "compile = on", arms.SQUARE))
     if PEFT:
@@ -99,6 +100,7 @@ def llama(bench: Bench, shape: arms.Llama, everything: bool) -> None:
 
     floor, eager, lora = "frozen graph, compiled", "frozen graph, eager", "surgery LoRA, compiled"
     bench.compare("LoRA step over the frozen graph, compiled", 1.08, lora, floor)
+    bench.compare("LoRA step over the frozen graph, replayed", 1.08, "surgery LoRA, replayed", floor)
     bench.compare("LoRA step over the frozen graph, eager", 1.10, "surgery LoRA, eager", eager)
     bench.compare("LoRA peak memory over the frozen step, GiB", 1.2, lora, floor, "peak")
     blocks = "surgery LoRA, recompute = blocks, compiled"
@@ -130,7 +132,7 @@ def first(bench: Bench, shape: arms.Llama) -> None:
 
 
 def update(bench: Bench, shape: arms.Llama) -> None:
-    """W += c (B A - B0 A0) over all sites, and what moving W costs at least."""
+    """W' = W + c (B A - B0 A0) over all sites, and what moving W costs at least."""
     from surgery.compiler.kernels.moved_weights import add_products
 
     generator = torch.Generator(shape.device).manual_seed(0)
@@ -143,27 +145,28 @@ def update(bench: Bench, shape: arms.Llama) -> None:
              (width, wide)] * shape.layers  # fmt: skip
     weights = [draw(*size, dtype=shape.dtype) for size in sizes]
     copies = [torch.empty_like(weight) for weight in weights]
-    lefts = [draw(rows, 2 * shape.rank) for rows, _ in sizes]
-    rights = [draw(2 * shape.rank, columns) for _, columns in sizes]
+    lefts, old_lefts = ([draw(rows, shape.rank) for rows, _ in sizes] for _ in range(2))
+    rights, old_rights = ([draw(shape.rank, columns) for _, columns in sizes] for _ in range(2))
+    factors = [*zip(lefts, rights, old_lefts, old_rights, strict=True)]
 
     def copy() -> Tensor:
-        torch._foreach_copy_(copies, weights)
+        for one, weight in zip(copies, weights, strict=True):
+            one.copy_(weight)
         return weights[0][0, 0]
 
     def grouped() -> Tensor:
-        add_products(weights, lefts, rights)
-        return weights[0][0, 0]
+        add_products(copies, lefts, rights, 0.5, before=(old_lefts, old_rights), sources=weights)
+        return copies[0][0, 0]
 
     def one_by_one() -> Tensor:
-        for weight, left, right in zip(weights, lefts, rights, strict=True):
-            weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
+        for weight, (left, right, old_left, old_right) in zip(weights, factors, strict=True):
+            both = torch.cat([left, -old_left], 1), torch.cat([right, old_right])
+            weight.addmm_(both[0].to(weight.dtype), both[1].to(weight.dtype), alpha=0.5)
         return weights[0][0, 0]
 
     def naive() -> Tensor:
-        rank = shape.rank
-        for weight, left, right in zip(weights, lefts, rights, strict=True):
-            change = left[:, :rank] @ right[:rank] + left[:, rank:] @ right[rank:]
-            weight.add_(change.to(weight.dtype))
+        for weight, (left, right, old_left, old_right) in zip(weights, factors, strict=True):
+            weight.add_((left @ right - old_left @ old_right).to(weight.dtype), alpha=0.5)
         return weights[0][0, 0]
 
     for name, step in (("copy of all W", copy), ("update, grouped", grouped), ("update, addmm per site", one_by_one),
@@ -175,10 +178,11 @@ def update(bench: Bench, shape: arms.Llama) -> None:
 def stack(bench: Bench, shape: arms.StackShape) -> None:
     """Sparse layers: the masked method beside LoRA and the frozen layers."""
     bench.run("stack, frozen", partial(arms.frozen_stack, shape))
-    for mode, called in (("off", "eager"), ("on", "compiled")):
+    ways = {"eager": "off", "compiled": "on", "replayed": "reduce_overhead"}
+    for called, mode in ways.items():
         for name, method in (("LoRA", "lora(rank = 16)"), ("LoRS", "lors(rank = 16)")):
             bench.run(f"stack, {name}, {called}", partial(arms.adapted_stack, shape, method, f"compile = {mode}"))
-    for called in ("eager", "compiled"):
+    for called in ways:
         bench.compare(f"LoRA over frozen, eight layers, {called}", 1.10, f"stack, LoRA, {called}", "stack, frozen")
         bench.compare(f"LoRS over frozen, eight layers, {called}", 1.12, f"stack, LoRS, {called}", "stack, frozen")
         bench.compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,19 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from surgery.compiler.kernels.chunked_loss import chunked_loss, chunked_loss_reference, loss_and_gradient
-from surgery.compiler.kernels.forms import WITHHELD, taking
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def with_the_kernel() -> Iterator[None]:
-    """The kernel runs, withheld or not."""
-    with taking(*WITHHELD.keys() & {"chunked_loss"}):
-        yield
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from surgery.compiler.kernels.forms import taking
-from surgery.compiler.kernels.low_rank import choice, low_rank_linear, low_rank_linear_reference, plain, product
+from surgery.compiler.kernels.low_rank import choice, low_rank_linear, low_rank_linear_reference, narrow, plain, product
 from surgery.compiler.kernels.low_rank.product import Tiling
 
 pytestmark = [
@@ -86,15 +85,14 @@ def check(
 
 
 @pytest.fixture(params=["chosen", "Triton"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model chooses, and Triton wherever it takes the operands."""
     if request.param == "chosen":
-        yield
         return
     for chooses in ("fastest_for_outputs", "fastest_for_input_gradient"):
         monkeypatch.setattr(choice, chooses, lambda *sizes: next(iter(choice.STEP)))
-    with taking("narrow"):
-        yield
+    for pass_ in ("narrow_product", "narrow_gradients", "right_gradients"):
+        monkeypatch.setattr(choice, pass_, lambda wide, ranks: narrow if ranks <= narrow.WIDEST else plain)
 
 
 @pytest.mark.usefixtures("form")
@@ -176,8 +174,9 @@ def test_compiled_and_captured_are_eager() -> None:
         return low_rank_linear(x, weights, [None, None], factors[:2], factors[2:], [0.5, 0.25])
 
     def both(function: Any) -> list[Tensor]:
-        ys = function(x, *factors)
-        return [*ys, *torch.autograd.grad(ys, [x, *factors], dys)]
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *factors)]  # on the stream that they are used on
+        ys = function(*leaves)
+        return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
     eager = both(run)
     compiled = both(torch.compile(run, fullgraph=True))

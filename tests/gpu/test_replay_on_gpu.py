@@ -58,6 +58,11 @@ class Normed(nn.Module):
         return found
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return Normed().cuda()
+
+
 def batch(kind: str, length: int, number: int, rows: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 * length + number)
     if kind == "normed":
@@ -74,7 +79,7 @@ def batch(kind: str, length: int, number: int, rows: int = 4) -> dict[str, Tenso
 
 
 def step_of(kind: str, compiled: str, method: str = LORA, drop: float = 0.1, more: str = "") -> Any:
-    model = {"encoder": encoder, "decoder": decoder}[kind](drop) if kind != "normed" else Normed().cuda()
+    model = {"encoder": encoder, "decoder": decoder}[kind](drop) if kind != "normed" else normed()
     sites, loss = {
         "encoder": ("bert.encoder.layer.*.attention.self.{query,value}", "cross_entropy"),
         "decoder": ("model.layers.*.{self_attn,mlp}.*_proj", "causal_lm"),

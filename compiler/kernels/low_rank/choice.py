@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.forms import HALF, by_row, ceil_div, processors
-from surgery.compiler.kernels.low_rank.narrow import WIDEST
+from surgery.compiler.kernels.low_rank import narrow, plain
 from surgery.compiler.kernels.low_rank.product import MOST_SITES, Tiling, fits
 
 STEP = {Tiling(128, 256): 0.74, Tiling(128, 128, 64, 4, 8, 8, False): 0.41}
@@ -29,6 +30,12 @@ WRITTEN, READ = 3.3e6, 5e6  # bytes of a sum in a microsecond: written by a narr
 LAUNCH = 40.0
 """How long a Triton product has to run: Python takes about as long to launch one (50 to 90, without a device, on a slow
 processor), and a program that is faster there than here waits for it."""
+
+
+FEW = 32
+"""Up to so many columns a narrow pass is Triton's. Of rank 16 it takes 11 us where torch's product takes 12, both
+gradients 17 and 30 (three sites at once 21 and 55), the gradient to the right as long as torch's; from rank 48 on
+torch's are quicker, except where a rank is no multiple of eight (rank 4: 11 and 21; 23 and 39; 17 and 21)."""
 
 
 def tiling_of_outputs(rows: Tensor, weights: Sequence[Tensor], ranks: Sequence[int]) -> Tiling | None:
@@ -47,9 +54,23 @@ def tiling_of_input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], r
     return fastest_for_input_gradient(rows, width, outs, rank, processors(dys[0].device))
 
 
-def has_narrow_kernels(wide: Tensor, ranks: int) -> bool:
-    """Whether Triton's passes over a wide matrix are to be taken for `ranks` columns on the narrow side."""
-    return forms.takes("narrow", wide) and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= WIDEST
+def narrow_product(rows: Tensor, ranks: int) -> Any:
+    """The module whose `narrow_product` is taken for `ranks` columns on the narrow side."""
+    return narrow if _reads_in_triton(rows, ranks) and (ranks <= FEW or ranks % 8) else plain
+
+
+def narrow_gradients(dy: Tensor, rank: int) -> Any:
+    """The module whose `narrow_gradients` is taken for a rank of each site."""
+    return narrow if _reads_in_triton(dy, rank) and (rank <= FEW or rank % 8) else plain
+
+
+def right_gradients(rows: Tensor, ranks: int) -> Any:
+    """The module whose `right_gradients` is taken for `ranks` columns on the narrow side."""
+    return narrow if _reads_in_triton(rows, ranks) and ranks % 8 else plain
+
+
+def _reads_in_triton(wide: Tensor, ranks: int) -> bool:
+    return forms.in_triton(wide) and _is_half_on_gpu(wide) and wide.shape[0] > 0 and ranks <= narrow.WIDEST
 
 
 @lru_cache(4096)
@@ -117,4 +138,4 @@ def _is_half_on_gpu(matrix: Tensor) -> bool:
 @cache
 def _is_hopper(device: torch.device) -> bool:
     # later cards have them too, but other times
-    return forms.has_triton() and torch.cuda.get_device_capability(device) == (9, 0)
+    return forms.HAS_TRITON and torch.cuda.get_device_capability(device) == (9, 0)

@@ -6,9 +6,8 @@ and a fraction of what is read, and then added in a fixed order: the same inputs
 
 Matrices are float16 or bfloat16, factors of any floating dtype. `plain` has the same functions for all other cases.
 
-The blocks below are chosen by counting, not by timing: on an H200 an earlier form of these kernels was right, and the
-product with the rights took as long as torch's; how long the present ones take is to be measured
-(`python -m tests.benchmarks.kernels.narrow`, which has the predictions).
+The blocks are the best of some that were timed on an H200 (`python -m tests.benchmarks.kernels.narrow`; the table is in
+`tests/benchmarks/NOTES.md`), and `choice` says where torch's products are quicker.
 """
 
 from __future__ import annotations
@@ -151,9 +150,14 @@ def product_blocks(rows: int, width: int, ranks: int, bytes_of_right: int, progr
 def gradient_blocks(rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], programs: int) -> Blocks:
     """How `narrow_gradients` cuts its work: wide blocks, because each one writes a part of du."""
     rank = padded(max(ranks))
-    columns, warps = (256, 8) if rank <= 32 else (128, 4)
+    if rank > 32:
+        columns, stages, warps = 128, 4, 4
+    elif rank <= 16 and (max(widths) <= 512 or sum(widths) >= 4096):
+        columns, stages, warps = 512, 3, 8
+    else:  # half as many columns keep more processors busy
+        columns, stages, warps = 256, 4, 8
     count = sum(ceil_div(width, columns) for width in widths)
-    return Blocks(64, columns, _parts(rows, columns, count, rank, programs), 4, warps)
+    return Blocks(64, columns, _parts(rows, columns, count, rank, programs), stages, warps)
 
 
 @lru_cache(4096)

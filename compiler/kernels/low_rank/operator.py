@@ -13,7 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.low_rank import choice, plain, product
-from surgery.compiler.kernels.low_rank import narrow as fused
 from surgery.compiler.kernels.low_rank.reference import low_rank_linear_reference
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -63,7 +62,7 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     source = rows if narrow is None else narrow.reshape(rows.shape)
     with forms.on_device_of(x):
-        form = fused if choice.has_narrow_kernels(source, sum(right.shape[0] for right in rights)) else plain
+        form = choice.narrow_product(source, sum(right.shape[0] for right in rights))
         u = form.narrow_product(source, rights, scales)
         tiling = choice.tiling_of_outputs(rows, weights, [left.shape[1] for left in lefts])
         if tiling is None:
@@ -90,8 +89,9 @@ def _backward(
     du: Tensor | None = None
     dlefts: list[Tensor] = []
     with forms.on_device_of(dys[0]):
-        if need_du and u is not None and choice.has_narrow_kernels(rows[0], max(left.shape[1] for left in lefts)):
-            du, dlefts = fused.narrow_gradients(rows, u, lefts, scales)
+        if need_du and u is not None:
+            form = choice.narrow_gradients(rows[0], max(left.shape[1] for left in lefts))
+            du, dlefts = form.narrow_gradients(rows, u, lefts, scales)
         else:
             du = plain.narrow_gradient(rows, lefts, scales) if need_du else None
             dlefts = plain.left_gradients(rows, u, lefts) if u is not None else []
@@ -103,8 +103,7 @@ def _backward(
         gradients += [dleft for dleft, need in zip(dlefts, need_lefts, strict=u is not None) if need]
         if source is not None and du is not None:
             inputs = source.reshape(-1, source.shape[-1])
-            form = fused if choice.has_narrow_kernels(inputs, du.shape[1]) else plain
-            drights = form.right_gradients(du, inputs, rights)
+            drights = choice.right_gradients(inputs, du.shape[1]).right_gradients(du, inputs, rights)
             gradients += [dright for dright, need in zip(drights, need_rights, strict=True) if need]
     return gradients
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from surgery.compiler.kernels.forms import taking
 from surgery.compiler.kernels.low_rank import choice, low_rank_linear, plain, product
+from surgery.compiler.kernels.low_rank import narrow as fused
 from surgery.compiler.kernels.low_rank.product import Tiling
 
 TOKENS, RANK = 8192, 16
@@ -123,8 +123,13 @@ def forms(wide: bool, narrow: bool) -> Iterator[None]:
     def chosen(*sizes: Any) -> Tiling | None:
         return next(iter(choice.STEP)) if wide else None
 
-    replaced = mock.patch.multiple(choice, fastest_for_outputs=chosen, fastest_for_input_gradient=chosen)
-    with replaced, taking(*["narrow"] * narrow):
+    def reads(wide: Tensor, ranks: int) -> Any:
+        return fused if narrow else plain
+
+    with mock.patch.multiple(
+        choice, fastest_for_outputs=chosen, fastest_for_input_gradient=chosen,
+        narrow_product=reads, narrow_gradients=reads, right_gradients=reads,
+    ):  # fmt: skip
         yield
 
 
@@ -136,13 +141,17 @@ def one_way_each(group: Group, tiling: Tiling | None) -> str:
 
 def both_ways(group: Group) -> str:
     """Forward and backward of the whole operation beside the frozen linears and the branch as it is usually written."""
-    x = group.x.clone().requires_grad_()
-    lefts, rights = ([factor.clone().requires_grad_() for factor in each] for each in (group.lefts, group.rights))
+
+    def leaves() -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x, *factors = (tensor.detach().requires_grad_() for tensor in (group.x, *group.lefts, *group.rights))
+        return x, factors[: len(group.lefts)], factors[len(group.lefts) :]  # on the stream of the graph
 
     def frozen() -> None:
+        x, _, _ = leaves()
         torch.autograd.grad([functional.linear(x, weight) for weight in group.weights], [x], group.dys)
 
     def branch() -> None:
+        x, lefts, rights = leaves()
         ys = [
             functional.linear(x, weight) + (x @ right.bfloat16().T @ left.bfloat16().T) * 2.0
             for weight, left, right in zip(group.weights, lefts, rights, strict=True)
@@ -150,6 +159,7 @@ def both_ways(group: Group) -> str:
         torch.autograd.grad(ys, [x, *lefts, *rights], group.dys)
 
     def operation() -> None:
+        x, lefts, rights = leaves()
         ys = low_rank_linear(x, group.weights, group.biases, lefts, rights, [2.0] * len(lefts))
         torch.autograd.grad(ys, [x, *lefts, *rights], group.dys)
 
@@ -171,9 +181,10 @@ def main() -> None:
     start = time.time()
     for width, outs in GROUPS:
         group = Group.drawn(TOKENS, width, outs, RANK)
+        forward = choice.tiling_of_outputs(group.x, group.weights, [RANK] * len(outs))
         print(
             f"{width} -> {outs}: outputs, input gradient in us: frozen {timed(group.frozen_outputs):.1f}, "
-            f"{timed(group.frozen_gradient):.1f}; chosen {choice.tiling_of_outputs(group.x, group.weights, [RANK])}, "
+            f"{timed(group.frozen_gradient):.1f}; chosen {forward}, "
             f"{choice.tiling_of_input_gradient(group.dys, group.weights, RANK * len(outs))}"
         )
         for tiling in (None, *choice.STEP, *(OTHERS if len(outs) == 1 else [])):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from surgery.compiler import kernels
 from surgery.compiler.kernels import forms
 from surgery.compiler.kernels.added_linear import added_linear, added_linear_reference
 from surgery.compiler.kernels.row_norms import updated_row_norms, updated_row_norms_reference
@@ -26,24 +24,6 @@ def random(*shape: int, seed: int) -> Tensor:
 def operands() -> list[Tensor]:
     """A weight and two factors."""
     return [random(*shape, seed=seed) for seed, shape in enumerate([(33, 65), (33, 4), (4, 65)])]
-
-
-def test_what_is_withheld_is_a_kernel_that_there_is_and_has_a_reason() -> None:
-    files = {path.stem for path in Path(kernels.__path__[0]).rglob("*_triton.py")}
-    assert {f"{name}_triton" for name in forms.WITHHELD} <= files
-    assert all(reason.endswith(".") for reason in forms.WITHHELD.values())
-
-
-def test_taking_lifts_what_withholds_a_kernel_and_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "has_triton", lambda: True)
-    before = dict(forms.WITHHELD)
-    with pytest.raises(ZeroDivisionError), forms.taking("row_norms"):
-        assert forms.takes("row_norms") and not forms.takes("scaled_columns")
-        raise ZeroDivisionError
-    assert not forms.takes("row_norms") and before == forms.WITHHELD
-    with pytest.raises(KeyError), forms.taking("no such kernel"):
-        pass
-    assert not forms.takes("chunked_loss", torch.zeros(1)), "on a CPU none is"
 
 
 @pytest.mark.parametrize(("operation", "reference"), OF_FACTORS)
