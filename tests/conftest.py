@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from surgery.compiler import p5_capture
 from surgery.compiler.examples import example_inputs
@@ -126,6 +127,19 @@ def _captured(architecture: Any) -> tuple[nn.Module, Graph]:
 def captured() -> Callable[[Any], tuple[nn.Module, Graph]]:
     """`captured(architecture)`: its tiny model and the graph of it, made once in a process; no test changes either."""
     return _captured
+
+
+@pytest.fixture
+def partitioned_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch compiles is decomposed, and cut into what is kept and what is had again, but its kernels are torch's.
+
+    Generating kernels takes most of the time of compiling, and changes nothing of what is kept.
+    """
+    torch._dynamo.reset()
+    partition = lookup_backend("aot_eager_decomp_partition")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: partition(graph, inputs))
+    yield
+    torch._dynamo.reset()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

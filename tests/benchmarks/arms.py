@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +115,8 @@ def peft_lora(shape: Llama, compiled: bool, adapters_in_float32: bool, **options
     config = peft.LoraConfig(
         r=shape.rank, lora_alpha=2 * shape.rank, lora_dropout=0.0, target_modules=list(LINEARS), **options
     )
-    return _peft_step(shape, peft.get_peft_model(shape.model(), config, autocast_adapter_dtype=adapters_in_float32),
-                      compiled)  # fmt: skip
+    return _llama_step(shape, peft.get_peft_model(shape.model(), config, autocast_adapter_dtype=adapters_in_float32),
+                       compiled)  # fmt: skip
 
 
 def peft_c3a(shape: Llama) -> Step:
@@ -123,18 +124,24 @@ def peft_c3a(shape: Llama) -> Step:
     import peft
 
     config = peft.C3AConfig(target_modules=["q_proj", "o_proj"], block_size=shape.hidden)
-    return _peft_step(shape, peft.get_peft_model(shape.model(), config), compiled=False)
+    return _llama_step(shape, peft.get_peft_model(shape.model(), config), compiled=False)
 
 
-def _peft_step(shape: Llama, adapted: Any, compiled: bool) -> Step:
+def _llama_step(shape: Llama, model: Any, compiled: bool) -> Step:
     tokens = shape.tokens()
-    model = adapted.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, fused=shape.device != "cpu")
     forward: Any = torch.compile(model) if compiled else model
+    return _adamw_step(
+        model, lambda: causal_loss(forward(input_ids=tokens, use_cache=False).logits, tokens), shape.device
+    )
+
+
+def _adamw_step(model: nn.Module, loss_of: Callable[[], Tensor], device: str) -> Step:
+    """Forward, backward and AdamW on what of the model requires gradients."""
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, fused=device != "cpu")
 
     def step() -> Tensor:
-        loss = causal_loss(forward(input_ids=tokens, use_cache=False).logits, tokens)
+        loss = loss_of()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -279,20 +286,9 @@ def peft_encoder(shape: Encoder) -> Step:
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["query", "value"]
     )
-    model: Any = peft.get_peft_model(shape.model(), config).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, fused=shape.device != "cpu")
+    model: Any = peft.get_peft_model(shape.model(), config)
     batch = shape.inputs()
-
-    def step() -> Tensor:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        result: Tensor = loss.detach()
-        return result
-
-    return step
+    return _adamw_step(model, lambda: model(**batch).loss, shape.device)
 
 
 def our_encoder(shape: Encoder, settings: str) -> Step:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgery
@@ -245,11 +244,9 @@ def kept_and_products(step: TrainingStep, inputs: dict[str, Tensor]) -> tuple[in
     return hooks.bytes, {name: count for name, count in run.counts.items() if any(word in name for word in heavy)}
 
 
-def test_compiled_blocks_keep_products_alone(architectures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("partitioned_alone")
+def test_compiled_blocks_keep_products_alone(architectures: Any) -> None:
     """The adapter's x is had again from what is kept anyway, for no product and no attention more than without."""
-    torch._dynamo.reset()
-    partition = lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: partition(graph, inputs))
     llama = architectures["llama"]
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 3}
     model = llama.model(**sizes).bfloat16()
@@ -273,7 +270,6 @@ def test_compiled_blocks_keep_products_alone(architectures: Any, monkeypatch: py
     assert again == products
     block = 2 * 4 * 16 * 64 * 3  # the stream of one block in bfloat16, for three blocks
     assert less < usual - 5 * block < eager
-    torch._dynamo.reset()
 
 
 # --- what a block writes ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import surgery
@@ -158,10 +157,8 @@ def test_a_compiled_step_is_counted_as_the_compiler_splits_it(name: str, archite
     assert found.kept < plain.kept and found.weights == plain.weights and found.optimizer == plain.optimizer
 
 
-def test_what_compiled_blocks_keep_is_what_they_keep(architectures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    partition = lookup_backend("aot_eager_decomp_partition")
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: partition(graph, inputs))
+@pytest.mark.usefixtures("partitioned_alone")
+def test_what_compiled_blocks_keep_is_what_they_keep(architectures: Any) -> None:
     llama = architectures["llama"]
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 4}
     step = compiled(llama, "lora(rank = 2)  strategy = branch", "batch = 4  compile = on", **sizes)
@@ -174,4 +171,3 @@ def test_what_compiled_blocks_keep_is_what_they_keep(architectures: Any, monkeyp
         step._namespace["forward"](step.weights, **llama.inputs(4, LENGTH), training=True)
     of_the_blocks = [tensor for tensor in hooks.tensors if tensor.shape[-1] != 97]
     assert found.kept == pytest.approx(sum(tensor.untyped_storage().nbytes() for tensor in of_the_blocks), rel=0.05)
-    torch._dynamo.reset()

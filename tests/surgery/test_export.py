@@ -23,6 +23,7 @@ from surgery.compiler.algebra.change import NotNarrow
 from surgery.peft.write import export
 from surgery.runtime.export import _small_factors
 from tests.command_line import cli, succeed
+from tests.off_start import off_start
 from tests.project import save_project
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -63,13 +64,7 @@ def compiled(architectures: Any, name: str, rules: str, dtype: torch.dtype = tor
         for name, value in architecture.inputs(4, 9).items()
     }
     step = surgery.compile(surgery.parse(text), model=architecture.model().to(dtype), example_inputs=inputs)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for site in step.plan.sites:
-            for tensor in site.tensors:
-                if tensor.role == "train":
-                    values = step.parameters_by_site[site.path][tensor.name]
-                    values.add_(0.1 * torch.randn(values.shape, generator=generator).to(values))
+    off_start(step, 0.1, seed=9)
     for _ in range(steps):
         step({**inputs, "labels": architecture.labels()})
     return step, inputs

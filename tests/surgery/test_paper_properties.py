@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import surgery
+from tests.off_start import off_start
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -46,13 +47,7 @@ def adapted(call: str, *sizes: int, method: str = "", strategy: str = "") -> tup
         step {{ optimizer = sgd(lr = 0.01)  batch = 2  steps = 1  loss = cross_entropy  compile = off }}
     """)
     step = surgery.compile(program, model=model, example_inputs={"features": features(sizes[0])})
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for site in step.plan.sites:
-            for tensor in site.tensors:
-                if tensor.role == "train":
-                    value = step.parameters_by_site[site.path][tensor.name]
-                    value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    off_start(step, 1.0, seed=1)
     return model, step
 
 
