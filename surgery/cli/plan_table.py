@@ -14,6 +14,7 @@ from rich.text import Text
 
 from surgery.cli.data_table import print_sample
 from surgery.compiler.plan import EventPlan, Facts, Plan, Site, StepPlan, WholeParameter, way_text
+from surgery.optimizers import OPTIMIZERS
 
 NARROW = 140
 UNBOUNDED = 10_000
@@ -62,7 +63,7 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
     """How a plan's step runs: one line for each thing there is to say."""
     rounded = [_rounded(plan)] if plan.rounds else []
     recompute = [_recompute(plan)] if plan.recomputed else []
-    return [_step(plan.step), *rounded, *recompute, *_memory(plan, verbose)]
+    return [_step(plan.step), *_full_size(plan), *rounded, *recompute, *_memory(plan, verbose)]
 
 
 def _event(plan: Plan, event: EventPlan) -> str:
@@ -273,6 +274,61 @@ def _step(step: StepPlan) -> str:
     length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
     pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""
     return f"step: {length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
+
+
+def _full_size(plan: Plan) -> list[str]:
+    """What the optimizer keeps of the size of whole weights."""
+    optimizer = plan.step.optimizer
+    count = OPTIMIZERS[optimizer.name].moments.get(optimizer.base, 0)
+    if not count:
+        return []
+    sites = {site.path: site for site in plan.sites}
+    size = 0
+    for product in plan.factors:
+        site = sites[product.site]
+        width = 8 if any(tensor.dtype == "float64" for tensor in site.tensors) else 4
+        size += count * site.shape[0] * site.shape[1] * (site.experts or 1) * width
+    spelt = f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.3f} MiB"
+    return [f"{optimizer.name} keeps {count} moments of the full size of each of {len(plan.factors)} products: {spelt}"]
+
+
+def _recompute(plan: Plan) -> str:
+    setting, count = plan.step.recompute, len(plan.recomputed)
+    spelt = f"budget({setting.share:g})" if setting.name == "budget" else setting.name
+    return f"recompute: {spelt}, the backward runs {count} block{'s' * (count > 1)} again: {_blocks(plan.recomputed)}"
+
+
+def _blocks(paths: Sequence[str]) -> str:
+    """Paths of blocks, those of one list folded."""
+    lists: dict[str, list[str]] = {}
+    for path in paths:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    return ", ".join(map(folded_path, lists.values()))
+
+
+def _memory(plan: Plan, verbose: bool) -> list[str]:
+    """What a step takes, on one line, and with `verbose` what each block keeps."""
+    found = plan.memory
+    if found is None:
+        return []
+    unit, name = (2**30, "GiB") if found.peak >= 2**30 else (2**20, "MiB")
+
+    def said(size: int) -> str:
+        return f"{size / unit:,.2f}"
+
+    parts = (
+        f"weights {said(found.weights)}, trained {said(found.trained)} with gradients {said(found.gradients)} and "
+        f"optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, around them with logits and loss "
+        f"{said(found.outputs)}, backward {said(found.backward)}"
+    )
+    how = "compiled" if found.compiled else "not compiled"
+    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, {how}: {parts}"]
+    alike: dict[int, list[str]] = {}
+    for path, size in found.blocks.items() if verbose else ():
+        alike.setdefault(size, []).append(path)
+    return lines + [
+        f"  {_blocks(paths)}: {said(size)} {name}{' each' * (len(paths) > 1)}" for size, paths in alike.items()
+    ]
 
 
 def _recompute(plan: Plan) -> str:

@@ -44,6 +44,7 @@ class Kind:
     around: tuple[str, ...] = ()
     needs: Need | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, int] = field(default_factory=dict)  # those of the product's full size, by what it is around
 
 
 OPTIMIZERS: dict[str, Kind] = {}
@@ -52,7 +53,7 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 def optimizer(
     name: str, *, around: tuple[str, ...] = (), needs: Need | None = None,
-    defaults: Mapping[str, Any] | None = None, **arguments: Reader,
+    defaults: Mapping[str, Any] | None = None, moments: Mapping[str, int] | None = None, **arguments: Reader,
 ) -> Callable[[Made], Made]:  # fmt: skip
     """Register an optimizer under its name; `arguments` are read in the language, by these kinds.
 
@@ -64,7 +65,7 @@ def optimizer(
             raise ValueError(f"two optimizers are called {name}")
         signature = inspect.signature(made).parameters
         own = {key: signature[key].default for key in arguments if needs and key in signature}
-        OPTIMIZERS[name] = Kind(name, made, arguments, around, needs, own | dict(defaults or {}))
+        OPTIMIZERS[name] = Kind(name, made, arguments, around, needs, own | dict(defaults or {}), moments or {})
         return made
 
     return register

@@ -70,6 +70,15 @@ class Batch:
         """What is computed in."""
         return torch.promote_types(self.factors[0].tensors[0].dtype, torch.float32)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.factors[0].tensors[0].device
+
+    def shape(self, place: int) -> torch.Size:
+        """Of a factor at a place, as it stands in the product."""
+        return self.factors[0].shapes[place]
+
     def values(self, place: int) -> Tensor:
         """The factors at a place, `[sites, rows, columns]`."""
         return self._stacked([one.tensors[place] for one in self.factors], place)

@@ -5,7 +5,7 @@ B too little. The rate of B is `ratio` times that of A, and everything else is l
 
     lr(B) = ratio * lr(A),    ratio near 16
 
-A tensor with a rate of its own keeps it. Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4.
+A tensor with a rate of its own keeps it. Hayou, Ghosh and Yu 2024, arXiv:2402.12354.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ With A and B as they are before the step (the order of Jacobi: neither sees the 
 
 go to the optimizer around in place of the gradients gA and gB. Around SGD with no damping, what the product does is
 the same for all factors of the same product. Both inverses are pseudo-inverses, so that B = 0 gives hA = 0; `relative`
-damping counts in means of the eigenvalues. Zhang and Pilanci 2024, arXiv:2402.02347, equation 3.
+damping counts in means of the eigenvalues. Zhang and Pilanci 2024, arXiv:2402.02347.
 """
 
 from __future__ import annotations

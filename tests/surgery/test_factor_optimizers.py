@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import surgery
+from surgery.cli.plan_table import print_plan
 from surgery.compiler.memory import predicted
 from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.run_folder import load_state
@@ -20,6 +23,8 @@ RUNS = {
     "lora_plus": "lora_plus(adamw(lr = 1e-2), ratio = 4)",
     "riemannian": "riemannian(adamw(lr = 1e-2), damping = 1e-3, relative = true)",
     "lora_fa": "lora_fa(adamw(lr = 1e-2))",
+    "lora_pro": "lora_pro(adamw(lr = 1e-2, weight_decay = 0.01))",
+    "lora_rite": "lora_rite(lr = 1e-2, weight_decay = 0.01, escape = true)",
 }
 
 
@@ -165,7 +170,15 @@ def drift(optimizer: str, steps: int = 30) -> float:
     return distance(one, other)
 
 
-@pytest.mark.parametrize(("optimizer", "bound"), [("riemannian(sgd(lr = 0.03), damping = 0)", 1e-11)])
+@pytest.mark.parametrize(
+    ("optimizer", "bound"),
+    [
+        ("riemannian(sgd(lr = 0.03), damping = 0)", 1e-11),
+        ("lora_rite(lr = 1e-2)", 1e-10),
+        ("lora_rite(lr = 1e-2, weight_decay = 0.1, clip = 0.01, escape = true)", 1e-10),
+        ("lora_rite(lr = 1e-2, clip = 0, skip = 0)", 1e-10),
+    ],
+)
 def test_the_weights_do_not_depend_on_how_the_product_is_factored(optimizer: str, bound: float) -> None:
     assert drift(optimizer) < bound
 
@@ -214,6 +227,113 @@ def test_a_frozen_left_factor_is_as_well_corrected() -> None:
         torch.testing.assert_close(2 * left @ (right - new_right) / 0.1, projection @ g, rtol=1e-10, atol=1e-12)
 
 
+def projected(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """What of g is tangent to the matrices of the rank of `left @ right`."""
+    on_left = left @ torch.linalg.inv(left.T @ left) @ left.T
+    on_right = right.T @ torch.linalg.inv(right @ right.T) @ right
+    found: Tensor = on_left @ g + g @ on_right - on_left @ g @ on_right
+    return found
+
+
+def closest_moves(g: Tensor, left: Tensor, right: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+    """LoRA-Pro's moves as one least-squares problem over all entries of both, the shortest of the best ones in X."""
+    p, q = torch.linalg.inv(left.T @ left), torch.linalg.inv(right @ right.T)
+    of_left, of_right = SCALE * g @ right.T, SCALE * left.T @ g
+    outside = torch.eye(len(left), dtype=g.dtype) - left @ p @ left.T
+    plain = outside @ of_left @ q / SCALE**2, p @ of_right / SCALE**2
+    # (left.T left) X + X (right right.T) = c, row by row: the Kronecker product is the matrix of that map
+    c = -p @ of_right @ right.T / SCALE**2
+    eye = torch.eye(3, dtype=g.dtype)
+    map_of_x = torch.kron(left.T @ left, eye) + torch.kron(eye, right @ right.T)
+    x = torch.linalg.solve(map_of_x, c.reshape(-1)).reshape(3, 3)
+    return lr * (plain[0] - left @ x), lr * (plain[1] + x @ right)
+
+
+def test_what_lora_pro_does_to_the_product_is_the_projected_gradient() -> None:
+    step = step_of("lora_pro(sgd(lr = 1e-3), damping = 0)")
+    put(step)
+    known = gradients_of(step)
+    step(batch())
+    for (g, left, right), (new_left, new_right) in zip(known, factors_of(step), strict=True):
+        moved_left, moved_right = (left - new_left) / 1e-3, (right - new_right) / 1e-3
+        effect = SCALE * (left @ moved_right + moved_left @ right)
+        torch.testing.assert_close(effect, projected(g, left, right), rtol=1e-9, atol=1e-11)
+        of_left, of_right = SCALE * g @ right.T, SCALE * left.T @ g
+        change = (moved_left - of_left).square().sum() + (moved_right - of_right).square().sum()
+        for seed in range(200):  # any other X has the same effect and changes the gradients more
+            x = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
+            other = moved_left - left @ x - of_left, moved_right + x @ right - of_right
+            assert other[0].square().sum() + other[1].square().sum() > change
+        assert (moved_left * of_left).sum() + (moved_right * of_right).sum() > 0  # downhill
+
+
+def test_lora_pro_around_adamw_is_adamw_of_the_projected_gradient() -> None:
+    step = step_of("lora_pro(adamw(lr = 1e-2, betas = [0.8, 0.9], weight_decay = 0.1), damping = 0)")
+    put(step)
+    means, squares = ([torch.zeros(*shape).double() for shape in ((8, 8), (8, 8), (6, 8))] for _ in range(2))
+    for number in range(1, 6):
+        known = gradients_of(step)
+        step(batch())
+        for index, ((g, left, right), (new_left, new_right)) in enumerate(zip(known, factors_of(step), strict=True)):
+            equivalent = projected(g, left, right)
+            means[index] = 0.8 * means[index] + 0.2 * equivalent
+            squares[index] = 0.9 * squares[index] + 0.1 * equivalent**2
+            adapted = means[index] / (1 - 0.8**number) / ((squares[index] / (1 - 0.9**number)).sqrt() + 1e-8)
+            moved_left, moved_right = closest_moves(adapted, left, right, 1e-2)
+            torch.testing.assert_close(new_left, left * (1 - 1e-3) - moved_left, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(new_right, right * (1 - 1e-3) - moved_right, rtol=1e-8, atol=1e-10)
+
+
+def rite_in_plain(step: Any, lr: float, steps: int, clip: float, skip: float) -> list[Tensor]:
+    """LoRA-RITE with QR factors, a site and a factor at a time; gives the products after the steps."""
+    pairs = [[left, right.T] for left, right in factors_of(step)]
+    states = [[{"m": 0 * one, "v": torch.zeros(3, 3).double(), "u": 0 * other, "e": torch.zeros(()).double()}
+               for one, other in (pair, pair[::-1])] for pair in pairs]  # fmt: skip
+    for number in range(steps):
+        with torch.no_grad():
+            for site, (left, columns) in zip(step.parameters_by_site.values(), pairs, strict=True):
+                site["B"].copy_(left)
+                site["A"].copy_(columns.T)
+        known = gradients_of(step)
+        unmagnified, bases, inverses = [], [], []
+        for g, left, right in known:
+            (u_left, r_left), (u_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+            found = [SCALE * g @ u_right, SCALE * g.T @ u_left]
+            unmagnified += [0 * one if one.square().mean().sqrt() > skip else one for one in found]
+            bases += [u_right, u_left]
+            inverses += [torch.linalg.inv(r_right), torch.linalg.inv(r_left)]
+        norm = torch.cat([one.reshape(-1) for one in unmagnified]).norm()
+        for index, gradient in enumerate(unmagnified):
+            gradient = gradient * min(1.0, clip / float(norm))
+            pair, state = pairs[index // 2], states[index // 2][index % 2]
+            p = bases[index].T @ state["u"]
+            b1, b2 = (b * (1 - b**number) / (1 - b ** (number + 1)) for b in (0.9, 0.999))
+            turned = p @ state["v"] @ p.T
+            lost = (torch.linalg.eigvalsh(state["v"]) - torch.linalg.eigvalsh(turned)).max()
+            lost = torch.minimum(lost.clamp(min=0), (state["v"].trace() - turned.trace()).clamp(min=0))
+            state["e"] = b2 * (state["e"] + lost)
+            state["v"] = (1 - b2) * gradient.T @ gradient / len(gradient) + b2 * turned
+            w, q = torch.linalg.eigh(state["v"])
+            scaled = gradient @ q @ torch.diag(1 / ((w.clamp(min=0) + state["e"]).sqrt() + 1e-6)) @ q.T
+            state["m"] = (1 - b1) * scaled + b1 * state["m"] @ p.T
+            state["u"] = bases[index]
+            pair[index % 2] = pair[index % 2] - lr * state["m"] @ inverses[index].T
+    return [SCALE * left @ columns.T for left, columns in pairs]
+
+
+@pytest.mark.parametrize(("clip", "skip"), [(0.05, 10.0), (1.0, 1.0)])
+def test_lora_rite_is_the_algorithm_with_other_bases(clip: float, skip: float) -> None:
+    optimizer = f"lora_rite(lr = 1e-2, escape = true, clip = {clip}, skip = {skip})"
+    step, plain = step_of(optimizer), step_of(optimizer)
+    put(step)
+    put(plain)
+    products = rite_in_plain(plain, 1e-2, 8, clip, skip)
+    for _ in range(8):
+        step(batch())
+    for (left, right), expected in zip(factors_of(step), products, strict=True):
+        torch.testing.assert_close(SCALE * left @ right, expected, rtol=1e-8, atol=1e-9)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +380,14 @@ def test_its_state_is_float32_under_the_names_of_tensors(name: str) -> None:
     for found, values in state.get("factors", {}).items():
         assert set(found.split(" @ ")) <= keys
         assert all(value.dtype == torch.float32 for value in values.values())
+
+
+@pytest.mark.parametrize(("base", "said"), [("adamw", True), ("sgd", False)])
+def test_the_plan_says_what_is_kept_of_full_size(base: str, said: bool) -> None:
+    output = StringIO()
+    print_plan(Console(file=output, width=200), step_of(f"lora_pro({base}(lr = 1e-3))").plan)
+    line = "lora_pro keeps 2 moments of the full size of each of 3 products: 0.003 MiB"
+    assert (line in output.getvalue()) == said
 
 
 @pytest.mark.parametrize("name", RUNS)
