@@ -58,8 +58,11 @@ def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None 
     from surgery.compiler import p5_capture, pipeline
     from surgery.compiler.examples import example_inputs
     from surgery.runtime.initialise import Sources, initialise
+    from surgery.runtime.quantize import quantized_copy
     from surgery.runtime.step import TrainingStep
 
+    if plan.quantized is not None:
+        model = quantized_copy(model, plan, contents=False)
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     packed = plan.data is not None and plan.data.pack
     given = example_inputs(model, plan.model.task, packed) if examples is None else examples

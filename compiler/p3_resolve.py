@@ -26,6 +26,7 @@ from surgery.compiler.plan import (
     Formula,
     ModelPlan,
     Plan,
+    QuantizedPlan,
     Site,
     TensorPlan,
     Totals,
@@ -33,9 +34,11 @@ from surgery.compiler.plan import (
 )  # fmt: skip
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
+from surgery.compiler.quantize import candidates, quantized_plan, why_refused
 from surgery.compiler.select import Selection, listed, select_parameters, select_sites
 from surgery.compiler.settings import place
 from surgery.compiler.skeleton import Skeleton
+from surgery.compiler.span import Span
 from surgery.compiler.weights import Weight
 
 Update = Literal["none", "literal", "telescope"]
@@ -55,7 +58,7 @@ def run(
     skeleton = Skeleton(model, examples, program.model.task if program.model else None, known)
     diagnostics = Diagnostics()
     claimed: dict[int, Selection] = {}
-    resolver = _Resolver(program, skeleton, diagnostics)
+    resolver = _Resolver(program, skeleton, diagnostics, frozenset(candidates(program, skeleton)))
     selections = [select_sites(rule, skeleton, diagnostics) for rule in program.rules]
     for selection in selections:
         _reject_overlap(selection, claimed, diagnostics)
@@ -70,7 +73,9 @@ def run(
     _check_packed(program, skeleton, diagnostics)
     _check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
-    plan = resolver.plan(trained)
+    quantized = quantized_plan(program, skeleton, trained, diagnostics)
+    diagnostics.raise_errors()
+    plan = resolver.plan(trained, quantized)
     found = factors.factors(program, plan, diagnostics)
     diagnostics.raise_errors()
     return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton), "factors": found})
@@ -157,6 +162,15 @@ def _trained(
     return tuple(found.values())
 
 
+@dataclass(frozen=True)
+class _Unfit:
+    """Why a method cannot adapt some weights, what of it does not fit them, and what to do."""
+
+    reason: str
+    help: str
+    cause: Span | None = None
+
+
 @dataclass
 class _Resolver:
     """Collects the sites of all rules; formulas are elaborated once per method, size and coordinates."""
@@ -164,14 +178,15 @@ class _Resolver:
     program: Program
     skeleton: Skeleton
     diagnostics: Diagnostics
+    quantized: frozenset[int]  # identities of the weights that are kept in few bits
     sites: list[Site] = field(default_factory=list)
     formulas: dict[str, Formula] = field(default_factory=dict)
     events: list[EventPlan] = field(default_factory=list)
     shared: dict[str, tuple[TensorFormula, str]] = field(default_factory=dict)  # key: the tensor at its first site
     _differing: set[tuple[str, str]] = field(default_factory=set)  # shared tensors that differ, said once
     _built: dict[str, Built | None] = field(default_factory=dict)
-    _unfit: dict[str, str] = field(default_factory=dict)  # why a formula does not fit its kind of weight
-    _refused: dict[tuple[int, str], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
+    _unfit: dict[str, _Unfit] = field(default_factory=dict)  # why a formula does not fit its kind of weight
+    _refused: dict[tuple[int, _Unfit], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
 
     def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
         """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
@@ -179,12 +194,12 @@ class _Resolver:
         before = earlier.earlier_paths(rule, weights, self.skeleton)
         for weight in weights:
             self.site(index, rule, weight, positions[weight.identity], before.get(weight.path, {}))
-        for (number, reason), paths in self._refused.items():
+        for (number, unfit), paths in self._refused.items():
             if number == index:
-                message = f"`{rule.method.name}` cannot adapt {listed(paths)}: {reason}"
-                where = Note("the weights", rule.node.pattern.span)
-                help_text = "adapt them with another method, or subtract them with `except`"
-                self.diagnostics.error("SURG025", message, rule.method_span, notes=[where], help=help_text)
+                message = f"`{rule.method.name}` cannot adapt {listed(paths)}: {unfit.reason}"
+                notes = [Note("the weights", rule.node.pattern.span)]
+                notes += [] if unfit.cause is None else [Note("what does not fit", unfit.cause)]
+                self.diagnostics.error("SURG025", message, rule.method_span, notes=notes, help=unfit.help)
 
     def site(self, index: int, rule: Rule, weight: Weight, where: position.Position, before: earlier.Paths) -> None:
         """Add one site, unless something about it is wrong."""
@@ -210,7 +225,7 @@ class _Resolver:
                 earlier=far[0], earlier_inputs=far[1],
                 trainable=sum(tensor.numbers for tensor in first if tensor.role == "train"),
                 frozen=sum(tensor.numbers for tensor in first if tensor.role != "train"),
-                update=update, facts=proved, place=place(rule.node.span),
+                update=update, quantized=weight.identity in self.quantized, facts=proved, place=place(rule.node.span),
                 strategy="" if rule.strategy == "auto" else rule.strategy,
             )
         )  # fmt: skip
@@ -223,22 +238,36 @@ class _Resolver:
             coordinates={name: size for name, size in coordinates.items() if name in reads or "earlier" in name},
             equation="",
         )  # fmt: skip
-        known = f"{index} {weight.layout.module_class} {weight.bias} {weight.dtype} {record.model_dump_json()}"
+        few_bits = weight.identity in self.quantized
+        stored = f"{weight.layout.module_class} {weight.bias} {weight.dtype} {few_bits}"
+        known = f"{index} {stored} {record.model_dump_json()}"
         if known not in self._built:
             found = self._build(rule, weight, record)
-            if found is not None and (reason := why_unfit(found[0], weight, tied=rule.alias == "tie")):
-                self._unfit[known] = reason
+            if found is not None and (unfit := self._why_unfit(found[0], rule, weight)):
+                self._unfit[known] = unfit
                 found = None
             self._built[known] = None if found is None else self._register(rule, weight, record, *found)
         if known in self._unfit:
             self._refused.setdefault((index, self._unfit[known]), []).append(weight.path)
         return self._built[known]
 
+    def _why_unfit(self, formula: MethodFormula, rule: Rule, weight: Weight) -> _Unfit | None:
+        """Why a formula cannot adapt a weight as the model holds it."""
+        advice = "adapt them with another method, or subtract them with `except`"
+        if reason := why_unfit(formula, weight, tied=rule.alias == "tie"):
+            return _Unfit(reason, advice)
+        refused = why_refused(formula, rule.update) if weight.identity in self.quantized else None
+        if refused is None:
+            return None
+        reason, part = refused
+        return _Unfit(reason, f"leave `quantize` out, or {advice}", None if part is None else part.span)
+
     def _register(self, rule: Rule, weight: Weight, record: Formula, formula: MethodFormula, proved: Facts) -> Built:
         """Choose the reading of a formula, and enter it and its events into the plan unless it is there."""
         update: Update = "none"
         if formula.moves_base:
-            wanted = rule.update == "telescope" or (rule.update == "auto" and weight.dtype in HALF)
+            lossy = weight.dtype in HALF or weight.identity in self.quantized
+            wanted = rule.update == "telescope" or (rule.update == "auto" and lossy)
             closed = telescope.why_not(formula) is None
             update = "telescope" if wanted and closed else "literal"
         if update == "telescope":
@@ -375,7 +404,7 @@ class _Resolver:
         wider = torch.promote_types(torch.float32, getattr(torch, weight.dtype))
         return asked or str(wider).removeprefix("torch.")
 
-    def plan(self, trained: tuple[WholeParameter, ...]) -> Plan:
+    def plan(self, trained: tuple[WholeParameter, ...], quantized: QuantizedPlan | None) -> Plan:
         """Everything that was found, with its totals."""
         program, skeleton = self.program, self.skeleton
         trainable = sum(site.trainable for site in self.sites) + sum(entry.numbers for entry in trained)
@@ -400,6 +429,7 @@ class _Resolver:
             ),
             sites=tuple(self.sites), formulas=self.formulas, trained=trained, step=step, data=data,
             events=tuple(self.events), tokens=rows * data.max_length if data else UNKNOWN_TOKENS,
+            quantized=quantized,
             totals=Totals(
                 sites=len(self.sites), trainable=trainable, frozen=sum(site.frozen for site in self.sites),
                 model=skeleton.numbers, share=trainable / max(1, skeleton.numbers),

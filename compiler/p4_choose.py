@@ -17,6 +17,7 @@ from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.narrow import has_narrow_part
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.plan import HALF, Candidate, Plan, Site
+from surgery.compiler.quantize import STAYS
 from surgery.compiler.span import Span
 
 STRATEGIES = ("branch", "fold", "recompute")
@@ -36,7 +37,8 @@ def run(plan: Plan) -> Plan:
     known: dict[tuple[str, ...], tuple[Candidate, str, tuple[Candidate, ...]]] = {}
     sites = []
     for site in plan.sites:
-        key = (site.formula, site.dtype, site.strategy, site.module_class, str(site.experts))
+        stored = (site.dtype, site.module_class, str(site.experts), str(site.quantized))
+        key = (site.formula, site.strategy, *stored)
         if key not in known:
             known[key] = chooser.choose(site)
         chosen, reason, candidates = known[key]
@@ -70,7 +72,7 @@ class _Chooser:
     def choose(self, site: Site) -> tuple[Candidate, str, tuple[Candidate, ...]]:
         """How a site is run, why, and all candidates."""
         formula = instance(self.plan, site.formula)
-        illegal = why_not_folded(formula)
+        illegal = why_not_folded(formula) or (STAYS if site.quantized else "")
         precision = self.plan.step.precision
         dtype = site.dtype if precision == "model" else precision  # what products run in: autocast rounds W to it
         ways, dense = self._measured(formula, site, dtype, not illegal)
@@ -105,7 +107,8 @@ class _Chooser:
         adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.dtype != "int64"), site.dtype)
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
-        kind, stored = site.module_class, (site.dtype, adapter_dtype, site.module_class, site.experts)
+        kind = site.module_class
+        stored = (site.dtype, adapter_dtype, site.module_class, site.experts, site.quantized)
         key = (formula.form, self._number(formula.expression), terms, tensors, stored, dtype)
         if key not in self._costs:
             experts = site.experts or 1  # each has its share of the tokens
@@ -114,7 +117,7 @@ class _Chooser:
             legal = STRATEGIES if folds else ("branch",)
             ways = {}
             is_matrix = KINDS.get(kind, Base).is_matrix and site.experts is None
-            narrow = is_matrix and has_narrow_part(formula)
+            narrow = is_matrix and not site.quantized and has_narrow_part(formula)
             for strategy in legal:
                 operations = (FUSED, "") if strategy == "branch" and narrow else ("",)
                 found = [

@@ -19,6 +19,7 @@ from surgery.compiler.capture.repeated import NotAlike, Repeated
 from surgery.compiler.diagnostics import Diagnostic, SurgError, did_you_mean, fail
 from surgery.compiler.graph import TRAINING, Graph, tensors
 from surgery.compiler.kernels.forms import HALF
+from surgery.compiler.kernels.quantized_linear import quantized_linear
 
 Inputs = dict[str, Tensor]
 
@@ -38,6 +39,7 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
         wrapper = _Wrapper(model, tuple(inputs), task)
         exported, module = _once_per_kind(wrapper, inputs) or _whole(wrapper, inputs)
         restore_causal(module)
+        _name_kernels(module)
     return Graph(
         module=module,
         inputs=tuple(inputs),
@@ -45,6 +47,19 @@ def run(model: nn.Module, example_inputs: Inputs, task: str | None) -> Graph:
         output_spec=exported.call_spec.out_spec if task is None else None,
         warnings=_warnings(model, module),
     )
+
+
+# Operations of surgery's own that a model's modules call, by the functions that passes and step.py know.
+KERNELS: dict[Any, Any] = {torch.ops.surgery.quantized_linear.default: quantized_linear}
+
+
+def _name_kernels(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.target in KERNELS:
+            node.target = KERNELS[node.target]
+            while node.args[-1] in (None, False):  # export writes what is left out
+                node.args = node.args[:-1]
+    module.recompile()
 
 
 Captured = tuple[ExportedProgram, fx.GraphModule]

@@ -61,7 +61,7 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
         dtypes = {tensor.name: tensors[tensor.key].dtype for tensor in site.tensors}
         dtypes |= {name: (tensors if key in tensors else named)[key].dtype for name, key in site.earlier.items()}
         strategy = site.strategy or "branch"
-        dtype = getattr(torch, site.dtype) if weight is None else weight.dtype
+        dtype = _dtype(site, weight)
         adaptation = Adaptation(formula, strategy, plan.tokens, dtype, dtypes, stacked(site), site.operation)
         for reason in dict.fromkeys(use.reason for use in uses[site.path] if isinstance(use, Misuse)):
             diagnostics.error("SURG041", f"`{site.parameter}` cannot be adapted: {reason}", span)
@@ -83,6 +83,12 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
     twin.graph.lint()
     twin.recompile()
     return twin
+
+
+def _dtype(site: Site, weight: Tensor | None) -> torch.dtype:
+    """Of W and of the activations; codes in few bits do not tell it."""
+    told: torch.dtype = getattr(torch, site.dtype)
+    return told if weight is None or site.quantized else weight.dtype
 
 
 def _stored(tensor: Tensor, role: str) -> Tensor:
@@ -108,7 +114,7 @@ def _uses(module: fx.GraphModule, plan: Plan) -> dict[str, list[Use | Misuse]]:
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and str(node.target) in by_name:
             site = by_name[str(node.target)]
-            uses[site.path] += uses_of(node, site, named[site.parameter].dtype)
+            uses[site.path] += uses_of(node, site, _dtype(site, named[site.parameter]))
     return uses
 
 

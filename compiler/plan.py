@@ -105,6 +105,7 @@ class Site(Record):
     operation: str = ""  # as of the candidate
     reason: str = ""
     update: Literal["none", "literal", "telescope"] = "none"
+    quantized: bool = False  # W is kept in few bits: it is what these stand for
     facts: Facts
     candidates: tuple[Candidate, ...] = ()
     place: Place
@@ -210,6 +211,9 @@ class StepPlan(Record):
     report: ReportPlan | None = None
 
 
+Quantized = Literal["nf4", "int8"]  # how a weight is kept in few bits
+
+
 class ModelPlan(Record):
     """The `model` line resolved; `task` decides the loss and the example inputs."""
 
@@ -221,6 +225,7 @@ class ModelPlan(Record):
     revision: str | None = None
     tokenizer: str | None = None  # a folder or a hub id, where it is not the model's own
     attention: str | None = None
+    quantize: Quantized | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     architecture: str = ""  # class name of the model
     parameters: int = 0  # numbers in the model
@@ -316,6 +321,17 @@ class MemoryPlan(Record):
     blocks: dict[str, int]  # `kept` by the block's path
 
 
+class QuantizedPlan(Record):
+    """The frozen weights that are kept in few bits, and what they take: codes with their scales."""
+
+    kind: Quantized
+    weights: tuple[str, ...]  # names of the parameters, tied ones under each of them
+    numbers: int
+    bytes: int
+    dense_bytes: int  # as the model has them
+    place: Place  # of the setting in the spec
+
+
 class Totals(Record):
     """Sums over the plan."""
 
@@ -343,6 +359,7 @@ class Plan(Record):
     factors: tuple[FactorsPlan, ...] = ()  # what the optimizer needs to know of them
     recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch
+    quantized: QuantizedPlan | None = None
     totals: Totals
     memory: MemoryPlan | None = None  # where it was asked for
     sample: SamplePlan | None = None  # where `surgery plan` could read the data

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
-from surgery.compiler.plan import ModelPlan, Place
+from surgery.compiler.plan import ModelPlan, Place, Quantized
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
@@ -162,7 +162,7 @@ MODEL: dict[str, Reader] = {
     "revision": word(),
     "tokenizer": text,
     "attention": word("sdpa", "eager", "flash_attention_2"),
-    "quantize": later,
+    "quantize": word(*get_args(Quantized)),
 }
 TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_least(0)}
 
@@ -193,5 +193,4 @@ def read_model(item: nodes.Model, diagnostics: Diagnostics) -> ModelPlan:
     """The `model` line."""
     values = read_settings(item.settings, MODEL, "model", diagnostics)
     task, labels = values.pop("task", None) or (None, None)
-    values.pop("quantize", None)
     return ModelPlan(source=item.source, name=item.name, task=task, labels=labels, **values)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from surgery.compiler.kernels.quantized_linear import workspace
+
 WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD = (
     "weights", "trained", "gradients", "optimizer", "outputs", "backward",
 )  # fmt: skip
+
+
+# What an operation takes while it runs, from its arguments; of torch's own nothing is seen.
+WORKSPACES: dict[Any, Callable[..., int]] = {torch.ops.surgery.quantized_linear.default: workspace}
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -52,6 +58,12 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _end(self, key: int, size: int) -> None:
         self.now[self._labels.pop(key)] -= size
 
+    def _reach(self, beside: int, label: str) -> None:
+        """Count bytes that are alive for this moment alone."""
+        if self.now.total() + beside > self.most:
+            self.peak = +self.now
+            self.peak[label] += beside
+
     def relabel(self, tensor: Tensor, label: str) -> None:
         """From now on the storage is for something else."""
         key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
@@ -78,6 +90,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf, label)
+        if operation in WORKSPACES:
+            self._reach(WORKSPACES[operation](*args), label)
         return result
 
 

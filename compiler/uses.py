@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from surgery.compiler.algebra.base import Base, Convolution, Diagonal, Lookup, Output
+from surgery.compiler.algebra.base import Base, Convolution, Diagonal, Lookup, Output, Quantized
 from surgery.compiler.algebra.experts import Experts
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import MethodFormula, Term
+from surgery.compiler.kernels.quantized_linear import quantized_linear
 from surgery.compiler.plan import Site
 
 aten = torch.ops.aten
@@ -43,6 +44,7 @@ LAYER_NORM: dict[Any, tuple[str, ...]] = dict.fromkeys(
 RMS_NORM: dict[Any, tuple[str, ...]] = dict.fromkeys(
     (aten.rms_norm.default, functional.rms_norm), ("input", "normalized_shape", "weight", "eps")
 )
+QUANTIZED: dict[Any, tuple[str, ...]] = {quantized_linear: ("input", "weight", "scale", "bias", "transposed")}
 GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 TRANSPOSE = (aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t)
 TRANSPOSE_OF_AXES = (aten.transpose.int, torch.transpose)
@@ -134,6 +136,19 @@ def _matrix(
     return Use(node, x, weight, own_bias, base, flipped=transposed != site.transposed)
 
 
+def _quantized(
+    given: dict[str, Any], weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype, node: fx.Node
+) -> Use | str | None:
+    x, bias = given["input"], given.get("bias")
+    if given["weight"] is not view or swapped or not isinstance(x, fx.Node) or given.get("transposed"):
+        return None
+
+    def base(codes: Tensor, scale: Tensor) -> Base:
+        return Quantized(codes, False, dtype, scale)
+
+    return Use(node, x, weight, bias if isinstance(bias, fx.Node) else None, base, extra=(given["scale"],))
+
+
 def _lookup(
     given: dict[str, Any], weight: fx.Node, view: fx.Node, swapped: bool, site: Site, dtype: torch.dtype, node: fx.Node
 ) -> Use | str | None:
@@ -209,7 +224,7 @@ def _norm(
     )
 
 
-MATRIX = ((LINEAR, _matrix), (PRODUCT, _matrix), (ADDMM, _matrix), (EMBEDDING, _lookup))
+MATRIX = ((QUANTIZED, _quantized), (LINEAR, _matrix), (PRODUCT, _matrix), (ADDMM, _matrix), (EMBEDDING, _lookup))
 READERS: dict[str, Any] = {
     "Experts": (),
     "Conv2d": ((CONVOLUTION, _convolution),),

@@ -118,13 +118,16 @@ def _compile(
     from surgery.runtime.calibrate import calibrate, missing
     from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.models import load_model
+    from surgery.runtime.quantize import quantize_model, quantized_copy
     from surgery.runtime.step import TrainingStep
 
     _check_given(program, model)
+    loaded, place = model is None, None if device is None else torch.device(device)
     if model is None:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        line, place = _model_of(program), place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        first = "cpu" if line.quantize else place  # dense weights go there one by one, to be quantized
         with at_model_line(program):
-            model = load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
+            model = load_model(line, program.folder, first, allow_code=allow_code, seed=program.step.seed)
     made = pipeline.resolve(program, model, example_inputs)
     if not made.totals.trainable:
         advice = "give a tensor of the method the role `train`, or add a rule such as `train classifier`"
@@ -132,6 +135,8 @@ def _compile(
     reads_data = saved is None and any(site.facts.needs_calibration for site in made.sites)
     if reads_data and not calibration:
         raise missing(made)
+    if made.quantized is not None:
+        model = quantize_model(model, made, place) if loaded else quantized_copy(model, made)
     task = made.model.task
     where = next((tensor.device for tensor in tensors(model).values()), torch.device("cpu"))
     packed = made.data is not None and made.data.pack

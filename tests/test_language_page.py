@@ -95,7 +95,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
     "several `step` blocks": ("step { steps = 1 } step { steps = 2 }",),
     "`train` and `freeze` in a step": ("step { train lm_head }", "step { freeze lm_head }"),
     "`active`": ("adapt lm_head { with lora()  active = 5 }",),
-    "`quantize`": ('model "a/b" { quantize = nf4 }',),
 }
 
 

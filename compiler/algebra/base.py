@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,9 @@ from torch.nn import functional
 
 from surgery.compiler.algebra.expression import Shape
 from surgery.compiler.algebra.inputs import Image, Input, Tokens
+from surgery.compiler.algebra.recorder import called
 from surgery.compiler.algebra.structures import Tensor
+from surgery.compiler.kernels.quantized_linear import dequantized, quantized_linear
 from surgery.compiler.plan import Site
 
 
@@ -22,6 +25,20 @@ def logical(stored: Tensor, site: Site) -> Tensor:
         case "Norm":
             return torch.diag_embed(stored)
     return stored.transpose(-1, -2) if site.transposed else stored
+
+
+def scale_of(parameter: str) -> str:
+    """The name of the scales of a parameter that is kept in few bits."""
+    return f"{parameter}_scale"
+
+
+def dense(site: Site, weights: Mapping[str, Tensor]) -> Tensor:
+    """A site's weight as it is stored; what its codes stand for, in the site's dtype, where it is kept in few bits."""
+    held = weights[site.parameter].detach()
+    if not site.quantized:
+        return held
+    matrix = dequantized(held, weights[scale_of(site.parameter)].detach(), getattr(torch, site.dtype))
+    return stored_like(matrix, site)
 
 
 def stored_like(weight: Tensor, site: Site) -> Tensor:
@@ -102,6 +119,23 @@ class Base:
     def per_row(self, x: Tensor, value: Tensor, shape: Shape) -> Tensor:
         """A number or vector of every expert, of `shape` without their axis, as entries for the rows of x."""
         return value
+
+
+@dataclass(frozen=True)
+class Quantized(Base):
+    """A matrix `[out, in]` in few bits, `stored` in codes, which is dequantized for a product and never kept."""
+
+    scale: Tensor
+    is_matrix: ClassVar[bool] = False
+
+    def base_weight(self) -> Tensor:
+        return dequantized(self.stored, self.scale, self.dtype)
+
+    def base_linear(self, x: Tensor | Input, bias: Tensor | None = None) -> Tensor:
+        return called(quantized_linear, x, self.stored, self.scale, *([] if bias is None else [bias]))
+
+    def base_linear_transposed(self, x: Tensor | Input) -> Tensor:
+        return called(quantized_linear, x, self.stored, self.scale, transposed=True)
 
 
 @dataclass(frozen=True)

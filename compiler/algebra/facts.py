@@ -180,29 +180,26 @@ def keeps_zeros(node: Expression) -> bool:
 
 def needs_dense_weight(node: Expression) -> bool:
     """Whether some part reads W other than through `x @ W.T`, so that a quantized base would not do."""
+    return dense_reading(node) is not None
 
-    def linear(node: Expression) -> bool:
-        if not reads_weight(node):
-            return True
-        match node.operation:
-            case "weight":
-                return True
-            case "add" | "subtract":
-                return all(linear(part) for part in node.arguments)
-            case "negate" | "sum_for":
-                return linear(node.arguments[0])
-            case "multiply" | "divide":
-                scaled, by = node.arguments
-                return (linear(scaled) and is_scalar(by) and not reads_weight(by)) or (
-                    node.operation == "multiply" and linear(by) and is_scalar(scaled) and not reads_weight(scaled)
-                )
-            case "matmul":
-                return any(
-                    linear(part) and not reads_weight(other) for part, other in (node.arguments, node.arguments[::-1])
-                )
-        return False
 
-    return not linear(node)
+def dense_reading(node: Expression) -> Expression | None:
+    """The innermost part that reads W other than through `x @ W.T`; None where there is none."""
+    if node.operation == "weight" or not reads_weight(node):
+        return None
+    parts = node.arguments
+    inner = next(filter(None, map(dense_reading, parts)), None)
+    reading = [part for part in parts if reads_weight(part)]
+    match node.operation:
+        case "add" | "subtract" | "negate" | "sum_for":
+            return inner
+        case "matmul" if len(reading) == 1:
+            return inner
+        case "multiply" | "divide" if reading in ([parts[0]], [parts[1]]):
+            scaled, by = parts if reading == [parts[0]] else parts[::-1]
+            if is_scalar(by) and (node.operation == "multiply" or scaled is parts[0]):
+                return inner
+    return inner or node
 
 
 def reads_weight(node: Expression) -> bool:

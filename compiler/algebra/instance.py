@@ -9,7 +9,7 @@ import torch
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, Affine, NotAffine, effective
-from surgery.compiler.algebra.base import logical, stacked
+from surgery.compiler.algebra.base import dense, logical, stacked
 from surgery.compiler.algebra.build import Value, number
 from surgery.compiler.algebra.compose import compose, formula_of
 from surgery.compiler.algebra.evaluate import Evaluator, wider
@@ -103,7 +103,7 @@ def evaluator_of(
 
     `dtype` is float32, or W's if that is wider, where it is left out; `base` is W `[..., out, in]` in place of its own.
     """
-    weight = logical(weights[site.parameter].detach(), site) if base is None else base
+    weight = logical(dense(site, weights), site) if base is None else base
     tensors = {tensor.name: weights[tensor.key].detach() for tensor in site.tensors}
     for name, key in site.earlier.items():
         stored = weights[key].detach()

@@ -7,6 +7,7 @@ IMPORTS = {
     "from_diagonals": "from surgery.compiler.kernels.diagonals import from_diagonals",
     "low_rank_linear": "from surgery.compiler.kernels.low_rank import low_rank_linear",
     "packed_attention": "from surgery.compiler.kernels.packed_attention import packed_attention",
+    "quantized_linear": "from surgery.compiler.kernels.quantized_linear import quantized_linear",
     "rebuilt_linear": "from surgery.compiler.kernels.recompute import rebuilt_linear",
     "scaled_columns": "from surgery.compiler.kernels.scaled_columns import scaled_columns",
     "updated_row_norms": "from surgery.compiler.kernels.row_norms import updated_row_norms",

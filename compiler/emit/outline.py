@@ -21,7 +21,9 @@ from surgery.compiler.graph import HANDED_ON
 # A value that is computed with one of these is a block's own work, never a shared preparation to be moved out of it.
 _HEAVY = re.compile(r"aten\.(linear|addmm|mm|bmm|matmul|baddbmm|conv\w*|scaled_dot_product_attention|layer_norm)\.")
 # as an adapted site calls them
-_HEAVY_FUNCTIONS = ("linear", "matmul", "addmm", "added_linear", "low_rank_linear", "packed_attention")
+_HEAVY_FUNCTIONS = (
+    "linear", "matmul", "addmm", "added_linear", "low_rank_linear", "packed_attention", "quantized_linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

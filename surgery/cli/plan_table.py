@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.data_table import print_sample
-from surgery.compiler.plan import EventPlan, Facts, Plan, Site, StepPlan, WholeParameter, way_text
+from surgery.compiler.plan import EventPlan, Facts, Plan, QuantizedPlan, Site, StepPlan, WholeParameter, way_text
 from surgery.optimizers import OPTIMIZERS
 
 NARROW = 140
@@ -63,7 +63,8 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
     """How a plan's step runs: one line for each thing there is to say."""
     rounded = [_rounded(plan)] if plan.rounds else []
     recompute = [_recompute(plan)] if plan.recomputed else []
-    return [_step(plan.step), *_full_size(plan), *rounded, *recompute, *_memory(plan, verbose)]
+    quantized = [_quantized(plan.quantized)] if plan.quantized else []
+    return [_step(plan.step), *_full_size(plan), *quantized, *rounded, *recompute, *_memory(plan, verbose)]
 
 
 def _event(plan: Plan, event: EventPlan) -> str:
@@ -331,43 +332,9 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
     ]
 
 
-def _recompute(plan: Plan) -> str:
-    setting, count = plan.step.recompute, len(plan.recomputed)
-    spelt = f"budget({setting.share:g})" if setting.name == "budget" else setting.name
-    return f"recompute: {spelt}, the backward runs {count} block{'s' * (count > 1)} again: {_blocks(plan.recomputed)}"
-
-
-def _blocks(paths: Sequence[str]) -> str:
-    """Paths of blocks, those of one list folded."""
-    lists: dict[str, list[str]] = {}
-    for path in paths:
-        lists.setdefault(path.rpartition(".")[0], []).append(path)
-    return ", ".join(map(folded_path, lists.values()))
-
-
-def _memory(plan: Plan, verbose: bool) -> list[str]:
-    """What a step takes, on one line, and with `verbose` what each block keeps."""
-    found = plan.memory
-    if found is None:
-        return []
-    unit, name = (2**30, "GiB") if found.peak >= 2**30 else (2**20, "MiB")
-
-    def said(size: int) -> str:
-        return f"{size / unit:,.2f}"
-
-    parts = (
-        f"weights {said(found.weights)}, trained {said(found.trained)} with gradients {said(found.gradients)} and "
-        f"optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, around them with logits and loss "
-        f"{said(found.outputs)}, backward {said(found.backward)}"
-    )
-    how = "compiled" if found.compiled else "not compiled"
-    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, {how}: {parts}"]
-    alike: dict[int, list[str]] = {}
-    for path, size in found.blocks.items() if verbose else ():
-        alike.setdefault(size, []).append(path)
-    return lines + [
-        f"  {_blocks(paths)}: {said(size)} {name}{' each' * (len(paths) > 1)}" for size, paths in alike.items()
-    ]
+def _quantized(found: QuantizedPlan) -> str:
+    weights = f"{len(found.weights)} frozen weights, {found.numbers:,} numbers"
+    return f"base: {weights}, in {found.kind}: {found.bytes:,} bytes instead of {found.dense_bytes:,}"
 
 
 def _rounded(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from surgery.compiler.algebra.base import logical
+from surgery.compiler.algebra.base import dense, logical
 from surgery.compiler.algebra.change import NotNarrow
 from surgery.compiler.diagnostics import Diagnostics, Note, fail
 from surgery.compiler.plan import Site
@@ -117,8 +117,9 @@ def _scaled(step: Exportable, target: Target) -> Target:
 
 def magnitude(step: Exportable, target: Target, left: Tensor, right: Tensor) -> Tensor:
     """DoRA's vector `[out]`: the norms of the rows of the adapted weight, for the factors as they are stored."""
-    stored = step.model.get_parameter(target.site.parameter).detach().to(left.device)
-    norms = torch.linalg.vector_norm(logical(stored, target.site).double() + left.double() @ right.double(), dim=-1)
+    own = dict(step.model.named_parameters(remove_duplicate=False))
+    weight = logical(dense(target.site, own), target.site).to(left.device)
+    norms = torch.linalg.vector_norm(weight.double() + left.double() @ right.double(), dim=-1)
     if bool((norms == 0).any()):
         message = f"a row of the weight of `{target.name}` is zero, and peft divides by its norm"
         raise fail("SURG064", message, step.plan.span(target.site.place), help=HELP)

@@ -20,7 +20,7 @@ from surgery.compiler.diagnostics import Note, SurgError, fail
 from surgery.compiler.graph import Graph, build_module, copy_module, non_persistent, tensors
 from surgery.compiler.p9_emit import chosen_loss
 from surgery.compiler.plan import Plan, Site
-from surgery.compiler.uses import ADDMM, LINEAR, PRODUCT
+from surgery.compiler.uses import ADDMM, LINEAR, PRODUCT, QUANTIZED
 from surgery.runtime import batches as batches_of
 from surgery.runtime.data import Data, seeded
 
@@ -144,7 +144,7 @@ class _Runner(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation of the graph."""
-        for names in (LINEAR, PRODUCT, ADDMM):
+        for names in (LINEAR, PRODUCT, ADDMM, QUANTIZED):
             if target in names:
                 given = {**dict(zip(names[target], args, strict=False)), **kwargs}
                 site = self.watched.get(id(given["weight"]))

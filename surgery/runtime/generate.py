@@ -46,8 +46,9 @@ class Generated:
 
 def load_speaker(run: Path, device: torch.device | str = "cpu", *, allow_code: bool = False) -> Speaker:
     """A run to generate from. Raises SURG070 for one that is no causal model, SURG030 for one without a tokenizer."""
-    from surgery.api import apply, at_model_line, parse
+    from surgery.api import at_model_line, parse
     from surgery.runtime.models import load_model, load_tokenizer
+    from surgery.runtime.modules import apply_run
 
     state = load_state(run)
     plan, program = state.plan, parse(state.spec, state.folder, state.plan.file)
@@ -56,10 +57,11 @@ def load_speaker(run: Path, device: torch.device | str = "cpu", *, allow_code: b
             what = "has no task" if plan.model.task is None else f"has the task {plan.model.task}"
             raise fail("SURG070", f"the run's model {what}, and only a causal model continues a text")
         tokenizer = load_tokenizer(plan.model, state.folder)
-        model = load_model(plan.model, state.folder, device, seed=plan.step.seed, allow_code=allow_code)
+        first = "cpu" if plan.quantized else device  # dense weights go there one by one, to be quantized
+        model = load_model(plan.model, state.folder, first, seed=plan.step.seed, allow_code=allow_code)
         if not hasattr(model, "generate"):
             raise fail("SURG070", f"{type(model).__name__} has no `generate` of its own")
-    return Speaker(plan, apply(run, model), tokenizer)
+    return Speaker(plan, apply_run(run, model, torch.device(device)), tokenizer)
 
 
 def prompt_tokens(speaker: Speaker, prompt: str | Messages) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.algebra import decompose
-from surgery.compiler.algebra.base import logical, stacked
+from surgery.compiler.algebra.base import dense, logical, stacked
 from surgery.compiler.algebra.evaluate import Evaluator, wider
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import TensorFormula
@@ -73,7 +73,8 @@ def initialise(plan: Plan, weights: Mapping[str, Tensor], sources: Sources = NOT
 def _stored(site: Site, weights: Mapping[str, Tensor]) -> Tensor:
     """W as it is stored; of a module without a weight nothing, in the dtype and on the device of the others."""
     if site.parameter:
-        return weights[site.parameter].detach()
+        held: Tensor = dense(site, weights)
+        return held
     return torch.empty(0, dtype=getattr(torch, site.dtype), device=next(iter(weights.values())).device)
 
 

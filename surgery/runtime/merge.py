@@ -18,6 +18,7 @@ from surgery.compiler.algebra.base import stored_like
 from surgery.compiler.diagnostics import Diagnostics, SurgError, fail
 from surgery.compiler.plan import Site
 from surgery.runtime.adapted import Adapted
+from surgery.runtime.quantize import dense_model
 
 
 class Mergeable(Adapted, Protocol):
@@ -47,6 +48,7 @@ def merged(step: Mergeable) -> nn.Module:
     for name, tensor in names.items():  # whole trained parameters, weights that events moved, running statistics
         if name in step.weights:
             tensor.copy_(step.weights[name])
+    model = dense_model(model)
     for site in step.plan.sites:
         _merge_site(found, step, model, site)
     found.raise_errors()

@@ -14,6 +14,7 @@ from surgery.compiler import p6_rewrite, p7_lower, pipeline
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostics, fail
 from surgery.compiler.events import programs
+from surgery.compiler.factors import setting
 from surgery.compiler.graph import TRAINING, called_modules, put, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
@@ -28,6 +29,7 @@ from surgery.runtime.owners import (
     lower_output,
     lower_parameter,
 )
+from surgery.runtime.quantize import QuantizedLinear, quantizing
 from surgery.runtime.run_folder import load_state
 
 SHARED = "surgery_shared"  # the module on the root that holds tensors of several sites
@@ -57,6 +59,8 @@ class Adapted(nn.Module):
         self.weight = original.weight
         self.__sizes = f"weight={tuple(original.get_parameter('weight').shape)}"
         self.bias = getattr(original, "bias", None)
+        if isinstance(original, QuantizedLinear):
+            self.weight_scale = original.weight_scale
         for name in SIZES:
             if hasattr(original, name) and name not in names:
                 setattr(self, name, getattr(original, name))
@@ -92,14 +96,22 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
     _reads_across(plan).raise_errors()
-    attached = _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
+    if plan.factors:
+        message = f"the optimizer is the trainer's here, and the spec's {plan.step.optimizer.name} would not run"
+        help_text = "use surgery.compile, or name adamw or sgd in the spec"
+        raise fail("SURG060", message, setting(program, "optimizer"), help=help_text)
+    with quantizing(model, plan):
+        attached = _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
     if events := programs(plan):
         clock.attach(clock.Clock(events, _full_names(plan), attached), attached, _owners(plan, attached))
     return attached
 
 
-def apply_run(directory: Path, model: nn.Module) -> nn.Module:
-    """Attach a trained run to a model in place; a base weight that the run moved is moved here too."""
+def apply_run(directory: Path, model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Attach a trained run to a model in place; a base weight that the run moved is moved here too.
+
+    A model that the run quantized is quantized on `device`, and goes there.
+    """
     _refuse_adapted(model)
     state = load_state(directory)
     from surgery.api import parse
@@ -109,13 +121,14 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
         raise fail("SURG054", f"`{directory}` is a run of another model than the one given")
     _reads_across(plan).raise_errors()
     saved = {name: value for name, value in state.state["weights"].items() if isinstance(value, Tensor)}
-    named = tensors(model)
     wanted = {tensor.key for site in plan.sites for tensor in site.tensors}
     missing = sorted(wanted - saved.keys())
     if missing:
         raise fail("SURG054", f"`{directory}` lacks `{missing[0]}`")
-    device = next(iter(named.values())).device
-    attached = _attach(plan, model, {key: saved[key].to(device) for key in wanted})
+    with quantizing(model, plan, device):
+        named = tensors(model)
+        place = next(iter(named.values())).device
+        attached = _attach(plan, model, {key: saved[key].to(place) for key in wanted})
     named |= {site.parameter: clock.stored(attached, site.parameter) for site in _own_weights(plan)}
     with torch.no_grad():
         for name in saved.keys() - wanted:
@@ -123,6 +136,14 @@ def apply_run(directory: Path, model: nn.Module) -> nn.Module:
     if programs(plan):
         clock.attach(None, attached, _owners(plan, attached))
     return attached
+
+
+def adapt(plan: Plan, model: nn.Module, sources: Sources) -> dict[str, str]:
+    """Adapt the modules of a plan in place, for one who runs the events; where its tensors are in the model, by key."""
+    _refuse_adapted(model)
+    _reads_across(plan).raise_errors()
+    _attach(plan, model, initialise(plan, tensors(model), sources))
+    return _full_names(plan)
 
 
 def is_adapted(model: nn.Module) -> bool:

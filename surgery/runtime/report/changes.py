@@ -18,6 +18,7 @@ from surgery.compiler.algebra.base import logical, stored_like
 from surgery.compiler.algebra.change import NotNarrow
 from surgery.compiler.algebra.instance import bias_name, evaluator_of, instance
 from surgery.compiler.plan import Plan, Site, WholeParameter
+from surgery.compiler.quantize import as_dense
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.export import factors_of
 
@@ -58,7 +59,11 @@ class Reached:
 
 @torch.no_grad()
 def reached(plan: Plan, model: nn.Module, saved: Mapping[str, Tensor], step: int) -> Reached:
-    """A run's `saved` tensors over its model's own, with what happened to W at the start done again."""
+    """A run's `saved` tensors over its model's own, with what happened to W at the start done again.
+
+    The model is as it was loaded: changes are measured against its own weights, also where the run quantized them.
+    """
+    plan = as_dense(plan)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     weights = {name: tensor.detach() for name, tensor in own.items()} | dict(saved)
     for site in corrected_sites(plan):
@@ -77,7 +82,7 @@ def changes(run: Reached) -> list[Change]:
 @torch.no_grad()
 def changes_alone(plan: Plan, saved: Mapping[str, Tensor], step: int) -> list[Change]:
     """The changes that a run's own tensors tell without the model: of sites whose delta does not read W."""
-    needs = "needs the model's own weight"
+    needs, plan = "needs the model's own weight", as_dense(plan)
     found = []
     for site in plan.sites:
         place = _place(site.path, site.kind, site.rule, _shape(site))
