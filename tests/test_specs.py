@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.cli import main
-from surgery.runtime.data import load_data
-from surgery.runtime.run_folder import load_state
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
 FILES = sorted(SPECS.glob("*.surg"))
@@ -46,47 +42,6 @@ def test_a_tiny_spec_is_trained(path: Path) -> None:
     ids = torch.randint(0, 128, (4, 12), generator=torch.Generator().manual_seed(0))
     losses = [float(step({"input_ids": ids, "labels": ids}).loss) for _ in range(20)]
     assert losses[-1] < losses[0]
-
-
-def test_conversations_from_the_plan_to_a_merged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`sft.surg` on the command line; then plain transformers says what the run says."""
-    run, merged = tmp_path / "run", tmp_path / "merged"
-    answers = {}
-    verbs = {
-        "plan": [str(SPECS / "sft.surg")],
-        "train": [str(SPECS / "sft.surg"), "-o", str(run), "--device", "cpu"],
-        "eval": [str(run), "--device", "cpu"],
-        "merge": [str(run), "-o", str(merged)],
-    }
-    for verb, arguments in verbs.items():
-        with pytest.raises(SystemExit) as ended:
-            main([verb, *arguments, "--format", "json"])
-        said = capsys.readouterr()
-        assert not ended.value.code, said.err
-        answers[verb] = json.loads(said.out)
-    planned, held_out = answers["plan"]["sample"], answers["eval"]
-    assert planned["steps_per_epoch"] * 3 == answers["train"]["steps"] and planned["padding"] < 0.03
-    assert planned["example"]["parts"][1]["learned"] and planned["example"]["parts"][1]["text"].endswith("<|im_end|>\n")
-    losses = [json.loads(row)["loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
-    assert losses[0] > 6.8 and held_out["perplexity"] < 150  # of 1,024 tokens
-    assert held_out["loss"] == answers["train"]["evaluation"]["loss"]
-
-    model = AutoModelForCausalLM.from_pretrained(merged)
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    state = load_state(run)
-    examples = load_data(state.plan, state.folder, tokenizer).held_out
-    assert examples is not None
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for row in range(len(examples)):
-            batch = examples.batch([row])
-            labels = int(batch["labels"][:, 1:].ne(-100).sum())
-            total, count = total + labels * float(model(**batch).loss), count + labels
-    assert total / count == pytest.approx(held_out["loss"], rel=1e-5)
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
-    assert asked == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_method_of_the_library_has_a_spec() -> None:
