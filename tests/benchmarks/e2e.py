@@ -112,18 +112,15 @@ def pretrain(chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pieces.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=chosen.vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=chosen.vocabulary, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    pieces.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, pad_token=END)
     ids = [token for row in tokenizer(texts)["input_ids"] for token in [*row, tokenizer.eos_token_id]]
     length, size = chosen.context, len(ids) // chosen.context
-    rows = torch.tensor(ids[: size * length]).view(size, length).to(chosen.device)
-    held, rows = rows[:16], rows[16:]
+    held, rows = torch.tensor(ids[: size * length]).view(size, length).to(chosen.device).split([16, size - 16])
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=chosen.width, intermediate_size=8 * chosen.width // 3 // 64 * 64,
@@ -134,7 +131,10 @@ def pretrain(chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config).to(chosen.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=chosen.pretraining, pct_start=0.1)
+    steps = chosen.pretraining
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+    )
 
     def loss_of(batch: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=chosen.device != "cpu"):
@@ -143,7 +143,7 @@ def pretrain(chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     began, order, losses = time.perf_counter(), torch.empty(0, dtype=torch.long), []
     generator = torch.Generator().manual_seed(0)
-    for _ in range(chosen.pretraining):
+    for _ in range(steps):
         if len(order) < chosen.pretraining_batch:
             order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
         taken, order = order[: chosen.pretraining_batch], order[chosen.pretraining_batch :]
@@ -255,7 +255,7 @@ def main() -> None:
         parser.set_defaults(layers=2, width=128, vocabulary=2048, context=128, pretraining=150, pretraining_batch=16,
                             steps=60, length=128, seeds=1, rows=2000, tests=12, new_tokens=48, workers=1)  # fmt: skip
     chosen = parser.parse_args()
-    importlib.import_module("sacrebleu")  # before anything takes time
+    importlib.import_module("sacrebleu")  # says that it is not there before anything takes time
     torch.set_float32_matmul_precision("high")
     about = machine(chosen.device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
