@@ -247,7 +247,7 @@ def test_what_peft_does_otherwise_is_said(tmp_path: Path, golden: Golden) -> Non
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                          vocab_size=32, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config).bfloat16()
     text = 'model "unused" { task = causal_lm }\nadapt lm_head { with pissa(rank = 2)  untie }\n'
     found = export(compiled(model, text, input_ids=torch.ones(2, 5, dtype=torch.long)), tmp_path, tmp_path / "adapter")
     assert [warning.code for warning in found.warnings] == ["SURG066", "SURG067"]

@@ -42,7 +42,7 @@ def tiles_for(dtype: torch.dtype) -> Tiles:
     """
     if dtype == torch.float32:
         return Tiles(32, 128, 2048, 4, 1, "tf32x3")
-    return Tiles(128, 64, 2048, 4, 1, "tf32")
+    return Tiles(128, 64, 512, 4, 1, "tf32")
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -81,13 +81,13 @@ def durations(step: Step, device: str, steps: int) -> list[float]:
             step()
             times.append(1e3 * (time.perf_counter() - start))
         return times
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
     for number, end in enumerate(ends):
         if number:
             step()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
     synchronize(device)
-    return [one.elapsed_time(other) for one, other in itertools.pairwise(ends)]  # type: ignore[no-untyped-call]
+    return [one.elapsed_time(other) for one, other in itertools.pairwise(ends)]
 
 
 def alternate(arms: Mapping[str, Callable[[], Step]], device: str, steps: int, warm: int = 4) -> list[Row]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -278,6 +279,8 @@ def test_compiled_blocks_keep_products_alone(architectures: Any) -> None:
 class Normed(nn.Module):
     """A block with running statistics, and one that reads what it writes."""
 
+    scale: Tensor
+
     def __init__(self, moving: bool) -> None:
         super().__init__()
         self.linear, self.norm, self.moving = nn.Linear(6, 6), nn.BatchNorm1d(6), moving
@@ -336,7 +339,7 @@ class Crossed(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.layers
+        first, second = cast(Iterable[nn.Sequential], self.layers)
         found: Tensor = first[1](second[1](second[0](first[0](x))))
         return found
 

@@ -122,7 +122,7 @@ def test_a_storage_counts_as_long_as_somebody_holds_it() -> None:
         with storages.labelled("inside"):
             z = (x * 2).exp()
         assert storages.now["inside"] == 1024  # the result is kept for the backward, the product is not
-        z.sum().backward()
+        z.sum().backward()  # type: ignore[no-untyped-call]
         del z
     assert storages.now["inside"] == 0 and storages.now["backward"] == 1024  # the gradient
     assert storages.most >= 3 * 1024

@@ -92,7 +92,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     for chooses in ("fastest_for_outputs", "fastest_for_input_gradient"):
         monkeypatch.setattr(choice, chooses, lambda *sizes: next(iter(choice.STEP)))
     for pass_ in ("narrow_product", "narrow_gradients", "right_gradients"):
-        monkeypatch.setattr(choice, pass_, lambda wide, ranks: narrow if ranks <= narrow.WIDEST else plain)
+        monkeypatch.setattr(
+            choice, pass_, lambda wide, ranks: narrow if choice._reads_in_triton(wide, ranks) else plain
+        )
 
 
 @pytest.mark.usefixtures("form")

@@ -271,7 +271,8 @@ def half(dtype: torch.dtype) -> tuple[Any, nn.Module, bool]:
 def factors(step: Any, path: str, suffix: str = "") -> Tensor:
     """`(alpha / rank) B A` of a site in float64, of the tensors with this suffix."""
     tensors = step.parameters_by_site[path]
-    return SCALE * tensors[f"B{suffix}"].detach().double() @ tensors[f"A{suffix}"].detach().double()
+    product: Tensor = tensors[f"B{suffix}"].detach().double() @ tensors[f"A{suffix}"].detach().double()
+    return SCALE * product
 
 
 @pytest.mark.parametrize("dtype", HALF)

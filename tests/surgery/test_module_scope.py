@@ -236,7 +236,7 @@ def test_kernels_are_saved_exported_and_compiled_with_the_modules(method: str, t
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, expected)
-        exported = torch.export.export(model, (), {"input_ids": ids}, strict=False)
+        exported: Any = torch.export.export(model, (), {"input_ids": ids}, strict=False)
         assert any(str(node.target) == "surgery.low_rank_linear.default" for node in exported.graph.nodes)
         torch.testing.assert_close(exported.module()(input_ids=ids).logits, expected)
     gradients = torch.autograd.grad(model(ids).logits.sin().sum(), trained)

@@ -49,7 +49,7 @@ def both(run: Callable[..., Tensor], x: Tensor, v: Tensor, dy: Tensor) -> str:
 def by_transforms(x: Tensor, v: Tensor, length: int) -> Tensor:
     """As `algebra/structures/displacement.py` has it; a Toeplitz matrix takes the longer transforms."""
     spectrum = torch.fft.rfft(torch.cat((v, v.new_zeros(length - v.shape[0]))), n=length)
-    product = torch.fft.irfft(torch.fft.rfft(x.float(), n=length) * spectrum, n=length)
+    product: Tensor = torch.fft.irfft(torch.fft.rfft(x.float(), n=length) * spectrum, n=length)
     return product.narrow(-1, 0, x.shape[-1]).to(x.dtype)
 
 

@@ -69,7 +69,8 @@ class Model(nn.Module):
         self.layer = nn.Linear(IN, OUT)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        found: Tensor = self.layer(x)
+        return found
 
 
 def formula_of(body: str, share: float = 0.0) -> MethodFormula:

@@ -166,7 +166,7 @@ def test_the_branch_forms_no_matrix_and_has_the_gradients_of_the_equation(name: 
             value.requires_grad_()
     x = torch.randn(ROWS, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     adaptation = Adaptation(formula, "branch", ROWS, torch.float64, dict.fromkeys(ours, torch.float64))
-    with Sizes() as sizes:
+    with Sizes() as sizes:  # type: ignore[no-untyped-call]
         y = adaptation(x, Base(weight, False, torch.float64), None, ours, True)
     assert not sizes.found
     expected = functional.linear(x, evaluate(formula.expression, weight, theirs))

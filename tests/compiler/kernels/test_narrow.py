@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_the_plain_forms_are_their_definitions(ranks: tuple[int, ...], rows: int
     dys, scales = [drawn(rows, 2 * left.shape[0])[:, ::2] for left in lefts], [0.5 + i for i in range(len(ranks))]
     want_u, want_du, want_lefts, want_rights = expected(x, dys, u, lefts, rights, scales)
     du, dlefts = plain.narrow_gradients(dys, u, lefts, scales)
-    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
     torch.testing.assert_close(plain.narrow_product(x, rights, scales), want_u, **close)
     torch.testing.assert_close(du, want_du, **close)
     torch.testing.assert_close(dlefts, want_lefts, **close)

@@ -162,7 +162,7 @@ class Builder:
         return self.graph.get_attr(name)
 
     def site(self, name: str, x: fx.Node | None = None, module: str = "blocks.0.", **operands: Any) -> fx.Node:
-        given = {
+        given: dict[str, Any] = {
             "weights": [self.tensor(f"{name}_weight", WIDTH, WIDTH, trained=False)], "biases": [None],
             "lefts": [self.tensor(f"{name}_left", WIDTH, RANK)], "rights": [self.tensor(f"{name}_right", RANK, WIDTH)],
             "scales": [0.5],
@@ -274,7 +274,7 @@ def test_nothing_moves_over_an_operation_that_writes(writes: Any) -> None:
     """x is changed in place between two sites: the second reads the new one."""
     builder = Builder()
     x = builder.apply(operator.mul, builder.x, 1.0)
-    a = builder.apply(operator.mul, builder.site("a", x.args[0]), 1.0)
+    a = builder.apply(operator.mul, builder.site("a", builder.x), 1.0)
     call = builder.graph.call_method if isinstance(writes, str) else builder.graph.call_function
     changed = call(writes, (x, 3.0))
     b, c = builder.site("b", x), builder.site("c", x)
