@@ -240,7 +240,7 @@ def test_kernels_are_saved_exported_and_compiled_with_the_modules(method: str, t
         assert any(str(node.target) == "surgery.low_rank_linear.default" for node in exported.graph.nodes)
         torch.testing.assert_close(exported.module()(input_ids=ids).logits, expected)
     gradients = torch.autograd.grad(model(ids).logits.sin().sum(), trained)
-    compiled = torch.compile(model, backend="aot_eager")(ids).logits
+    compiled = torch.compile(model, backend="aot_eager")(ids).logits  # type: ignore[no-untyped-call]
     torch.testing.assert_close(compiled, expected)
     for ours, theirs in zip(torch.autograd.grad(compiled.sin().sum(), trained), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
