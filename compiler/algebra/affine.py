@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.expression import Expression, Shape, negated, transposed
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import MethodFormula, reads_rows
 from surgery.compiler.algebra.quantity import Quantity
@@ -50,7 +50,7 @@ def effective(formula: MethodFormula, biased: bool = True) -> Affine:
     offset = _bias(formula.shape) if biased else None
     for term, rows in zip(formula.terms, inputs, strict=True):
         if rows.offset is not None:
-            moved = _row_times(rows.offset, _transpose(formula.change(term.matrix)))
+            moved = _row_times(rows.offset, transposed(formula.change(term.matrix)))
             offset = moved if offset is None else _add(offset, moved)
     return Affine(plain, offset)
 
@@ -98,7 +98,7 @@ def affine(node: Expression, shape: Shape, biased: bool = True) -> Affine:
         case "matmul":
             rows, matrix = affine(parts[0], shape, biased), parts[1]
             offset = None if rows.offset is None else _row_times(rows.offset, matrix)
-            return Affine(_times(_transpose(matrix), rows.matrix), offset)
+            return Affine(_times(transposed(matrix), rows.matrix), offset)
         case "slice":
             rows = affine(parts[0], shape, biased)
             size, columns = parts[0].shape[-1], node.index[1]
@@ -119,7 +119,7 @@ def _sum(node: Expression, shape: Shape, biased: bool) -> Affine:
         known = affine(rows, shape, biased)
         if node.operation == "subtract" and rows is right:
             known = _scaled(known, Expression("number", value=Quantity.of(-1)), node)
-        added = other if node.operation == "add" or rows is right else _negative(other)
+        added = other if node.operation == "add" or rows is right else negated(other)
         offset = _vector(added, node.shape[-1])
         return Affine(known.matrix, offset if known.offset is None else _add(known.offset, offset))
     _same_width(left, node)
@@ -184,16 +184,8 @@ def _diagonal(vector: Expression) -> Expression:
     return Expression("diag", (vector,), (*vector.shape, vector.shape[-1]))
 
 
-def _negative(node: Expression) -> Expression:
-    return Expression("negate", (node,), node.shape)
-
-
 def _add(left: Expression, right: Expression) -> Expression:
     return Expression("add", (left, right), left.shape)
-
-
-def _transpose(node: Expression) -> Expression:
-    return Expression("transpose", (node,), (*node.shape[:-2], node.shape[-1], node.shape[-2]))
 
 
 def _times(left: Expression, right: Expression | None) -> Expression:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base
 from surgery.compiler.algebra.evaluate import Evaluator
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, without_gradient
 from surgery.compiler.algebra.factors import Factor, Scale, flatten
 from surgery.compiler.algebra.facts import reads_weight
 from surgery.compiler.algebra.inputs import Input
@@ -117,7 +117,7 @@ class Branch:
         others = [part for part in parts if part.operation != "weight"]
         if others and len(others) == len(parts) - 1:
             change = total(others)
-            return self.adapted(x, x, Expression("stop", (change,), change.shape) if factor.stopped else change)
+            return self.adapted(x, x, without_gradient(change) if factor.stopped else change)
         left, right = (self.product(x, part, factor.transposed, factor.stopped) for part in node.arguments)
         return left + right if node.operation == "add" else left - right
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
-from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.expression import Expression, Range, negated, transposed
 from surgery.compiler.algebra.names import COORDINATES, LATER, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
@@ -122,7 +122,7 @@ class Builder:
                 inner = self.expression(operand)
                 if inner.value is not None and not inner.shape:
                     return number(-inner.value)
-                return Expression("negate", (inner,), inner.shape)
+                return negated(inner)
             case nodes.Binary(operator, _, _) if operator in COMPARE or operator in ("and", "or"):
                 message = "a comparison is no number; it belongs behind `when`, `requires` or a rule's `where`"
                 raise fail("SURG004", message, node.span)
@@ -134,7 +134,7 @@ class Builder:
                 inner = self.expression(operand)
                 if len(inner.shape) < 2:
                     raise fail("SURG005", f"`.T` needs a matrix, this is {spelt(inner.shape)}", node.span)
-                return Expression("transpose", (inner,), (*inner.shape[:-2], inner.shape[-1], inner.shape[-2]))
+                return transposed(inner)
             case nodes.Subscript(operand, indices):
                 return self._slice(node, self.expression(operand), indices)
             case nodes.Call(function, arguments):

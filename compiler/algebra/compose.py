@@ -9,7 +9,7 @@ from typing import Any
 from surgery.compiler import nodes
 from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.build import Builder, Value, number
-from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import elaborate, is_square
@@ -231,9 +231,9 @@ def _terms(
         return [(builder.expression(node), inputs[0] if inputs else plain)]
     if isinstance(node, nodes.Binary) and node.operator in ("+", "-"):
         left, right = (_terms(side, builder, found, plain) for side in (node.left, node.right))
-        return left + (right if node.operator == "+" else [(_negative(matrix), origin) for matrix, origin in right])
+        return left + (right if node.operator == "+" else [(negated(matrix), origin) for matrix, origin in right])
     if isinstance(node, nodes.Unary):
-        return [(_negative(matrix), origin) for matrix, origin in _terms(node.operand, builder, found, plain)]
+        return [(negated(matrix), origin) for matrix, origin in _terms(node.operand, builder, found, plain)]
     if isinstance(node, nodes.Binary) and node.operator in ("*", "@", "/"):
         left_free, right_free = (not names_in(side) & found.keys() for side in (node.left, node.right))
         operation = {"*": "multiply", "@": "matmul", "/": "divide"}[node.operator]
@@ -255,33 +255,17 @@ def _spelt_input(method: MethodFormula) -> str:
     return f"dropout(x, {method.dropout:g})" if method.dropout else "x" if method.reads_plain_x else "another input"
 
 
-def _negative(node: Expression) -> Expression:
-    return Expression("negate", (node,), node.shape)
-
-
 # --- names ------------------------------------------------------------------------------------------------------------
-
-
-def with_names(node: Expression, name_of: Callable[[str], str]) -> Expression:
-    """The expression with every tensor called `name_of(its name)`."""
-    if node.operation == "tensor":
-        return replace(node, name=name_of(node.name))
-    if not node.arguments:
-        return node
-    return replace(node, arguments=tuple(with_names(part, name_of) for part in node.arguments))
 
 
 def renamed(formula: MethodFormula, prefix: str) -> MethodFormula:
     """The formula with `prefix` before the name of every tensor."""
-    known: dict[int, tuple[Expression, Expression]] = {}
 
-    def named(node: Expression) -> Expression:
-        if id(node) not in known:
-            known[id(node)] = (
-                node,
-                with_names(node, lambda name: name if name.startswith(f"W{MARK}") else prefix + name),
-            )
-        return known[id(node)][1]
+    def own(node: Expression) -> Expression:
+        is_own = node.operation == "tensor" and not node.name.startswith(f"W{MARK}")
+        return replace(node, name=prefix + node.name) if is_own else node
+
+    named = rewriting(own)
 
     def tensor(entry: TensorFormula) -> TensorFormula:
         own = entry.start.expression

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.compiler.algebra.expression import BEFORE, MARK, Expression, Range
+from surgery.compiler.algebra.expression import BEFORE, MARK, Expression, Range, rewriting
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
@@ -121,7 +121,7 @@ class Evaluator:
             case "stop":
                 return self(parts[0], True) if _has_tensors(parts[0]) else self(parts[0], stopped)
             case "previous":
-                return self(_before(parts[0]), stopped)
+                return self(rewriting(_before)(parts[0]), stopped)
             case "transpose":
                 return self(parts[0], stopped).transpose(-1, -2)
             case "slice":
@@ -203,11 +203,10 @@ def _has_tensors(node: Expression) -> bool:
 
 
 def _before(node: Expression) -> Expression:
-    """The expression over the copies that were kept at the start of the step; W's too."""
+    """A tensor's copy that was kept at the start of the step; W's too."""
     if node.operation in ("tensor", "weight"):
         return Expression("tensor", (), node.shape, name=f"{node.name}{BEFORE}")
-    parts = tuple(_before(part) for part in node.arguments)
-    return Expression(node.operation, parts, node.shape, node.name, node.value, node.index)
+    return node
 
 
 def _index(node: Expression) -> tuple[slice | int | None, ...]:

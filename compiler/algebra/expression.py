@@ -6,7 +6,8 @@ A shape is a tuple of sizes: `()` a number, `(n,)` a vector, `(m, n)` a matrix, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.span import Span
@@ -57,3 +58,35 @@ class Range:
 
     start: Quantity
     stop: Quantity
+
+
+def transposed(matrix: Expression) -> Expression:
+    """The matrix with its last two axes exchanged."""
+    return Expression("transpose", (matrix,), (*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-2]))
+
+
+def negated(node: Expression) -> Expression:
+    """The node times -1."""
+    return Expression("negate", (node,), node.shape)
+
+
+def without_gradient(node: Expression) -> Expression:
+    """The node, held constant in the backward pass."""
+    return Expression("stop", (node,), node.shape)
+
+
+def rewriting(change: Callable[[Expression], Expression]) -> Callable[[Expression], Expression]:
+    """A function from a tree to the one with `change(node)` for each node, from the leaves up.
+
+    A part that occurs twice, be it in two trees, stays one; what does not change stays itself.
+    """
+    known: dict[int, tuple[Expression, Expression]] = {}  # with what was rewritten, so that its id stays taken
+
+    def rewritten(node: Expression) -> Expression:
+        if id(node) not in known:
+            parts = tuple(map(rewritten, node.arguments))
+            same = all(new is old for new, old in zip(parts, node.arguments, strict=True))
+            known[id(node)] = node, change(node if same else replace(node, arguments=parts))
+        return known[id(node)][1]
+
+    return rewritten

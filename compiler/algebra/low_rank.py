@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.compiler.algebra.expression import Expression, Shape
+from surgery.compiler.algebra.expression import Expression, Shape, negated, transposed
 from surgery.compiler.algebra.facts import is_column, is_row, is_scalar
 from surgery.compiler.algebra.quantity import Quantity, value_of
 from surgery.compiler.algebra.structures import STRUCTURES
@@ -37,19 +37,19 @@ def factor(node: Expression) -> Factors | None:
                 return Expression("divide", (inner[0], parts[1]), inner[0].shape), inner[1]
         case "negate":
             if inner := factor(parts[0]):
-                return Expression("negate", (inner[0],), inner[0].shape), inner[1]
+                return negated(inner[0]), inner[1]
         case "stop" | "previous":
             if inner := factor(parts[0]):
                 left, right = (Expression(node.operation, (side,), side.shape) for side in inner)
                 return left, right
         case "transpose":
             if inner := factor(parts[0]):
-                return _transpose(inner[1]), _transpose(inner[0])
+                return transposed(inner[1]), transposed(inner[0])
         case "add" | "subtract" if all(part.shape == node.shape for part in parts):
             first, second = factor(parts[0]), factor(parts[1])
             if first is None or second is None:
                 return None
-            minus = second[0] if node.operation == "add" else Expression("negate", (second[0],), second[0].shape)
+            minus = second[0] if node.operation == "add" else negated(second[0])
             return structure("hstack", first[0], minus), structure("vstack", first[1], second[1])
         case "sum_for":
             if inner := factor(parts[0]):
@@ -87,8 +87,8 @@ def _factor_entries(node: Expression) -> Factors | None:
     first, second = factor(parts[0]), factor(parts[1])
     if first is None or second is None:
         return None
-    rows = structure("khatri_rao", _transpose(first[0]), _transpose(second[0]))
-    return _if_narrow(node, _transpose(rows), structure("khatri_rao", first[1], second[1]))
+    rows = structure("khatri_rao", transposed(first[0]), transposed(second[0]))
+    return _if_narrow(node, transposed(rows), structure("khatri_rao", first[1], second[1]))
 
 
 def _with_identity(node: Expression) -> Factors:
@@ -151,7 +151,3 @@ def _narrower(a: Quantity, b: Quantity) -> bool:
 def _matmul(left: Expression, right: Expression) -> Expression:
     leading: Shape = max(left.shape[:-2], right.shape[:-2], key=len)
     return Expression("matmul", (left, right), (*leading, left.shape[-2], right.shape[-1]))
-
-
-def _transpose(node: Expression) -> Expression:
-    return Expression("transpose", (node,), (*node.shape[:-2], node.shape[-1], node.shape[-2]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.condition import ALWAYS
-from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import (
     AT_START,
@@ -287,11 +287,11 @@ class _Reader:
             if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, target.shape, strict=True)):
                 message = f"`W` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
                 raise fail("SURG005", message, change.value.span)
-            changes.append(ChangeFormula("W", change.operator, self.kept(value), change.span))
+            changes.append(ChangeFormula("W", change.operator, rewriting(self.kept)(value), change.span))
         self.events.append(EventFormula(AT_START, ALWAYS, tuple(changes), show(node), node.span))
 
     def kept(self, node: Expression) -> Expression:
-        """The expression over copies of the tensors that change later, made with the start of the run."""
+        """A tensor's copy, made with the start of the run, where the tensor itself changes later."""
         if MARK in node.name:
             raise fail("SURG008", "an event at the start that reads an earlier block is not built yet", node.span)
         own = self.tensors.get(node.name) if node.operation == "tensor" else None
@@ -303,7 +303,7 @@ class _Reader:
             kept = replace(own, role="frozen", name=copy, start=start, lr=None, weight_decay=None)
             self.tensors.setdefault(copy, kept)
             return replace(node, name=copy)
-        return replace(node, arguments=tuple(map(self.kept, node.arguments))) if node.arguments else node
+        return node
 
     def change(self, node: nodes.Change | nodes.Reset, clock: dict[str, Value]) -> ChangeFormula:
         if isinstance(node, nodes.Reset):
@@ -328,7 +328,7 @@ class _Reader:
             message = f"`{node.target}` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
             raise fail("SURG005", message, node.value.span)
         if node.operator == "-=":
-            value, node = Expression("negate", (value,), value.shape), replace(node, operator="+=")
+            value, node = negated(value), replace(node, operator="+=")
         return ChangeFormula(node.target, node.operator, value, node.span)
 
 

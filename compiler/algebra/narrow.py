@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, negated, transposed
 from surgery.compiler.algebra.facts import is_column, is_scalar
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import Factors, factor
@@ -106,9 +106,7 @@ def _terms(node: Expression) -> list[Expression]:
 
 def turned(node: Expression) -> Expression:
     """The transposed matrix."""
-    if node.operation == "transpose":
-        return node.arguments[0]
-    return Expression("transpose", (node,), (*node.shape[:-2], node.shape[-1], node.shape[-2]))
+    return node.arguments[0] if node.operation == "transpose" else transposed(node)
 
 
 def _over(node: Expression, arguments: tuple[Expression, ...]) -> Expression:
@@ -118,7 +116,7 @@ def _over(node: Expression, arguments: tuple[Expression, ...]) -> Expression:
 
 
 def _negative(node: Expression) -> Expression:
-    return node.arguments[0] if node.operation == "negate" else Expression("negate", (node,), node.shape)
+    return node.arguments[0] if node.operation == "negate" else negated(node)
 
 
 def without_numbers(node: Expression) -> tuple[float, Expression]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.expression import MARK, Expression, Range
+from surgery.compiler.algebra.expression import MARK, Expression, Range, negated, rewriting
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import fail
@@ -43,7 +43,7 @@ def previous(builder: Builder, node: nodes.Call) -> Expression:
         return Expression("filled" if inner.shape else "number", (), inner.shape, value=ZERO)
     if back.whole is not None:
         builder.used.add(coordinate(back.whole))
-    return _renamed(inner, f"{MARK}{back}")
+    return rewriting(lambda node: _renamed(node, f"{MARK}{back}"))(inner)
 
 
 def coordinate(back: int) -> str:
@@ -68,9 +68,7 @@ def _misread(node: Expression) -> str:
 def _renamed(node: Expression, mark: str) -> Expression:
     if node.operation == "weight":
         return Expression("tensor", (), node.shape, name=f"W{mark}", span=node.span)
-    if node.operation in ("tensor", "x"):
-        return replace(node, name=node.name + mark)
-    return replace(node, arguments=tuple(_renamed(part, mark) for part in node.arguments))
+    return replace(node, name=node.name + mark) if node.operation in ("tensor", "x") else node
 
 
 def leaves(formula: MethodFormula) -> dict[str, tuple[str, int]]:
@@ -95,15 +93,17 @@ def leaves(formula: MethodFormula) -> dict[str, tuple[str, int]]:
 
 def without_zeros(node: Expression) -> Expression:
     """The expression without what earlier blocks that are not there add to it; exact, gradients included."""
-    if not node.arguments:
-        return node
-    parts = tuple(map(without_zeros, node.arguments))
+    return rewriting(_without_zeros)(node)
+
+
+def _without_zeros(node: Expression) -> Expression:
+    parts = node.arguments
     zeros = [_is_zero(part) for part in parts]
     match node.operation:
         case "add" | "subtract" if any(zeros) and not all(zeros):
             left = parts[0] if zeros[1] else parts[1]
             if left.shape == node.shape:
-                return left if node.operation == "add" or zeros[1] else Expression("negate", (left,), node.shape)
+                return left if node.operation == "add" or zeros[1] else negated(left)
         case "add" | "subtract":
             if all(zeros):
                 return _zero(node)
@@ -115,7 +115,7 @@ def without_zeros(node: Expression) -> Expression:
                 return _zero(node)
         case name if name in STRUCTURES and any(zeros) and STRUCTURES[name].is_zero(zeros):
             return _zero(node)
-    return node if all(a is b for a, b in zip(parts, node.arguments, strict=True)) else replace(node, arguments=parts)
+    return node
 
 
 def _is_zero(node: Expression) -> bool:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from surgery.compiler.algebra.base import Base
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, negated, rewriting
 from surgery.compiler.algebra.facts import gradients_reach, reads_weight, tensors_read
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
@@ -110,14 +110,7 @@ def _call(owner: Recomputed, *arguments: Tensor | None) -> Tensor:
 
 def value_alone(expression: Expression) -> Expression:
     """An expression of the same value, without what says how its gradient goes."""
-    known: dict[int, Expression] = {}  # a part that occurs twice stays one
-
-    def alone(node: Expression) -> Expression:
-        if id(node) not in known:
-            parts = tuple(map(alone, node.arguments))
-            known[id(node)] = parts[0] if node.operation in ("surrogate", "stop") else replace(node, arguments=parts)
-        return known[id(node)]
-
+    alone = rewriting(lambda node: node.arguments[0] if node.operation in ("surrogate", "stop") else node)
     return alone(expression)
 
 
@@ -155,7 +148,7 @@ def _gradient(node: Expression, trained: frozenset[str]) -> Expression | None:
         case "add" | "subtract" if all(part.shape == node.shape for part in parts):
             first, second = (_gradient(part, trained) for part in parts)
             if first is None and second is not None and node.operation == "subtract":
-                return Expression("negate", (second,), node.shape)
+                return negated(second)
             if first is None or second is None:
                 return first or second
             return replace(node, arguments=(first, second))

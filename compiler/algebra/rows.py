@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch.nn import functional
 
-from surgery.compiler.algebra.expression import Expression, Range
+from surgery.compiler.algebra.expression import Expression, Range, without_gradient
 from surgery.compiler.algebra.formula import TOKENS, reads_rows
 from surgery.compiler.algebra.inputs import Input
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
@@ -94,12 +94,12 @@ class Rows:
         if node.operation == "number" and node.value is not None:
             return value_of(node.value)
         if not reads_rows(node):
-            return self.value(_stopped(node) if stopped else node)
+            return self.value(without_gradient(node) if stopped else node)
         match node.operation:
             case "x" | "y":
                 return self.leaves[node.name].detach() if stopped else self.leaves[node.name]
             case "matmul":
-                return self.product(self._given(parts[0], stopped), _stopped(parts[1]) if stopped else parts[1])
+                return self.product(self._given(parts[0], stopped), without_gradient(parts[1]) if stopped else parts[1])
             case "dropout":
                 share = parts[1].value
                 assert share is not None
@@ -119,7 +119,3 @@ class Rows:
             case name if name in ARITHMETIC:
                 return ARITHMETIC[name](*(self(part, stopped) for part in parts))
         return STRUCTURES[node.operation].evaluate(node, *(self(part, stopped) for part in parts))
-
-
-def _stopped(node: Expression) -> Expression:
-    return Expression("stop", (node,), node.shape)

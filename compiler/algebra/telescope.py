@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from surgery.compiler.algebra.expression import MARK, Expression
+from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting, without_gradient
 from surgery.compiler.algebra.facts import reads_weight, tensors_read
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start, TensorFormula, Term, rows
 from surgery.compiler.algebra.low_rank import factor, structure
@@ -101,7 +101,7 @@ def telescoped(formula: MethodFormula) -> MethodFormula:
         change = _since_start(moving, names)
         if factors := factor(change):  # one product of twice the rank instead of two
             change = Expression("matmul", factors, delta.shape)
-        moved = _times(switch, _stopped(change))
+        moved = _times(switch, without_gradient(change))
         expression = _plus(delta, moved)
         terms = (Term(expression, plain),) if formula.reads_plain_x else (*formula.terms, Term(moved, plain))
     else:
@@ -128,10 +128,11 @@ def _one_product(delta: Expression, names: dict[str, str], switch: Expression) -
     (left_scale, left), (right_scale, right) = map(without_numbers, factors)
     old_left, old_right = (_at_snapshot(side, names) for side in (left, right))
     grown = _plus(Expression("number", value=Quantity.of(1)), switch)
-    shrunk = Expression("divide", (Expression("subtract", (right, _stopped(right)), right.shape), grown), right.shape)
-    negated = Expression("negate", (_times(switch, _stopped(old_left)),), left.shape)
-    wide = structure("hstack", _plus(left, _times(switch, _stopped(left))), negated)
-    tall = structure("vstack", _plus(_stopped(right), shrunk), _stopped(old_right))
+    gradient = Expression("subtract", (right, without_gradient(right)), right.shape)
+    shrunk = Expression("divide", (gradient, grown), right.shape)
+    minus_old = negated(_times(switch, without_gradient(old_left)))
+    wide = structure("hstack", _plus(left, _times(switch, without_gradient(left))), minus_old)
+    tall = structure("vstack", _plus(without_gradient(right), shrunk), without_gradient(old_right))
     scale = Expression("number", value=Quantity.of(left_scale * right_scale))
     return _times(scale, Expression("matmul", (wide, tall), delta.shape))
 
@@ -142,10 +143,6 @@ def _plus(left: Expression, right: Expression) -> Expression:
 
 def _times(number: Expression, matrix: Expression) -> Expression:
     return Expression("multiply", (number, matrix), matrix.shape)
-
-
-def _stopped(matrix: Expression) -> Expression:
-    return Expression("stop", (matrix,), matrix.shape)
 
 
 def from_start(formula: MethodFormula) -> MethodFormula:
@@ -179,6 +176,5 @@ def _since_start(moving: Expression, names: dict[str, str]) -> Expression:
 
 
 def _at_snapshot(node: Expression, names: dict[str, str]) -> Expression:
-    if node.operation == "tensor":
-        return replace(node, name=names.get(node.name, node.name))
-    return replace(node, arguments=tuple(_at_snapshot(part, names) for part in node.arguments))
+    at_snapshot = rewriting(lambda part: replace(part, name=names[part.name]) if part.name in names else part)
+    return at_snapshot(node)
