@@ -79,6 +79,7 @@ if __name__ == "__main__":
 _PROCESSES = "from surgery.compiler.kernels.over_processes import"
 IMPORTS = {
     "over_processes": f"{_PROCESSES} over_processes, step_over_processes",
+    "rounds_of_others": f"{_PROCESSES} rounds_of_others",
 }
 
 
@@ -133,16 +134,18 @@ PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
 
 
 def gradients_source(
-    plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False, moves_twice: bool = False
-) -> str:
+    plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False, moves_twice: bool = False,
+    together: bool = False,
+) -> str:  # fmt: skip
     """`gradients`: forward and backward of a step's batch, and nothing that the host must wait for or decide.
 
     `cuts_padding`: micro-batches end at their own last real token. `moves_twice`: the backward runs blocks again that
-    have running statistics.
+    have running statistics. `together`: all processes take as many micro-batches, since they hold one model together.
     """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
     size = str(plan.micro_batch) if plan.micro_batch else "rows"
+    rounds = f"math.ceil(rows / {size})" if plan.micro_batch else "min(rows, 1)"
     by = size if plan.micro_batch else "max(rows, 1)"  # of several processes one may have no rows
     more = ", scaler: torch.amp.GradScaler" if scaled else ""
     lines = [
@@ -151,6 +154,7 @@ def gradients_source(
         f'    labels = batch["{loss.labels}"]',
         f"    count = over_processes({loss.count}(labels))",
         "    rows = labels.shape[0]",
+        *([f"    idle = rounds_of_others({rounds})  # asked first: each forward waits for all"] if together else []),
         "    loss = torch.zeros((), device=labels.device)",
         f"    for start in range(0, rows, {by}):",
         f"        part = {{name: tensor[start : start + {size}] for name, tensor in batch.items()}}",
@@ -171,9 +175,20 @@ def gradients_source(
         f"        {backward}",
         *(["        put_back(weights, moved)  # the backward ran blocks again"] if moves_twice else []),
         "        loss = loss + share.detach()",
+        *(_rounds_for_others(run) if together else []),
         "    return loss",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rounds_for_others(forward: Sequence[str]) -> list[str]:
+    """Forwards that count for nothing here."""
+    return [
+        "    for _ in range(idle):  # a process with more rows gathers weights from all",
+        "        part = {name: tensor.new_ones((1, *tensor.shape[1:])) for name, tensor in batch.items()}",
+        *(f"        {line}" for line in forward),
+        "        (0.0 * output).sum().backward()",
+    ]
 
 
 def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] = ()) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.compiler.kernels import forms
+from surgery.compiler.kernels.over_processes import is_spread, local, of_own_rows
 
 Products = tuple[Sequence[Tensor], Sequence[Tensor]]  # left and right factors of all sites
 
@@ -33,10 +34,19 @@ def add_products(
     and sources are stored as `[..., in, out]`. Without `sources` a target is its own, without `before` nothing is
     subtracted. Computed in float32, or in the widest dtype given, and rounded once to the target's dtype. The
     difference is taken of the factors, not of the products: what changed little keeps its digits.
+
+    Targets that are spread over processes by their rows move by the rows that are here; the factors are whole on each
+    process, so nothing is sent.
     """
     sources = targets if sources is None else sources
+    if any(map(is_spread, targets)):
+        if before is not None:
+            before = of_own_rows(targets, *before, transposed)
+        lefts, rights = of_own_rows(targets, lefts, rights, transposed)
+        here = [local(one) for one in targets]
+        targets, sources = here, here if sources is targets else [local(one) for one in sources]
     done: Sequence[int] = ()
-    if targets and targets[0].is_cuda and forms.has_triton():
+    if targets and targets[0].is_cuda and forms.HAS_TRITON:
         from surgery.compiler.kernels import moved_weights_triton
 
         with forms.on_device_of(targets[0]):
@@ -63,10 +73,11 @@ def add_product(
         old_left, old_right = before[0].to(dtype), before[1].to(dtype)
         left = torch.cat([left - old_left, old_left], -1)
         right = torch.cat([right, right - old_right], -2)
-    in_place = source is target and target.dtype == dtype and target.dim() == 2
+    in_place = source is target and target.dtype == dtype and target.dim() <= 3
     if transposed:
         target, source = target.transpose(-1, -2), source.transpose(-1, -2)
-    if in_place:  # no second matrix
-        target.addmm_(left, right, alpha=scale)
+    if in_place:  # no second matrix; as a stack, since cuBLASLt refuses a single transposed row
+        stack = target if target.dim() == 3 else target.unsqueeze(0)
+        stack.baddbmm_(left.expand(len(stack), -1, -1), right.expand(len(stack), -1, -1), alpha=scale)
         return
     target.copy_(torch.add(source.to(dtype), left @ right, alpha=scale))

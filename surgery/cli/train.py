@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
 
+class Scope(StrEnum):
+    """What a method is applied to."""
+
+    graph = "graph"
+    module = "module"
+
+
 EXAMPLE = "Example: surgery train specs/demo.surg -o runs/demo; after Ctrl-C: surgery train runs/demo --resume"
 NEEDS_ARGUMENTS = True
 
@@ -43,6 +51,11 @@ def run(
                      show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run as if unbroken")] = False,
+    scope: Annotated[
+        Scope | None,
+        typer.Option(help="graph: the captured model, whole on each process; module: its modules in place, frozen "
+                     "weights spread over processes; left out: graph, or the run's own", show_default=False),
+    ] = None,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
@@ -57,16 +70,20 @@ def run(
     with distributed.joined(), distributed.heard_once(), reporting(format):
         folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
         check_output(folder)
-        _train(spec, folder, resume, _own(device), format, allow_code)
+        _train(spec, folder, resume, scope, _own(device), format, allow_code)
 
 
-def _train(spec: Path, folder: Path, resume: bool, device: str | None, format: Format, allow_code: bool) -> None:
+def _train(
+    spec: Path, folder: Path, resume: bool, scope: Scope | None, device: str | None, format: Format, allow_code: bool
+) -> None:  # fmt: skip
     """Run and say how it ended."""
     from surgery.runtime.best import BEST
     from surgery.runtime.data import steps_of
+    from surgery.runtime.distributed_checks import check_model
     from surgery.runtime.train import train
 
-    step, data = _start(spec, folder, resume, device, allow_code)
+    step, data = _start(spec, folder, resume, scope, device, allow_code)
+    check_model(step.plan, step.model).raise_errors()
     step.steps = steps_of(step.plan, len(data.train))
     terminal = sys.stderr.isatty()
     _note_prediction(step)
@@ -107,34 +124,51 @@ def _own(device: str | None) -> str | None:
     return distributed.local_device() if device is None or device == "cuda" else device
 
 
-def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_code: bool) -> tuple[TrainingStep, Data]:
+def _start(
+    spec: Path, folder: Path, resume: bool, scope: Scope | None, device: str | None, allow_code: bool
+) -> tuple[TrainingStep, Data]:  # fmt: skip
     """The step to run and its data. The data is read first: what is wrong with it shows before the model is loaded."""
     import surgery
+    from surgery.runtime.distributed_checks import check_spread
+    from surgery.runtime.module_step import module_step
     from surgery.runtime.run_folder import is_run, load_state
     from surgery.runtime.trackers import check_installed
 
     if resume and spec.is_dir() and folder != spec:
         raise typer.BadParameter("--resume continues in DIR itself; leave -o out", param_hint="-o")
-    if not resume and is_run(folder) and (done := load_state(folder).step) > 0:
+    if not resume and is_run(folder) and (done := load_state(folder, mapped=True).step) > 0:
         message = f"`{folder}` is a run with {done} steps done; continue it with --resume, or choose another folder"
         raise typer.BadParameter(message, param_hint="-o")
     if not resume and not spec.is_dir():
         program = surgery.parse(spec)
         show(program.warnings)
         plan = surgery.plan(program, allow_code=allow_code)
+        check_spread(plan, scope or Scope.graph).raise_errors()
         check_installed(plan, program.folder)
         data = data_of(plan, program.folder)
+        if scope is Scope.module:
+            return module_step(program, device, allow_code=allow_code), data
         batches = calibration_of(plan, program.folder, data)
         return surgery.compile(program, device=device, calibration=batches, allow_code=allow_code), data
     source = folder if resume else spec
-    state = load_state(source)
+    state = load_state(source, mapped=True)
+    known = Scope(state.extra.get("scope", Scope.graph))
+    if scope not in (None, known):
+        raise typer.BadParameter(f"`{source}` is in {known} scope, and goes on in it", param_hint="--scope")
+    scope = known
+    check_spread(state.plan, scope).raise_errors()
     if not resume and state.step > 0:
         raise typer.BadParameter(f"`{spec}` is a run with {state.step} steps done; continue it with --resume")
     if not spec.is_dir():
         _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
     check_installed(state.plan, state.folder)
     data = data_of(state.plan, state.folder, state.extra.get("labels", ()))
-    step = load_run(source, device, allow_code)
+    if scope is Scope.module:
+        program = surgery.parse(state.spec, state.folder, state.plan.file)
+        step: TrainingStep = module_step(program, device, state.state["weights"], allow_code=allow_code)
+        step.load_state_dict(state.state)
+    else:
+        step = load_run(source, device, allow_code)
     if step.source != state.source:  # what is read must be what runs, and a folder's code is never run unasked
         raise _edited(source)
     return step, data
@@ -142,7 +176,7 @@ def _start(spec: Path, folder: Path, resume: bool, device: str | None, allow_cod
 
 def _note_prediction(step: TrainingStep) -> None:
     """On a GPU say what the step should take, and count what it does take from here on."""
-    if step.device.type == "cuda":
+    if step.device.type == "cuda" and step.scope == Scope.graph:
         import torch
 
         from surgery.compiler.memory import planned_length, predicted

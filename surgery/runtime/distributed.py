@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from surgery.compiler.kernels.over_processes import several
+from surgery.compiler.kernels.over_processes import is_spread, several
 
 Value = TypeVar("Value")
 _PATIENCE = 2.0  # seconds in which a launcher ends all processes after one has failed
@@ -111,6 +111,8 @@ def alike(tensors: Iterable[Tensor]) -> None:
     """Give all processes the first one's values, in place: starts that a GPU computes may differ in the last bit."""
     if several():
         for tensor in tensors:
+            if is_spread(tensor):
+                continue
             whole = tensor.detach().contiguous()
             distributed.broadcast(whole, 0)
             if whole.data_ptr() != tensor.data_ptr():

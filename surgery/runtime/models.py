@@ -14,7 +14,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,16 @@ CLASSES = {
 _NEW_HEAD = ("sequence_classification", "token_classification", "image_classification")
 
 
-def load_skeleton(model: ModelPlan, folder: Path, *, allow_code: bool = False) -> nn.Module:
+def load_skeleton(model: ModelPlan, folder: Path, *, allow_code: bool = False, meta: bool = True) -> nn.Module:
     """The model on the meta device: modules, names, shapes and dtypes, without reading or allocating a weight.
 
-    `folder` is the spec's. Raises SURG030 (unreadable), SURG031 (the task does not fit the model), SURG029 (a Python
+    `folder` is the spec's. Without `meta` it is wherever the caller has modules made. Raises SURG030 (unreadable), SURG031 (the task does not fit the model), SURG029 (a Python
     factory without `allow_code`).
     """
     if model.source == "python":
         with torch.device("meta"):
             return _from_python(model, allow_code)
-    with _reading(model), torch.device("meta"):
+    with _reading(model), torch.device("meta") if meta else nullcontext():
         return _from_config(model, _config(model, folder))
 
 

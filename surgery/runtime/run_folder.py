@@ -21,21 +21,23 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from surgery.compiler.diagnostics import SurgError, fail
+from surgery.compiler.kernels.over_processes import is_spread, local
 from surgery.compiler.plan import Plan
 from surgery.runtime import distributed
+from surgery.runtime.sharded import pieces
 from surgery.runtime.structure import pack, unpack
 
 PLAN, SPEC, STEP = "plan.json", "spec.surg", "step.py"
@@ -84,7 +86,10 @@ def save_step(step: Savable, directory: str | Path, extra: Mapping[str, Any] | N
     """
     directory = Path(directory)
     state = step.state_dict()
+    spread = any(map(is_spread, state["weights"].values()))
     if distributed.number() > 0:
+        for _ in pieces(state["weights"]) if spread else ():
+            pass  # this process's rows are sent to the first
         return
     directory.mkdir(parents=True, exist_ok=True)
     finish(directory)
@@ -105,15 +110,15 @@ def save_step(step: Savable, directory: str | Path, extra: Mapping[str, Any] | N
             PLAN: step.plan.model_dump_json(indent=2).encode() + b"\n",
             SPEC: step.plan.spec.encode(),
             STEP: step.source.encode(),
-            ADAPTERS: _bytes(weights),
+            ADAPTERS: pieces(weights) if spread else _bytes(weights),
             OPTIMIZER: _bytes(tensors),
             TRAINING: json.dumps(training, indent=1).encode() + b"\n",
         },
     )
 
 
-def load_state(directory: str | Path) -> RunState:
-    """Read a run folder. Raises SURG054 for a folder that is none, is broken, or does not fit its own plan."""
+def load_state(directory: str | Path, *, mapped: bool = False) -> RunState:
+    """Read a run folder; tensors of `mapped` files are read where they are looked at. Raises SURG054 for a folder that is none, is broken, or does not fit its own plan."""
     directory = Path(directory)
     if not directory.is_dir():
         raise _broken(directory, "there is no such folder")
@@ -121,7 +126,7 @@ def load_state(directory: str | Path) -> RunState:
     try:
         plan = Plan.model_validate_json(_read(directory, PLAN, names))
         training = json.loads(_read(directory, TRAINING, names))
-        weights = _tensors(directory, ADAPTERS, names)
+        weights = (_mapped if mapped else _tensors)(directory, ADAPTERS, names)
         tensors = _tensors(directory, OPTIMIZER, names)
         if training["version"] != VERSION:
             raise _broken(directory, f"it has version {training['version']}, this surgery reads version {VERSION}")
@@ -142,6 +147,15 @@ def load_state(directory: str | Path) -> RunState:
             if tensor.key not in weights or tuple(weights[tensor.key].shape) != tensor.shape:
                 raise _broken(directory, f"{ADAPTERS} has no `{tensor.key}` of shape {list(tensor.shape)}")
     return RunState(plan, spec, source, folder, state, training["extra"])
+
+
+def _mapped(directory: Path, name: str, pending: tuple[str, ...]) -> dict[str, Tensor]:
+    path = next((path for path in _candidates(directory, name, pending) if path.exists()), directory / name)
+    try:
+        with safe_open(path, "pt") as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, OSError) as error:
+        raise _broken(directory, f"{name} is broken: {error}") from error
 
 
 def _tensors(directory: Path, name: str, pending: tuple[str, ...]) -> dict[str, Tensor]:
@@ -181,7 +195,7 @@ def keep_save(directory: Path, step: int, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def replace(directory: Path, files: Mapping[str, bytes]) -> None:
+def replace(directory: Path, files: Mapping[str, bytes | Iterable[bytes | memoryview]]) -> None:
     """Replace files of a folder as one: after a crash at any time there are all the old ones, or all the new ones."""
     for name, content in files.items():
         _write(directory / f"{name}.new", content)
@@ -216,15 +230,18 @@ def _pending(directory: Path) -> tuple[str, ...]:
 
 def _read(directory: Path, name: str, pending: tuple[str, ...]) -> bytes:
     # A reader leaves an interrupted save as it is (the folder may be read only) and reads through to its files.
-    candidates = [f"{name}.new", name] if name in pending else [name]
-    for candidate in candidates:
+    for candidate in _candidates(directory, name, pending):
         try:
-            return (directory / candidate).read_bytes()
+            return candidate.read_bytes()
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise _broken(directory, f"{candidate} cannot be read: {error.strerror}") from error
+            raise _broken(directory, f"{candidate.name} cannot be read: {error.strerror}") from error
     raise _broken(directory, f"there is no {name} in it")
+
+
+def _candidates(directory: Path, name: str, pending: tuple[str, ...]) -> list[Path]:
+    return [directory / f"{name}.new", directory / name] if name in pending else [directory / name]
 
 
 def _kept(directory: Path) -> dict[str, Any]:
@@ -248,9 +265,10 @@ def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return tensor_bytes(separate, metadata={"format": "pt"})
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     with open(path, "wb") as file:
-        file.write(content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -274,5 +292,5 @@ def _broken(directory: Path, reason: str) -> SurgError:
 
 
 def all_finite(weights: Mapping[str, Tensor]) -> bool:
-    """Whether no number of a state is infinite or NaN: only such a state may replace a good save."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values() if tensor.is_floating_point())
+    """Whether no number of a state that is here is infinite or NaN: only such a state may replace a good save."""
+    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in weights.values() if tensor.is_floating_point())

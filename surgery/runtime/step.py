@@ -27,6 +27,7 @@ from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.devices import why_not
 from surgery.runtime.ownership import beside, own, written_names
 from surgery.runtime.replay import replayed
+from surgery.runtime.sharded import fill
 
 _NUMBERS = itertools.count(1)
 # After so many steps in a row whose float16 gradients overflow, however small the loss scale, training is broken.
@@ -77,6 +78,8 @@ class TrainingStep:
     inside a step, the caller has to look at `result.loss` before it saves anything.
     """
 
+    scope = "graph"  # what is adapted: the captured model, or its modules in place
+
     def __init__(
         self,
         plan: Plan,
@@ -105,8 +108,12 @@ class TrainingStep:
         self.module = _module(graph, self.weights, self.device)
         self.weights |= beside(programs, self.weights, given, {site.parameter for site in self._corrected})
         self.use_source(logged(p9_emit, plan, graph, programs) if source is None else source)
-        torch.manual_seed(plan.step.seed)
-        scaled = plan.step.precision == "float16"
+        self._ready_for_steps()
+
+    def _ready_for_steps(self) -> None:
+        """What a new step begins with beside its tensors and its text."""
+        torch.manual_seed(self.plan.step.seed)
+        scaled = self.plan.step.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self._skipped = 0
         distributed.alike(dict.fromkeys(self.state_dict()["weights"].values()))
@@ -295,7 +302,7 @@ class TrainingStep:
                 message = f"`{key}` of shape {list(self.weights[key].shape)} {found} in the state"
                 raise fail("SURG054", message, help="the state is of another spec or another model")
         for key in self.state_dict()["weights"]:
-            self.weights[key].copy_(saved[key])
+            fill(self.weights[key], saved[key])
         for site in self._corrected:  # a W that events move is in the state, what it moves from is not
             start = f"{site.parameter}{START}"
             name = start if start in self.weights else site.parameter

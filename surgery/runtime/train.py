@@ -26,6 +26,9 @@ from surgery.runtime.trackers import Report, new_identity, open_report
 class Trainable(Savable, Steppable, Protocol):
     """What the loop needs of a training step."""
 
+    @property
+    def scope(self) -> str: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -68,7 +71,9 @@ def train(
     """
     plan = step.plan.step
     stream = Stream(data.train, plan.batch, plan.seed, distributed.number(), distributed.processes())
-    extra: dict[str, Any] = {"steps": step.steps, "labels": list(data.names), "data": data.fingerprint()}
+    extra: dict[str, Any] = {
+        "steps": step.steps, "labels": list(data.names), "data": data.fingerprint(), "scope": step.scope,
+    }  # fmt: skip
     _check_alike(extra["data"])
     before = _resumed(run, extra) if resume and run is not None else {}
     distributed.wait()  # until all have read the folder
@@ -159,13 +164,16 @@ def _not_finite(step: Trainable, loss: float, number: int, folder: _Folder | Non
     """Keep the state before the failed step if it is good, else leave the last save as it is; then the error."""
     notes = []
     # A step with such a loss changes nothing, unless the numbers were broken by the step before it.
-    if folder is not None and step.step == number:
-        if not distributed.anywhere(not all_finite(step.state_dict()["weights"])):
-            folder.save()
+    if folder is not None and step.step == number and not _broken(step):
+        folder.save()
     if folder is not None and distributed.number() == 0:
-        notes.append(Note(f"`{folder.run}` holds the last good state, after {load_state(folder.run).step} steps"))
+        notes.append(Note(f"`{folder.run}` holds the last good state, after {load_state(folder.run, mapped=True).step} steps"))
     help = "lower lr, add warmup or clip, or look at the rows of this batch; `surgery train --resume` starts from there"
     return fail("SURG053", f"the loss is {loss} at step {number} (steps count from 0)", notes=notes, help=help)
+
+
+def _broken(step: Trainable) -> bool:
+    return distributed.anywhere(not all_finite(step.state_dict()["weights"]))
 
 
 def _check_alike(data: str) -> None:
@@ -177,8 +185,9 @@ def _check_alike(data: str) -> None:
 
 def _resumed(run: Path, extra: dict[str, Any]) -> dict[str, Any]:
     """What the run folder keeps beside its state, if it was begun with the same data."""
-    before = load_state(run).extra
-    for name, what in (("data", "other rows"), ("labels", "other labels"), ("steps", "another number of steps")):
+    before = load_state(run, mapped=True).extra
+    kinds = {"data": "other rows", "labels": "other labels", "steps": "another number of steps", "scope": "another scope"}
+    for name, what in kinds.items():
         if name in before and before[name] != extra[name]:
             message = f"`{run}` was begun with {what} than it is resumed with"
             raise fail("SURG054", message, help="resume with the data of the run, or train into a new folder")

@@ -1,0 +1,75 @@
+"""What cannot be run in a scope, or over several processes: said before a step is taken, at the line of the spec."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.compiler import nodes, p1_parse
+from surgery.compiler.diagnostics import Diagnostics
+from surgery.compiler.events import EventProgram, programs
+from surgery.compiler.plan import Plan
+from surgery.compiler.span import Source, Span
+from surgery.runtime.distributed import processes
+
+
+def check_spread(plan: Plan, scope: str) -> Diagnostics:
+    """What of a plan does not go with its scope, and with the processes that there are."""
+    found, several, step = Diagnostics(), processes() > 1, plan.step
+    if several and step.batch < processes():
+        message = f"a batch of {step.batch} rows for {processes()} processes: some would have nothing to do"
+        help = f"a larger `batch`, or at most {step.batch} processes"
+        found.error("SURG072", message, _setting(plan, nodes.Step, "batch"), help=help)
+    if several and step.compile == "reduce_overhead":
+        message = "one CUDA graph cannot hold the sums over processes"
+        found.error("SURG072", message, _setting(plan, nodes.Step, "compile"), help="write `compile = on`")
+    elif scope == "module" and step.compile in ("on", "reduce_overhead"):
+        message = "a model in module scope runs as it is, and is not compiled"
+        help = "leave `compile` out, or train in graph scope"
+        found.error("SURG072", message, _setting(plan, nodes.Step, "compile"), help=help)
+    if scope == "module" and plan.model.quantize is not None:
+        message = "a quantized model is trained in graph scope"
+        help = "leave `--scope module` out: a quantized model is small enough for each process"
+        found.error("SURG072", message, _setting(plan, nodes.Model, "quantize"), help=help)
+    if scope == "module" and several:
+        for event in programs(plan):
+            _check_event(plan, event, found)
+    return found
+
+
+def check_model(plan: Plan, model: nn.Module) -> Diagnostics:
+    """What of a model does not go with several processes."""
+    found = Diagnostics()
+    kept = [path for path, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
+    if kept and processes() > 1:
+        message = f"`{kept[0]}` keeps running statistics of its batches, and no process sees a whole batch"
+        place = next((item.span for item in _items(plan) if isinstance(item, nodes.Model)), None)
+        found.error("SURG072", message, place, help="train it with one process")
+    return found
+
+
+def _check_event(plan: Plan, event: EventProgram, found: Diagnostics) -> None:
+    """Of a W that is spread each process moves its rows, by factors that are whole on it."""
+    for site in plan.sites:
+        names = next((names for names in event.sites if site.parameter in names.values()), None)
+        if names is None:
+            continue
+        read = {str(node.target) for node in event.graph.nodes if node.op == "placeholder"}
+        if event.move is None or any(names[name] == site.parameter for name in read):
+            places = [one.place for one in plan.events if one.formula == site.formula and one.phase != "at start"]
+            message = f"`{site.path}` is spread over processes by rows, and this event needs its W whole"
+            help = "train in graph scope, where each process has it"
+            found.error("SURG072", message, plan.span(places[0] if places else site.place), help=help)
+            return
+
+
+def _setting(plan: Plan, block: type[nodes.Node], name: str) -> Span | None:
+    """Where a spec says a setting; the block if it leaves it out."""
+    for item in _items(plan):
+        if isinstance(item, block):
+            lines = [line for line in getattr(item, "settings", ()) if isinstance(line, nodes.Setting)]
+            return next((line.span for line in lines if line.name == name), item.span)
+    return None
+
+
+def _items(plan: Plan) -> tuple[nodes.Node, ...]:
+    return tuple(p1_parse.run(Source(plan.file, plan.spec)).items)
