@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.optimizers.rounding import round_stochastically
+from surgery.optimizers.rounding import RoundingOptimizer, round_stochastically
 
 Place = int | None  # of a factor from left to right; None: the product itself
 
@@ -150,6 +150,16 @@ class FactorOptimizer(torch.optim.Optimizer):
     def before(self) -> None:
         """What is done once before all batches are updated."""
 
+    def after(self, batch: Batch) -> None:
+        """What is done to a batch once the optimizer around has taken its step."""
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """The optimizer around starts anew with tensors that now mean something else."""
+        for tensor in tensors:
+            self.base.state.pop(tensor, None)
+        if isinstance(self.base, RoundingOptimizer):
+            self.base.forget()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of everything that is trained."""
@@ -163,6 +173,8 @@ class FactorOptimizer(torch.optim.Optimizer):
         for batch in self.batches:
             self.update(batch)
         self.base.step()
+        for batch in self.batches:
+            self.after(batch)
         return loss
 
     def _begin(self) -> None:

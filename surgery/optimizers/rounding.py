@@ -100,6 +100,10 @@ class RoundingOptimizer(torch.optim.Optimizer):
                 self.state[parameter] = {"step": int(known["step"]), **exact}
         self._vectors.clear()
 
+    def forget(self) -> None:
+        """Read the state of the parameters anew: somebody has taken some of it away."""
+        self._vectors.clear()
+
     def _of_group(self, number: int, group: dict[str, Any]) -> list[_Vector]:
         """The vectors of a group; made anew where other parameters than before have gradients, or other memory."""
         present = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -18,12 +18,17 @@ from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.run_folder import load_state
 from tests.surgery.optimizers import SITES, Network, batch, distance, put, step_of
 
-METHODS = {"pairs": "lora(rank = 3, alpha = 6)", "half_pairs": "lora_fa(rank = 3, alpha = 6)"}
+METHODS = {
+    "pairs": "lora(rank = 3, alpha = 6)",
+    "half_pairs": "lora_fa(rank = 3, alpha = 6)",
+    "triples": "geolora(rank = 3, alpha = 6)",
+}
 RUNS = {
     "lora_plus": "lora_plus(adamw(lr = 1e-2), ratio = 4)",
     "riemannian": "riemannian(adamw(lr = 1e-2), damping = 1e-3, relative = true)",
     "lora_fa": "lora_fa(adamw(lr = 1e-2))",
     "lora_pro": "lora_pro(adamw(lr = 1e-2, weight_decay = 0.01))",
+    "geolora": "geolora(adamw(lr = 2e-2), tolerance = 0.05, period = 3)",
     "lora_rite": "lora_rite(lr = 1e-2, weight_decay = 0.01, escape = true)",
 }
 

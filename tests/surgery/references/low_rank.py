@@ -27,6 +27,10 @@ def lora_fa(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W + p["alpha"] / p["rank"] * t["B"] @ t["A"].detach()
 
 
+def geolora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["U"] @ t["S"] @ t["V"]
+
+
 def asymmetry(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     A = t["A"].detach()
     torch.testing.assert_close(A @ A.T, torch.eye(p["rank"], dtype=A.dtype), rtol=0, atol=1e-6)
