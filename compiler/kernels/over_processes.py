@@ -67,7 +67,7 @@ def is_spread(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows of a tensor that this process holds: its memory, not a copy. All of one that is not spread."""
-    found: Tensor = tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[operator]
+    found: Tensor = tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
     return found
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from surgery.runtime.data import Data
     from surgery.runtime.step import TrainingStep
 
+
 class Scope(StrEnum):
     """What a method is applied to."""
 

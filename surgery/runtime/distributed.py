@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from surgery.compiler.kernels.over_processes import is_spread, several
 
 Value = TypeVar("Value")
-_PATIENCE = 2.0  # seconds in which a launcher ends all processes after one has failed
+_PATIENCE = 10.0  # seconds in which a launcher ends all processes after one has failed
 
 
 @contextmanager

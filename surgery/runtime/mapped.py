@@ -41,7 +41,7 @@ def mapped_model(model: ModelPlan, folder: Path) -> nn.Module | None:
     for name, parameter in made.named_parameters():
         if name not in files or persistent:
             return None
-        stored = readers[files[name]].get_tensor(name)
+        stored: torch.Tensor = readers[files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         if stored.shape != parameter.shape or stored.dtype != parameter.dtype:
             return None
         for owner, last in places[id(parameter)]:
@@ -78,7 +78,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         own(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -39,8 +39,8 @@ _NEW_HEAD = ("sequence_classification", "token_classification", "image_classific
 def load_skeleton(model: ModelPlan, folder: Path, *, allow_code: bool = False, meta: bool = True) -> nn.Module:
     """The model on the meta device: modules, names, shapes and dtypes, without reading or allocating a weight.
 
-    `folder` is the spec's. Without `meta` it is wherever the caller has modules made. Raises SURG030 (unreadable), SURG031 (the task does not fit the model), SURG029 (a Python
-    factory without `allow_code`).
+    `folder` is the spec's. Without `meta` it is wherever the caller has modules made. Raises SURG030 (unreadable),
+    SURG031 (the task does not fit the model), SURG029 (a Python factory without `allow_code`).
     """
     if model.source == "python":
         with torch.device("meta"):

@@ -137,4 +137,4 @@ def _run_again(block: nn.Module) -> None:
             return own(*given, **named)
         return checkpoint(own, *given, use_reentrant=False, **named)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -118,7 +118,10 @@ def save_step(step: Savable, directory: str | Path, extra: Mapping[str, Any] | N
 
 
 def load_state(directory: str | Path, *, mapped: bool = False) -> RunState:
-    """Read a run folder; tensors of `mapped` files are read where they are looked at. Raises SURG054 for a folder that is none, is broken, or does not fit its own plan."""
+    """Read a run folder; tensors of `mapped` files are read where they are looked at.
+
+    Raises SURG054 for a folder that is none, is broken, or does not fit its own plan.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise _broken(directory, "there is no such folder")

@@ -48,8 +48,8 @@ def shard(model: nn.Module, whole: set[nn.Parameter], device: torch.device) -> N
         and all(uses[id(parameter)] == 1 for parameter in own)
     ]
     for module in [*blocks, *reversed(alone)]:  # what is inside comes first
-        fully_shard(module, **options)  # type: ignore[call-overload]
-    fully_shard(model, **options)  # type: ignore[call-overload]
+        fully_shard(module, **options)
+    fully_shard(model, **options)
     with torch.no_grad():
         for parameter in whole:
             parameter.data = parameter.data.to(device)

@@ -167,7 +167,8 @@ def _not_finite(step: Trainable, loss: float, number: int, folder: _Folder | Non
     if folder is not None and step.step == number and not _broken(step):
         folder.save()
     if folder is not None and distributed.number() == 0:
-        notes.append(Note(f"`{folder.run}` holds the last good state, after {load_state(folder.run, mapped=True).step} steps"))
+        kept = load_state(folder.run, mapped=True).step
+        notes.append(Note(f"`{folder.run}` holds the last good state, after {kept} steps"))
     help = "lower lr, add warmup or clip, or look at the rows of this batch; `surgery train --resume` starts from there"
     return fail("SURG053", f"the loss is {loss} at step {number} (steps count from 0)", notes=notes, help=help)
 
@@ -186,10 +187,11 @@ def _check_alike(data: str) -> None:
 def _resumed(run: Path, extra: dict[str, Any]) -> dict[str, Any]:
     """What the run folder keeps beside its state, if it was begun with the same data."""
     before = load_state(run, mapped=True).extra
-    kinds = {"data": "other rows", "labels": "other labels", "steps": "another number of steps", "scope": "another scope"}
+    kinds = {"data": "rows", "labels": "labels", "steps": "number of steps", "scope": "scope"}
     for name, what in kinds.items():
         if name in before and before[name] != extra[name]:
-            message = f"`{run}` was begun with {what} than it is resumed with"
+            other = "another" if name in ("steps", "scope") else "other"
+            message = f"`{run}` was begun with {other} {what} than it is resumed with"
             raise fail("SURG054", message, help="resume with the data of the run, or train into a new folder")
     return before
 
