@@ -241,9 +241,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two layers of width 128 and few rows, for a CPU")
     parser.add_argument("--json", type=Path)
     for name, value in {
-        "layers": 8, "width": 512, "vocabulary": 8192, "context": 512, "pretraining": 900, "pretraining-batch": 32,
-        "steps": 700, "batch": 8, "length": 512, "rank": 16, "seeds": 3, "rows": 42061, "tests": 630, "beams": 1,
-        "new-tokens": 96, "workers": 5,
+        "layers": 8, "width": 512, "vocabulary": 8192, "context": 512, "pretraining": 1000, "pretraining-batch": 32,
+        "steps": 1000, "batch": 8, "length": 512, "rank": 16, "seeds": 3, "rows": 42061, "tests": 630, "beams": 1,
+        "new-tokens": 96, "workers": 9,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, number in {"rate": 2e-3, "alpha": 32.0, "ratio": 2.0}.items():
