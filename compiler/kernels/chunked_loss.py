@@ -63,7 +63,8 @@ class _Chunked(torch.autograd.Function):
         kept = [torch.zeros_like(inputs)] if needs[0] else []
         total = torch.zeros((), dtype=forms.wide(hidden.dtype), device=hidden.device)
         length = inputs.shape[0]
-        step = -(-length // -(-length // most)) if length else 1  # chunks of one size, but for the last
+        chunks = max(1, forms.ceil_div(length, most))
+        step = max(1, forms.ceil_div(length, chunks))  # chunks of one size, but for the last
         for start in range(0, length, step):
             chunk = slice(start, start + step)
             part = inputs[chunk].requires_grad_(needs[0])

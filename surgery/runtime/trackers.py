@@ -53,17 +53,10 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
-    """A run of Weights & Biases, continued by its id."""
+class _Service:
+    """A run that a service keeps: `self.run` takes rows by step, and is finished."""
 
-    def __init__(self, plan: Plan, run: Path, identity: str, done: int) -> None:
-        import wandb
-
-        assert plan.step.report is not None
-        self.run: Any = wandb.init(
-            project=plan.step.report.project, dir=str(run), name=run.resolve().name, id=identity, resume="allow",
-            config=_settings(plan),
-        )  # fmt: skip
+    run: Any
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One row; a step that it has already is left as it is."""
@@ -74,25 +67,30 @@ class Wandb:
         self.run.finish()
 
 
-class Trackio:
+class Wandb(_Service):
+    """A run of Weights & Biases, continued by its id."""
+
+    def __init__(self, plan: Plan, run: Path, identity: str, done: int) -> None:
+        import wandb
+
+        assert plan.step.report is not None
+        self.run = wandb.init(
+            project=plan.step.report.project, dir=str(run), name=run.resolve().name, id=identity, resume="allow",
+            config=_settings(plan),
+        )  # fmt: skip
+
+
+class Trackio(_Service):
     """A run of Trackio, continued by its name."""
 
     def __init__(self, plan: Plan, run: Path, identity: str, done: int) -> None:
         import trackio
 
         assert plan.step.report is not None
-        self.run: Any = trackio.init(
+        self.run = trackio.init(
             project=plan.step.report.project or "surgery", name=f"{run.resolve().name}-{identity}", resume="allow",
             config=_settings(plan), embed=False,
         )  # fmt: skip
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """End the run there."""
-        self.run.finish()
 
 
 KINDS: dict[str, Callable[[Plan, Path, str, int], Tracker]] = {

@@ -11,6 +11,7 @@ from torch.nn import functional
 from surgery.compiler.algebra.expression import Expression, Shape
 from surgery.compiler.algebra.quantity import whole_of
 from surgery.compiler.algebra.structures import ShapeProblem, Structure, Tensor, structure
+from surgery.compiler.kernels.forms import ceil_div
 
 
 class _Cyclic(Structure):
@@ -54,7 +55,7 @@ class Wrap(_Cyclic):
 
     def product(self, node: Expression, x: Tensor, transposed: bool, *values: Tensor) -> Tensor:
         n, q = (whole_of(size) for size in node.shape)
-        padded = -(-n // q) * q
+        padded = ceil_div(n, q) * q
         if transposed:
             return _summed(_repeated(x, q, padded), padded, n)
         return _summed(_repeated(x, n, padded), padded, q)
@@ -66,13 +67,13 @@ def _repeated(x: Tensor, period: int, length: int) -> Tensor:
         return x if length == period else x.narrow(-1, 0, length)
     if length < 2 * period:
         return torch.cat((x, x.narrow(-1, 0, length - period)), -1)
-    whole = x.unsqueeze(-2).repeat_interleave(-(-length // period), -2).flatten(-2)
+    whole = x.unsqueeze(-2).repeat_interleave(ceil_div(length, period), -2).flatten(-2)
     return whole if length % period == 0 else whole.narrow(-1, 0, length)
 
 
 def _summed(x: Tensor, length: int, period: int) -> Tensor:
     """`[..., length] -> [..., period]`: entry j is the sum of those p with p mod period = j."""
-    groups = -(-length // period)
+    groups = ceil_div(length, period)
     if length != groups * period:
         x = functional.pad(x, (0, groups * period - length))
     return x if groups == 1 else x.unflatten(-1, (groups, period)).sum(-2)
