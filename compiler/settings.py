@@ -149,6 +149,15 @@ def arguments(node: nodes.Call, readers: Mapping[str, Reader]) -> dict[str, Any]
     return values
 
 
+def variant(node: nodes.Expr, kinds: Mapping[str, Mapping[str, Reader]], unknown: str) -> tuple[str, dict[str, Any]]:
+    """One of several kinds by its name, and its arguments; SURG002 says `unknown` and the name of any other."""
+    given = call(node)
+    if given.function not in kinds:
+        known = did_you_mean(given.function, kinds)
+        raise fail("SURG002", f"{unknown} `{given.function}`", node.span, help=known)
+    return given.function, arguments(given, kinds[given.function])
+
+
 def _task(node: nodes.Expr) -> tuple[str, int | None]:
     given = call(node)
     name = word(*TASKS)(nodes.Name(given.function, span=given.span))

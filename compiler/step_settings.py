@@ -27,6 +27,7 @@ from surgery.compiler.settings import (
     read_settings,
     share,
     text,
+    variant,
     whole,
     word,
 )
@@ -73,29 +74,21 @@ def _around(kind: Kind, given: nodes.Call) -> OptimizerPlan:
 
 
 def _schedule(node: nodes.Expr) -> SchedulePlan:
-    given = call(node)
-    readers: dict[str, dict[str, Reader]] = {
+    kinds: dict[str, dict[str, Reader]] = {
         "constant": {"warmup": at_least(0)},
         "linear": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
         "cosine": {"warmup": at_least(0), "minimum": at_least(0, below=1)},
     }
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"there is no schedule `{given.function}`", node.span, help=known)
-    return SchedulePlan.model_validate({"name": given.function, **arguments(given, readers[given.function])})
+    name, values = variant(node, kinds, "there is no schedule")
+    return SchedulePlan.model_validate({"name": name, **values})
 
 
 def _recompute(node: nodes.Expr) -> RecomputePlan:
-    given = call(node)
-    readers: dict[str, dict[str, Reader]] = {"none": {}, "blocks": {}, "budget": {"share": share}}
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"`recompute` knows no `{given.function}`", node.span, help=known)
-    values = arguments(given, readers[given.function])
-    if given.function == "budget" and not values:
+    name, values = variant(node, {"none": {}, "blocks": {}, "budget": {"share": share}}, "`recompute` knows no")
+    if name == "budget" and not values:
         raise fail("SURG004", "`budget` needs the share that may be kept", node.span, help="budget(0.5)")
-    kept = values["share"] if values else float(given.function == "none")
-    return RecomputePlan.model_validate({"name": given.function, "share": kept, "place": place(node.span)})
+    kept = values["share"] if values else float(name == "none")
+    return RecomputePlan.model_validate({"name": name, "share": kept, "place": place(node.span)})
 
 
 def _stop(node: nodes.Expr) -> int:
@@ -109,14 +102,9 @@ def _stop(node: nodes.Expr) -> int:
 
 
 def _report(node: nodes.Expr) -> ReportPlan:
-    given = call(node)
     project: dict[str, Reader] = {"project": text}
-    readers: dict[str, dict[str, Reader]] = {"tensorboard": {}, "wandb": project, "trackio": project}
-    if given.function not in readers:
-        known = did_you_mean(given.function, readers)
-        raise fail("SURG002", f"`report` knows no `{given.function}`", node.span, help=known)
-    values = arguments(given, readers[given.function])
-    return ReportPlan.model_validate({"name": given.function, "place": place(node.span), **values})
+    name, values = variant(node, {"tensorboard": {}, "wandb": project, "trackio": project}, "`report` knows no")
+    return ReportPlan.model_validate({"name": name, "place": place(node.span), **values})
 
 
 def _every(*more: str) -> Reader:
