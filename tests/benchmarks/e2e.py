@@ -120,7 +120,7 @@ def pretrain(chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, pad_token=END)
     ids = [token for row in tokenizer(texts)["input_ids"] for token in [*row, tokenizer.eos_token_id]]
     length, size = chosen.context, len(ids) // chosen.context
-    held, rows = torch.tensor(ids[: size * length]).view(size, length).to(chosen.device).split([16, size - 16])
+    held, rows = torch.tensor(ids[: size * length]).view(size, length).to(chosen.device).tensor_split([16])
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=chosen.width, intermediate_size=8 * chosen.width // 3 // 64 * 64,
