@@ -73,6 +73,8 @@ class Products:
 def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[FactorsPlan, ...]:
     """The factors that the step's optimizer moves, each product once; SURG039 at rules whose method has none."""
     kind = OPTIMIZERS[plan.step.optimizer.name]
+    if kind.needs == "jacobian":
+        _check_outputs(program, plan, diagnostics)
     if kind.needs is None or kind.needs not in COUNTS:
         return ()
     products = Products(plan)
@@ -93,6 +95,23 @@ def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[Fac
         message = f"`{kind.name}` needs {NEEDS[kind.needs]}; no rule adapts anything"
         diagnostics.error("SURG039", message, where, help="adapt some weights, or take adamw or sgd")
     return tuple(found.values())
+
+
+def _check_outputs(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
+    """Each output of a row is a backward pass: as many as a vocabulary has are out of the question."""
+    name, tokens = plan.step.optimizer.name, plan.step.optimizer.options["tokens"]
+    task = plan.model.task if plan.step.loss == "auto" else plan.step.loss
+    where = setting(program, "optimizer")
+    if task == "causal_lm" and not tokens:
+        message = f"`{name}` needs {NEEDS['jacobian']}; a language model's are as many as its tokens are"
+        help_text = f"name the tokens that are labels, by their numbers: {name}(tokens = [3, 17])"
+        diagnostics.error("SURG039", message, where, help=help_text)
+    elif task in ("masked_lm", "seq2seq_lm", "token_classification", "feature_extraction", "output"):
+        message = f"`{name}` needs {NEEDS['jacobian']}; {task} has others"
+        diagnostics.error("SURG039", message, where, help="take it for classification or regression, or adamw or sgd")
+    elif tokens and task != "causal_lm":
+        message = "`tokens` are the label tokens of a language model, and this is none"
+        diagnostics.error("SURG039", message, where, help="leave `tokens` out")
 
 
 def fitting(plan: Plan, products: Products) -> list[str]:

@@ -19,7 +19,7 @@ from surgery.compiler.emit.imports import IMPORTS as IMPORTS_OF_GRAPHS
 from surgery.compiler.emit.loss import IMPORTS as IMPORTS_OF_LOSS
 from surgery.compiler.emit.loss import is_by_rows, loss_text
 from surgery.compiler.emit.optimizer import IMPORTS as IMPORTS_OF_OPTIMIZERS
-from surgery.compiler.emit.optimizer import Group, optimizer_source, rates
+from surgery.compiler.emit.optimizer import Group, observed, optimizer_source, rates
 from surgery.compiler.emit.template import (
     COMPILE_BLOCKS,
     COMPILE_WHOLE,
@@ -55,13 +55,14 @@ def run(
     """
     again = Again.of(plan)
     chosen = chosen_loss(plan, graph)
-    by_rows = chosen.output is None and is_by_rows(chosen.loss, graph)
+    outputs = observed(plan.step.optimizer, chosen.loss.name)
+    by_rows = chosen.output is None and not outputs and is_by_rows(chosen.loss, graph)
     forward = model or forward_source(graph, plan.step.precision != "model", again, by_rows)
     loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)
     parts = [
         _title("Forward") + forward.source,
-        *([] if model else [_compile_source(forward)]),
+        *([] if model else [_compile_source(forward, bool(outputs))]),
         _title("Loss") + loss.source,
         _title("Optimizer and schedule")
         + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.factors, plan.rounds),
@@ -79,8 +80,10 @@ def run(
     parts += [
         _title("The step")
         + (f"{CUT_PADDING}\n\n" if cuts else "")
-        + gradients_source(plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph)), bool(model)),
-        step_source(plan.step, happenings, running_statistics(graph)),
+        + gradients_source(
+            plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph)), bool(model), outputs
+        ),
+        step_source(plan.step, happenings, running_statistics(graph), bool(outputs)),
         *([] if model else [MAIN]),
     ]
     body = "\n\n".join(parts)
@@ -144,12 +147,14 @@ def _documentation(plan: Plan, alone: bool) -> str:
     return "\n".join(lines).replace("\\", "\\\\")
 
 
-def _compile_source(forward: Forward) -> str:
+def _compile_source(forward: Forward, several: bool = False) -> str:
+    """What compiles the forward; `several`: its backward is run more than once."""
     names = list(forward.block_functions) or ["hidden_states" if forward.head else "forward"]
     if forward.head and forward.head.pointwise:
         names.append("head")
     (row,) = [f"COMPILED = [{', '.join(repr(name) for name in names)}]".replace("'", '"')]
-    parts = ["\n".join(wrapped(row)) + "\n", COMPILED, COMPILE_BLOCKS if forward.block_functions else COMPILE_WHOLE]
+    compiled = COMPILED.replace("=False):", "=False, donated_buffer=False):") if several else COMPILED
+    parts = ["\n".join(wrapped(row)) + "\n", compiled, COMPILE_BLOCKS if forward.block_functions else COMPILE_WHOLE]
     return "\n\n".join(parts)
 
 

@@ -150,7 +150,7 @@ class OptimizerPlan(Record):
     weight_decay: float = 0.0
     momentum: float = 0.0
     nesterov: bool = False
-    options: dict[str, bool | int | float] = Field(default_factory=dict)
+    options: dict[str, bool | int | float | tuple[int, ...]] = Field(default_factory=dict)
 
 
 class FactorsPlan(Record):

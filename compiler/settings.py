@@ -78,6 +78,19 @@ def whole(least: int, most: int = LARGEST_COUNT) -> Reader:
     return read
 
 
+def wholes(least: int) -> Reader:
+    """`[3, 17]`: two or more different whole numbers of at least `least`."""
+
+    def read(node: nodes.Expr) -> tuple[int, ...]:
+        items = node.items if isinstance(node, nodes.ListOf) else ()
+        values = tuple(map(whole(least), items))
+        if len(values) < 2 or len(set(values)) < len(values):
+            raise fail("SURG004", f"different whole numbers are needed here: `[3, 17]`, not `{show(node)}`", node.span)
+        return values
+
+    return read
+
+
 def word(*words: str) -> Reader:
     """A bare word or a text; with `words`, one of them."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.quantity import LARGEST
@@ -31,6 +32,7 @@ from surgery.compiler.settings import (
     whole,
     word,
 )
+from surgery.compiler.span import Span
 from surgery.optimizers import BASES, OPTIMIZERS, Kind
 
 # What an evaluation says, by what a task's labels are.
@@ -51,13 +53,13 @@ def _optimizer(node: nodes.Expr) -> OptimizerPlan:
     values = arguments(given, kind.arguments)
     if values.get("nesterov") and not values.get("momentum"):
         raise fail("SURG004", "nesterov needs a momentum", node.span)
-    if "lr" not in values:
+    if "lr" not in values and "lr" in kind.arguments:
         raise fail(
             "SURG004", f"`{given.function}` needs a learning rate", node.span, help=f"{given.function}(lr = 1e-3)"
         )
     values = {**kind.defaults, **values}
     options = {name: values.pop(name) for name in list(values) if name not in OptimizerPlan.model_fields}
-    base = given.function if given.function in BASES else "adamw"
+    base = given.function if given.function in BASES else "sgd" if kind.needs == "jacobian" else "adamw"
     return OptimizerPlan.model_validate({"name": kind.name, "base": base, "options": options, **values})
 
 
@@ -169,6 +171,8 @@ def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan
         )
     if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
         diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
+    if "optimizer" in values:
+        _check_optimizer(values, spans, diagnostics)
     if "evaluate" not in values:
         for name in ("best", "stop"):
             if name in values:
@@ -181,6 +185,17 @@ def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan
         if name in values:
             values[name] = values[name]["every"]
     return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))
+
+
+def _check_optimizer(values: dict[str, Any], spans: Mapping[str, Span | None], diagnostics: Diagnostics) -> None:
+    """An optimizer that reads a Jacobian sees no gradients that could be clipped, scaled or recorded."""
+    optimizer: OptimizerPlan = values["optimizer"]
+    if OPTIMIZERS[optimizer.name].needs != "jacobian":
+        return
+    for name, refused in (("clip", None), ("precision", "float16"), ("compile", "reduce_overhead")):
+        if name in values and refused in (None, values[name]):
+            message = f"`{optimizer.name}` reads how outputs depend on what is trained, and no gradients of a loss"
+            diagnostics.error("SURG004", message, spans[name], help=f"leave `{name}` out")
 
 
 def scores_of(model: ModelPlan | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.tables import names_list
 from surgery.compiler.plan import FactorsPlan, OptimizerPlan
 from surgery.optimizers import OPTIMIZERS
@@ -15,6 +16,11 @@ CLASSES = {kind.made.__name__: kind.made for kind in OPTIMIZERS.values() if insp
 IMPORTS = {name: f"from {made.__module__} import {name}" for name, made in CLASSES.items()} | {
     "Factors.of": "from surgery.optimizers.factors import Factors"
 }
+_LOKO = "from surgery.optimizers.loko import"
+OBSERVED = {  # what an optimizer that reads a Jacobian takes for outputs, by the loss
+    "cross_entropy": "class_outputs", "mse": "number_outputs", "binary": "label_outputs", "next_token": "token_outputs",
+}  # fmt: skip
+IMPORTS |= {name: f"{_LOKO} {name}" for name in OBSERVED.values()}
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,15 @@ def optimizer_source(
         lines += [f"{table} = {first}", *rest]
         tables.append((table, group))
     made = OPTIMIZERS[optimizer.name].made
-    around = made if inspect.isclass(made) and OPTIMIZERS[optimizer.name].needs else None
+    needs = OPTIMIZERS[optimizer.name].needs
+    around = made if inspect.isclass(made) and needs not in (None, "jacobian") else None
     if around is not None:
         lines += ["", *_table(factors)]
     kind, options = _base(optimizer)
     rounded = ", bfloat16 rounded stochastically" if rounds else ""
     title = f"{kind} over what is trained{rounded}; `base_lr` is the rate that the schedule scales."
+    if needs == "jacobian":
+        title = f"{made.__name__} over what is trained; `base_lr` is what the schedule scales."
     lines += [
         "", "", "def make_optimizer(weights: Weights) -> torch.optim.Optimizer:", f'    """{title}"""',
         "    groups: list[dict[str, Any]] = [",
@@ -59,8 +68,12 @@ def optimizer_source(
         rates = f'"lr": {group.lr}, "base_lr": {group.lr}, "weight_decay": {group.weight_decay}'
         lines.append(f'        {{"params": [weights[name] for name in {table}], {rates}}},')
     lines.append("    ]")
+    own = "".join(f", {name}={value!r}" for name, value in optimizer.options.items())
     gives = "return" if around is None else "base ="
-    if rounds:
+    if needs == "jacobian":
+        names = ", ".join(f"*{table}" for table, _ in tables)
+        lines.append(f"    return {made.__name__}(groups, [{names}]{own})")
+    elif rounds:
         lines.append(f"    {gives} Rounding{kind}(groups, {options})")
     else:
         lines += [
@@ -69,12 +82,25 @@ def optimizer_source(
             f"    {gives} torch.optim.{kind}(groups, {options}, foreach=False, fused=fused)",
         ]
     if around is not None:
-        own = "".join(f", {name}={value!r}" for name, value in optimizer.options.items())
         lines += [
             "    factors = [Factors.of(weights, *entry) for entry in FACTORS]",
             f"    return {around.__name__}(base, factors{own})",
         ]
     return "\n".join(lines) + "\n"
+
+
+def observed(optimizer: OptimizerPlan, loss: str) -> str:
+    """The outputs and targets that the optimizer reads, as step.py computes them from a part's; empty for most.
+
+    `loss` is the name of the step's.
+    """
+    if OPTIMIZERS[optimizer.name].needs != "jacobian":
+        return ""
+    if loss not in OBSERVED:
+        message = f"`{optimizer.name}` reads outputs and their targets, and the loss is the module's own"
+        raise fail("SURG039", message, help="write `loss = mse` or `loss = cross_entropy` in the step block")
+    tokens = f", {optimizer.options['tokens']}" if loss == "next_token" else ""
+    return f'{OBSERVED[loss]}(output, part["labels"]{tokens})'
 
 
 def _base(optimizer: OptimizerPlan) -> tuple[str, str]:

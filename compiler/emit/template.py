@@ -135,22 +135,24 @@ PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
 
 def gradients_source(
     plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False, moves_twice: bool = False,
-    together: bool = False,
+    together: bool = False, observed: str = "",
 ) -> str:  # fmt: skip
     """`gradients`: forward and backward of a step's batch, and nothing that the host must wait for or decide.
 
     `cuts_padding`: micro-batches end at their own last real token. `moves_twice`: the backward runs blocks again that
     have running statistics. `together`: all processes take as many micro-batches, since they hold one model together.
+    `observed` are outputs and targets for an optimizer that reads how the ones depend on what is trained.
     """
     scaled = plan.precision == "float16"
     arguments = ", ".join(f'part["{name}"]' for name in inputs)
     size = str(plan.micro_batch) if plan.micro_batch else "rows"
     rounds = f"math.ceil(rows / {size})" if plan.micro_batch else "min(rows, 1)"
     by = size if plan.micro_batch else "max(rows, 1)"  # of several processes one may have no rows
-    more = ", scaler: torch.amp.GradScaler" if scaled else ""
+    more = ", scaler: torch.amp.GradScaler" if scaled else ", optimizer: Any" if observed else ""
+    adds = "shows its outputs" if observed else "adds its gradients"
     lines = [
         f"def gradients(weights: Weights, batch: dict[str, Tensor]{more}) -> Tensor:",
-        '    """The loss of a step, summed over its labels and divided by the number of all; adds its gradients."""',
+        f'    """The loss of a step, summed over its labels and divided by the number of all; {adds}."""',
         f'    labels = batch["{loss.labels}"]',
         f"    count = over_processes({loss.count}(labels))",
         "    rows = labels.shape[0]",
@@ -168,6 +170,8 @@ def gradients_source(
     if plan.precision != "model":
         run = [f"with torch.autocast(labels.device.type, torch.{plan.precision}):", *(f"    {line}" for line in run)]
     backward = "scaler.scale(share).backward()" if scaled else "share.backward()"
+    if observed:
+        backward = f"optimizer.observe(*{observed})  # a backward pass for each output"
     lines += [
         *(f"        {line}" for line in run),
         *([] if loss.chunked else [f"        {share}"]),
@@ -191,10 +195,10 @@ def _rounds_for_others(forward: Sequence[str]) -> list[str]:
     ]
 
 
-def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] = ()) -> str:
+def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] = (), observes: bool = False) -> str:
     """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
 
-    `statistics` are what the forward itself writes.
+    `statistics` are what the forward itself writes; `observes`: the optimizer sees outputs in place of gradients.
     """
     scaled = plan.precision == "float16"
     table = names_list(statistics) if statistics else []
@@ -229,7 +233,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     lines += [
         "",
         "    # 3. forward and backward",
-        f"    loss = gradients(weights, batch{', scaler' if scaled else ''})",
+        f"    loss = gradients(weights, batch{', scaler' if scaled else ', optimizer' if observes else ''})",
         "",
         "    # 4. sum over the processes of the run",
         "    loss = step_over_processes(loss, optimizer)",

@@ -269,8 +269,9 @@ def _ways(site: Site) -> list[tuple[str, list[str], str]]:
 
 
 def _step(step: StepPlan) -> str:
-    optimizer = f"{step.optimizer.base}(lr = {step.optimizer.lr:g})"
-    if step.optimizer.name != step.optimizer.base:
+    around = OPTIMIZERS[step.optimizer.name].around
+    optimizer = f"{step.optimizer.base if around else step.optimizer.name}(lr = {step.optimizer.lr:g})"
+    if around:
         optimizer = f"{step.optimizer.name} around {optimizer}"
     length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
     pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""

@@ -9,6 +9,7 @@ from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.events import EventProgram, programs
 from surgery.compiler.plan import Plan
 from surgery.compiler.span import Source, Span
+from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.distributed import processes
 
 
@@ -26,6 +27,9 @@ def check_spread(plan: Plan, scope: str) -> Diagnostics:
         message = "a model in module scope runs as it is, and is not compiled"
         help = "leave `compile` out, or train in graph scope"
         found.error("SURG072", message, _setting(plan, nodes.Step, "compile"), help=help)
+    if several and OPTIMIZERS[step.optimizer.name].needs == "jacobian":
+        message = f"`{step.optimizer.name}` reads the outputs of all rows, and no process has them"
+        found.error("SURG072", message, _setting(plan, nodes.Step, "optimizer"), help="train it with one process")
     if scope == "module" and plan.model.quantize is not None:
         message = "a quantized model is trained in graph scope"
         help = "leave `--scope module` out: a quantized model is small enough for each process"
