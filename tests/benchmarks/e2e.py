@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     most = max(map(len, references))
     streams = [[row[place] if place < len(row) else None for row in references] for place in range(most)]
     sacrebleu: Any = importlib.import_module("sacrebleu")  # needed by this measurement alone
-    return float(sacrebleu.corpus_bleu(list(texts), streams, lowercase=True).score)
+    return float(sacrebleu.corpus_bleu(list(texts), streams, lowercase=True, force=True).score  # the set is written tokenized)
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def table(found: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
     """One row per method: mean and standard deviation of BLEU over the seeds."""
     rows = []
     for name in names:
-        runs = [run for run in found if run["name"] == name]
+        runs = sorted((run for run in found if run["name"] == name), key=lambda run: run["seed"])
         if not runs:
             continue
         scores, losses = [run["bleu"] for run in runs], [run["loss"] for run in runs]
@@ -273,9 +273,10 @@ def main() -> None:
         print("pretraining: " + ", ".join(f"{what} {value:,.6g}" for what, value in pretrained.items()), flush=True)
         prepare(setting, chosen)
         methods = {name: method for name, method in setting.methods().items() if not chosen.only or name in chosen.only}
-        waiting = {(name, seed): pool.submit(run, (setting, name, method, seed, tests))
+        waiting = {pool.submit(run, (setting, name, method, seed, tests)): (name, seed)
                    for name, method in methods.items() for seed in range(chosen.seeds)}  # fmt: skip
-        for (name, seed), future in waiting.items():
+        for future in as_completed(waiting):
+            name, seed = waiting[future]
             try:
                 found.append(future.result())
                 print(f"{name}, seed {seed}: BLEU {found[-1]['bleu']:.2f}", flush=True)
