@@ -97,7 +97,8 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     most = max(map(len, references))
     streams = [[row[place] if place < len(row) else None for row in references] for place in range(most)]
     sacrebleu: Any = importlib.import_module("sacrebleu")  # needed by this measurement alone
-    return float(sacrebleu.corpus_bleu(list(texts), streams, lowercase=True, force=True).score  # the set is written tokenized)
+    # `force`: the set is written tokenized, which sacrebleu would warn of
+    return float(sacrebleu.corpus_bleu(list(texts), streams, lowercase=True, force=True).score)
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------------
