@@ -14,8 +14,10 @@ from torch.nn import functional
 
 from surgery.compiler.algebra.base import Base, Convolution, Diagonal, Lookup, Output, Quantized
 from surgery.compiler.algebra.experts import Experts
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.expression import Expression, rewriting
 from surgery.compiler.algebra.formula import MethodFormula, Term
+from surgery.compiler.algebra.narrow import turned
+from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.kernels.quantized_linear import quantized_linear
 from surgery.compiler.plan import Site
 
@@ -258,35 +260,25 @@ def call_of(node: fx.Node, path: str) -> str | None:
 
 def flipped(formula: MethodFormula) -> MethodFormula:
     """A `delta` or `weight` formula for a use whose W is the site's transposed, as that of a tied head's embedding."""
-    known: dict[int, Expression] = {}
-    terms = tuple(Term(_turned(term.matrix, known), _resized(term.input, formula)) for term in formula.terms)
-    return replace(formula, expression=_turned(formula.expression, known), terms=terms)
+    over_turned_weight, resized = rewriting(_over_turned_weight), rewriting(partial(_resized, size=formula.shape[0]))
+
+    def other_way(matrix: Expression) -> Expression:
+        return turned(over_turned_weight(matrix))
+
+    terms = tuple(Term(other_way(term.matrix), resized(term.input)) for term in formula.terms)
+    return replace(formula, expression=other_way(formula.expression), terms=terms)
 
 
-def _resized(rows: Expression, formula: MethodFormula) -> Expression:
+def _resized(rows: Expression, size: Quantity) -> Expression:
     """x, perhaps with dropout, of the other side's size."""
-    parts = tuple(_resized(part, formula) if part.shape else part for part in rows.arguments)
-    return replace(rows, arguments=parts, shape=(rows.shape[0], formula.shape[0]))
+    return replace(rows, shape=(rows.shape[0], size)) if rows.shape else rows
 
 
-def _turned(matrix: Expression, known: dict[int, Expression]) -> Expression:
-    """The transposed matrix, over a W that is transposed itself."""
-    inner = _over_turned_weight(matrix, known)
-    if inner.operation == "transpose":
-        return inner.arguments[0]
-    return Expression("transpose", (inner,), (inner.shape[1], inner.shape[0]))
-
-
-def _over_turned_weight(node: Expression, known: dict[int, Expression]) -> Expression:
-    if id(node) not in known:
-        if node.operation == "weight":
-            turned = replace(node, shape=(node.shape[1], node.shape[0]))
-            known[id(node)] = Expression("transpose", (turned,), node.shape)
-        else:
-            parts = tuple(_over_turned_weight(part, known) for part in node.arguments)
-            same = all(new is old for new, old in zip(parts, node.arguments, strict=True))
-            known[id(node)] = node if same else replace(node, arguments=parts)
-    return known[id(node)]
+def _over_turned_weight(node: Expression) -> Expression:
+    """W as the transposed of what is turned."""
+    if node.operation != "weight":
+        return node
+    return Expression("transpose", (replace(node, shape=(node.shape[1], node.shape[0])),), node.shape)
 
 
 def inline(module: fx.GraphModule, node: fx.Node) -> None:

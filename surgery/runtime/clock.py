@@ -6,7 +6,6 @@ checkpoint. It runs the text that `step.py` has for the events.
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.clock import clock_source
 from surgery.compiler.events import KEPT, START, EventProgram
+from surgery.runtime.executed import executed
 
 CLOCK = "surgery_clock"  # its name on the root
 _WATCHED = WeakTensorKeyDictionary()  # parameters whose gradients are refused outside of a step
@@ -146,8 +146,4 @@ def _behind(name: str, suffixes: Iterable[str]) -> list[str]:
 @lru_cache
 def _functions(source: str) -> dict[str, Any]:
     """The text executed, not kept in the clock: a model that is copied or pickled holds text alone."""
-    name = f"<clock of {hash(source):x}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": "surgery_clock", "__file__": name}
-    exec(compile(source, name, "exec"), namespace)
-    return namespace
+    return executed(source, "surgery_clock", f"<clock of {hash(source):x}>")

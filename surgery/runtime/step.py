@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import linecache
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches, distributed
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.devices import why_not
+from surgery.runtime.executed import executed
 from surgery.runtime.ownership import beside, own, written_names
 from surgery.runtime.replay import replayed
 from surgery.runtime.sharded import fill
@@ -157,14 +157,14 @@ class TrainingStep:
         scaler = () if self._scaler is None else (self._scaler,)
         take = self._namespace["train_step"]
         distributed.seed_step(self.plan.step.seed, self.step, own=True)
-        loss, norm, taken = take(self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
+        loss, norm, taken, *added = take(self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
         if taken:
             self.step += 1
         self._skipped = 0 if taken else self._skipped + 1
         if self._scaler is not None and self._skipped > _MOST_SKIPPED:
             message = f"the float16 gradients of step {self.step} overflow at every loss scale"
             raise fail("SURG053", message, help="lower lr, or use `precision = bfloat16`")
-        return StepResult(loss, torch.zeros((), device=loss.device), taken, norm)
+        return StepResult(loss, added[0] if added else torch.zeros((), device=loss.device), taken, norm)
 
     def _seed_optimizer(self, *_: Any) -> None:
         distributed.seed_step(self.plan.step.seed, self.step, own=False)
@@ -349,11 +349,7 @@ def _module(graph: Graph, weights: dict[str, Tensor], device: torch.device) -> f
 
 def _execute(source: str, plan: Plan) -> dict[str, Any]:
     """Run the text of step.py as a module of its own, whose lines tracebacks and debuggers can show."""
-    name = f"<step.py of {Path(plan.file).name}, number {next(_NUMBERS)}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": "surgery_step", "__file__": name}
-    exec(compile(source, name, "exec"), namespace)
-    return namespace
+    return executed(source, "surgery_step", f"<step.py of {Path(plan.file).name}, number {next(_NUMBERS)}>")
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
