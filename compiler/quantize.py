@@ -26,11 +26,18 @@ STAYS = "W is quantized, and any other way would form it"  # why a site runs as 
 
 
 def candidates(program: Program, skeleton: Skeleton) -> dict[int, Weight]:
-    """The linear layers of the repeated blocks by their identity, none without `quantize`; trained ones among them."""
+    """The linear layers of the repeated blocks by their identity, none without `quantize`; trained ones among them.
+
+    Those that the model's class keeps in float32 are none of them.
+    """
     if program.model is None or program.model.quantize is None:
         return {}
+    # What transformers says of modules that are not for few bits: T5 casts rows to the dtype of such a weight.
+    kept = set(getattr(skeleton.model, "_keep_in_fp32_modules", None) or ())
     found = {}
     for path in skeleton.modules:
+        if kept & set(path.split(".")):
+            continue
         weight = skeleton.weight(path) if skeleton.block(path) else None
         if not isinstance(weight, Weight) or weight.layout.module_class not in CLASSES:
             continue
@@ -92,6 +99,7 @@ def why_refused(formula: MethodFormula, update: str) -> tuple[str, Expression | 
             )
             return f"its steps move W, and few bits would not hold what they add{otherwise}", None
     read = [formula.expression, *(term.input for term in formula.terms)]
+    read += [] if formula.penalty is None else [formula.penalty]
     if (part := next(filter(None, map(dense_reading, read)), None)) is not None:
         return "it reads W other than through `x @ W.T`, so W would have to be there as a matrix", part
     changes = [change for event in formula.events for change in event.changes if change.target != "W"]

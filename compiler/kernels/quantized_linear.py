@@ -103,6 +103,8 @@ def quantized_linear(
     The product is in x's dtype, under autocast in its own. W is frozen: there are gradients to x and to the bias. Kept
     for the backward are the codes and scales alone.
     """
+    if not x.is_floating_point():  # a model may cast its input to the weight's dtype, which is that of codes here
+        raise TypeError(f"a quantized matrix is multiplied with floating rows, not with {x.dtype}")
     if dtype := forms.autocast_dtype(x):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if forms.needs_definition(weight):

@@ -92,6 +92,8 @@ def quantize_model(
     for name in plan.quantized.weights:
         parent, part = _place(model, name)
         layer: nn.Module = getattr(parent, part)
+        if isinstance(layer, QuantizedLinear):  # by another path to its parent
+            continue
         weight = layer.get_parameter("weight")
         if id(layer) not in known:
             several = id(weight) in shared

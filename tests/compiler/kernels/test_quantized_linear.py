@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes.functional as library
+import bitsandbytes.functional
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from surgery.compiler.kernels.quantized_linear import (
     workspace,
 )
 
+library: Any = bitsandbytes.functional
 KINDS = ("nf4", "int8")
 # Rows that blocks end with, blocks that reach over rows, a last block that is not full, one that nothing fills.
 SHAPES = [(16, 128), (24, 48), (7, 130), (1, 2), (96, 80)]
@@ -36,7 +37,8 @@ def exact(weight: Tensor, scale: Tensor) -> Tensor:
         return weight.double() * scale.double()[:, None]
     levels = library.get_4bit_type("nf4", device="cpu").double()
     nibbles = torch.stack([weight >> 4, weight & 15], -1).flatten().long()
-    return (levels[nibbles] * scale.double().repeat_interleave(BLOCK)[: nibbles.numel()]).view(len(weight), -1)
+    found: Tensor = levels[nibbles] * scale.double().repeat_interleave(BLOCK)[: nibbles.numel()]
+    return found.view(len(weight), -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
