@@ -50,12 +50,15 @@ class _OfAGPU:
         return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
 
-def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None = None) -> MemoryPlan:
+def of_plan(
+    plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None = None, *, whole_logits: bool = False
+) -> MemoryPlan:
     """The memory of a plan's step for `model`, which may be a skeleton on meta; it is captured, which takes a while.
 
-    Raises SurgError as `surgery.compile` does where the model cannot be captured or the loss is not known.
+    With `whole_logits` the loss is not taken in chunks of rows. Raises SurgError as `surgery.compile` does where the
+    model cannot be captured or the loss is not known.
     """
-    from surgery.compiler import p5_capture, pipeline
+    from surgery.compiler import p5_capture, p9_emit, pipeline
     from surgery.compiler.examples import example_inputs
     from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.quantize import quantized_copy
@@ -75,7 +78,9 @@ def of_plan(plan: Plan, model: nn.Module, examples: Mapping[str, Tensor] | None 
     starts = initialise(plan, tensors(graph.module), Sources(saved=empty))
     # A given model may be on a device where the step would be compiled, which takes long and is not needed.
     plain = plan.model_copy(update={"step": plan.step.model_copy(update={"compile": "off"})})
-    step = TrainingStep(plain, pipeline.adapt(plain, graph, starts), model)
+    graph = pipeline.adapt(plain, graph, starts)
+    source = p9_emit.run(plain, graph, whole_logits=True) if whole_logits else None
+    step = TrainingStep(plain, graph, model, source=source)
     step.plan = plan
     return predicted(step, planned_length(plan, model))
 

@@ -43,11 +43,13 @@ IMPORTS = IMPORTS_OF_GRAPHS | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_
 
 
 def run(
-    plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None, model: Forward | None = None
+    plan: Plan, graph: Graph, events: Sequence[EventProgram] | None = None, model: Forward | None = None,
+    *, whole_logits: bool = False,
 ) -> str:  # fmt: skip
     """The source of step.py; `events` are the plan's own if left out.
 
-    In module scope `model` is the forward, and of the graph only inputs and tensors are read.
+    In module scope `model` is the forward, and of the graph only inputs and tensors are read. With `whole_logits` the
+    loss takes no chunks of them.
 
     It needs torch, and of surgery the kernels alone; it defines `forward`, the loss, `make_optimizer`, `schedule`,
     `gradients` and `train_step`. Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph
@@ -56,7 +58,7 @@ def run(
     again = Again.of(plan)
     chosen = chosen_loss(plan, graph)
     outputs = observed(plan.step.optimizer, chosen.loss.name)
-    by_rows = chosen.output is None and not outputs and is_by_rows(chosen.loss, graph)
+    by_rows = chosen.output is None and not (outputs or whole_logits) and is_by_rows(chosen.loss, graph)
     forward = model or forward_source(graph, plan.step.precision != "model", again, by_rows)
     loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)

@@ -305,12 +305,15 @@ class EventPlan(Record):
 
 
 class MemoryPlan(Record):
-    """Bytes at the peak of a training step on a GPU: `peak` is the sum of the parts."""
+    """Bytes at the peak of a training step on a GPU, each of several: `peak` is the sum of the parts."""
+
+    processes: int = 1
 
     compiled: bool  # whether they are those of the step as torch compiles it
     rows: int  # of one forward
     length: int
-    weights: int  # the model and the method's frozen tensors
+    weights: int  # the model, or its rows that are here, and the method's frozen tensors
+    gathered: int = 0  # weights of other processes that are here for a while
     trained: int
     gradients: int  # of what is trained
     optimizer: int  # its state

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.compiler import nodes
 from surgery.compiler.diagnostics import SurgError, fail, render
@@ -52,14 +52,17 @@ def _check_given(program: object, model: object) -> None:
         raise TypeError(f"`model` is a torch.nn.Module, not a {type(model).__name__}")
 
 
-def plan(program: Program, model: nn.Module | None = None, *, memory: bool = False, allow_code: bool = False) -> Plan:
+def plan(
+    program: Program, model: nn.Module | None = None, *, memory: bool = False, processes: int = 1,
+    scope: Literal["graph", "module"] = "graph", allow_code: bool = False,
+) -> Plan:  # fmt: skip
     """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
 
     No weights are loaded. With `memory` the step is run on tensors without storage: the plan then says what memory it
     takes. Raises `SurgError` with everything that does not fit the model.
     """
     from surgery.compiler import pipeline
-    from surgery.compiler.memory import of_plan
+    from surgery.compiler.memory_spread import of_processes
     from surgery.runtime.models import load_skeleton
 
     _check_given(program, model)
@@ -67,7 +70,7 @@ def plan(program: Program, model: nn.Module | None = None, *, memory: bool = Fal
         with at_model_line(program):
             model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
     made = pipeline.resolve(program, model)
-    return made.model_copy(update={"memory": of_plan(made, model)}) if memory else made
+    return made.model_copy(update={"memory": of_processes(made, model, processes, scope)}) if memory else made
 
 
 @contextmanager

@@ -66,6 +66,20 @@ BestOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
 
 
+class Scope(StrEnum):
+    """What a method is applied to."""
+
+    graph = "graph"
+    module = "module"
+
+
+ScopeOption = Annotated[
+    Scope | None,
+    typer.Option("--scope", help="graph: the captured model, whole on each process; module: its modules in place, "
+                 "frozen weights spread over processes; left out: graph, or that of the run", show_default=False),
+]  # fmt: skip
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import PackageNotFoundError, version

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from surgery.cli.common import CodeOption, Format, FormatOption, output, pass_log, quiet, reporting, show, write_text
+from surgery.cli.common import (
+    CodeOption,
+    Format,
+    FormatOption,
+    Scope,
+    ScopeOption,
+    output,
+    pass_log,
+    quiet,
+    reporting,
+    show,
+    write_text,
+)
 from surgery.compiler.diagnostics import SurgError
 
 if TYPE_CHECKING:
@@ -31,6 +43,10 @@ def run(
         bool,
         typer.Option("--memory", help="also predict the memory of a step; captures the model, which takes a while"),
     ] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="with --memory: on each of so many GPUs, one process on each")
+    ] = 1,
+    scope: ScopeOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of plans and exit")] = False,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,
@@ -48,9 +64,13 @@ def run(
             raise typer.BadParameter("a SPEC is needed", param_hint="SPEC")
         import surgery
         from surgery.cli.plan_table import print_plan
+        from surgery.runtime.distributed_checks import check_spread
 
         program = surgery.parse(spec)
-        plan = surgery.plan(program, memory=memory, allow_code=allow_code)
+        wanted: Literal["graph", "module"] = "module" if scope is Scope.module else "graph"
+        if processes > 1 or scope is not None:
+            check_spread(surgery.plan(program, allow_code=allow_code), wanted, processes).raise_errors()
+        plan = surgery.plan(program, memory=memory, processes=processes, scope=wanted, allow_code=allow_code)
         plan = plan.model_copy(update={"sample": _sample(plan, program.folder)})
         text = plan.model_dump_json(indent=2) + "\n"
         if write is not None:

@@ -318,13 +318,15 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
     def said(size: int) -> str:
         return f"{size / unit:,.2f}"
 
+    gathered = f" and {said(found.gathered)} gathered from others" if found.gathered else ""
     parts = (
-        f"weights {said(found.weights)}, trained {said(found.trained)} with gradients {said(found.gradients)} and "
-        f"optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, around them with logits and loss "
-        f"{said(found.outputs)}, backward {said(found.backward)}"
+        f"weights {said(found.weights)}{gathered}, trained {said(found.trained)} with gradients "
+        f"{said(found.gradients)} and optimizer {said(found.optimizer)}, kept by blocks {said(found.kept)}, "
+        f"around them with logits and loss {said(found.outputs)}, backward {said(found.backward)}"
     )
     how = "compiled" if found.compiled else "not compiled"
-    lines = [f"memory: {said(found.peak)} {name} at the peak of {found.rows} x {found.length}, {how}: {parts}"]
+    each = f" on each of {found.processes} GPUs" if found.processes > 1 else ""
+    lines = [f"memory: {said(found.peak)} {name}{each} at the peak of {found.rows} x {found.length}, {how}: {parts}"]
     alike: dict[int, list[str]] = {}
     for path, size in found.blocks.items() if verbose else ():
         alike.setdefault(size, []).append(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,8 @@ from surgery.cli.common import (
     DeviceOption,
     Format,
     FormatOption,
+    Scope,
+    ScopeOption,
     answer,
     calibration_of,
     check_output,
@@ -31,13 +32,6 @@ if TYPE_CHECKING:
     from surgery.runtime.step import TrainingStep
 
 
-class Scope(StrEnum):
-    """What a method is applied to."""
-
-    graph = "graph"
-    module = "module"
-
-
 EXAMPLE = "Example: surgery train specs/demo.surg -o runs/demo; after Ctrl-C: surgery train runs/demo --resume"
 NEEDS_ARGUMENTS = True
 
@@ -52,11 +46,7 @@ def run(
                      show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run as if unbroken")] = False,
-    scope: Annotated[
-        Scope | None,
-        typer.Option(help="graph: the captured model, whole on each process; module: its modules in place, frozen "
-                     "weights spread over processes; left out: graph, or the run's own", show_default=False),
-    ] = None,
+    scope: ScopeOption = None,
     device: DeviceOption = None,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,

@@ -13,11 +13,12 @@ from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.distributed import processes
 
 
-def check_spread(plan: Plan, scope: str) -> Diagnostics:
-    """What of a plan does not go with its scope, and with the processes that there are."""
-    found, several, step = Diagnostics(), processes() > 1, plan.step
-    if several and step.batch < processes():
-        message = f"a batch of {step.batch} rows for {processes()} processes: some would have nothing to do"
+def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostics:
+    """What of a plan does not go with its scope, and with `count` processes (default: those that there are)."""
+    count = processes() if count is None else count
+    found, several, step = Diagnostics(), count > 1, plan.step
+    if several and step.batch < count:
+        message = f"a batch of {step.batch} rows for {count} processes: some would have nothing to do"
         help = f"a larger `batch`, or at most {step.batch} processes"
         found.error("SURG072", message, _setting(plan, nodes.Step, "batch"), help=help)
     if several and step.compile == "reduce_overhead":

@@ -38,18 +38,15 @@ def mapped_model(model: ModelPlan, folder: Path) -> nn.Module | None:
     for module in made.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append((module, name))
-    for name, parameter in made.named_parameters():
+    for name, parameter in list(made.named_parameters()):  # each once: a tied one under its first name
         if name not in files or persistent:
             return None
         stored: torch.Tensor = readers[files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         if stored.shape != parameter.shape or stored.dtype != parameter.dtype:
             return None
+        mapped = nn.Parameter(stored, requires_grad=False)
         for owner, last in places[id(parameter)]:
-            owner._parameters[last] = nn.Parameter(stored, requires_grad=False)
-    for holders in places.values():  # ties survive
-        (first, name), *others = holders
-        for owner, last in others:
-            owner._parameters[last] = first._parameters[name]
+            owner._parameters[last] = mapped
     return made.eval()
 
 

@@ -36,20 +36,8 @@ def shard(model: nn.Module, whole: set[nn.Parameter], device: torch.device) -> N
 
     mesh = init_device_mesh(device.type, (processes(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": whole}
-    paths = {path for stack in stacks(Skeleton(model)) for path in stack}
-    blocks = [model.get_submodule(path) for path in sorted(paths)]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    uses = _uses(model)
-    alone = [
-        module
-        for module in model.modules()
-        if id(module) not in inside
-        and (own := [parameter for parameter in module.parameters(recurse=False) if parameter not in whole])
-        and all(uses[id(parameter)] == 1 for parameter in own)
-    ]
-    for module in [*blocks, *reversed(alone)]:  # what is inside comes first
+    for module in [*reversed(_gathered_alone(model, whole)), model]:  # what is inside comes first
         fully_shard(module, **options)
-    fully_shard(model, **options)
     with torch.no_grad():
         for parameter in whole:
             parameter.data = parameter.data.to(device)
@@ -57,6 +45,28 @@ def shard(model: nn.Module, whole: set[nn.Parameter], device: torch.device) -> N
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+
+
+def _gathered_alone(model: nn.Module, whole: set[nn.Parameter]) -> list[nn.Module]:
+    """The modules whose weights are gathered apart from the rest, in their order: blocks, and modules beside them."""
+    blocks = {path for stack in stacks(Skeleton(model)) for path in stack}
+    uses, found = _uses(model), list[nn.Module]()
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in whole]
+        if path in blocks:
+            found.append(module)
+            inside |= {id(part) for part in module.modules()}
+        elif id(module) not in inside and own and all(uses[id(parameter)] == 1 for parameter in own):
+            found.append(module)
+    return [module for module in found if module is not model]
+
+
+def pieces_of(model: nn.Module, whole: set[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters that are whole on a process at the same time, piece by piece; the first is whole all the time."""
+    pieces = [list(module.parameters()) for module in _gathered_alone(model, whole)]
+    known = {id(parameter) for piece in pieces for parameter in piece}
+    return [[one for one in model.parameters() if id(one) not in known], *pieces]
 
 
 def _uses(model: nn.Module) -> dict[int, int]:
