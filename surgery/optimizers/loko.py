@@ -12,7 +12,8 @@ step, `[rows * c, numbers]`, p the variances and R the covariance `[c, c]` of wh
 
 p begins as `variance`, R as `noise` on the diagonal. There is no learning rate, lr is what the schedule makes of 1.
 Each output of each row is a backward pass, and H is kept: rows and outputs must be few. Abdi et al. 2024,
-arXiv:2410.11551; the equations are those of an extended Kalman filter with a diagonal covariance and an exponential mean for R.
+arXiv:2410.11551; the equations are those of an extended Kalman filter with a diagonal covariance, and an exponential
+mean for R.
 """
 
 from __future__ import annotations
@@ -85,9 +86,8 @@ class Loko(torch.optim.Optimizer):
         misses = (residual.unsqueeze(-1) * residual.unsqueeze(-2) + blocks).sum(0) / known.sum().clamp(min=1)
         noise = torch.lerp(misses.to(self.noise.dtype), self.noise, self.beta)
         self.noise.copy_(torch.where(known.any(), noise, self.noise))
-        root = torch.linalg.cholesky(
-            spread + torch.kron(torch.eye(rows, dtype=spread.dtype, device=spread.device), self.noise.double())
-        )
+        eye = torch.eye(rows, dtype=spread.dtype, device=spread.device)
+        root = torch.linalg.cholesky(spread + torch.kron(eye, self.noise.double()))
         weights = torch.cholesky_solve(residual.reshape(-1, 1), root)
         rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
         for tensor, matrix, variance, lr in zip(self.trained, jacobian, self.variance, rates, strict=True):
