@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from surgery.cli import main
@@ -72,7 +73,7 @@ def run_together(folder: Path, commands: Sequence[Command], processes: int = 2, 
     to `whole.PROCESS.json`, with the rows that it has of those that the step knows.
     """
     arguments = (processes, str(folder), [list(command) for command in commands], list(whole))
-    multiprocessing.spawn(_work, args=arguments, nprocs=processes)  # type: ignore[no-untyped-call]
+    spawn(_work, args=arguments, nprocs=processes)
 
 
 def _work(number: int, processes: int, folder: str, commands: list[list[str]], whole: list[int]) -> None:
@@ -123,4 +124,4 @@ def _is_whole(one: object, shape: tuple[int, ...]) -> bool:
 
 
 def _rows(tensor: Tensor) -> int:
-    return int(tensor.to_local().shape[0]) if hasattr(tensor, "to_local") else -1  # type: ignore[attr-defined]
+    return int(tensor.to_local().shape[0]) if hasattr(tensor, "to_local") else -1

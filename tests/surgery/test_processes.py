@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from surgery.cli import main
 from tests.processes import LITERAL, run_together, save_folder, spec
 
 # Sums of float64 in another order.
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 MLP = (19, 12)  # the shape of a W, of which the processes hold 10 and 9 rows
 
 SPECS = {

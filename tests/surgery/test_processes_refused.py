@@ -121,10 +121,10 @@ def test_rows_of_a_product_need_rows_of_a_factor(kind: str, processes: int, monk
     if kind != "stacked":
         left, right = left[0], right[0]
     whole = (left @ right).mT.contiguous() if kind == "transposed" else left @ right
-    monkeypatch.setattr(over_processes.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
     parts = []
     for process in range(processes):
-        monkeypatch.setattr(over_processes.distributed, "get_rank", lambda process=process: process)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda process=process: process)
         target: torch.Tensor = Spread(*whole.shape)  # type: ignore[assignment]
         (one,), (other,) = over_processes.of_own_rows([target], [left], [right], kind == "transposed")
         parts.append((one @ other).mT if kind == "transposed" else one @ other)
