@@ -22,6 +22,7 @@ from torch import Tensor
 
 from surgery.optimizers.rounding import RoundingOptimizer, round_stochastically
 
+Eigen = tuple[Tensor, Tensor]  # values [..., rank], and vectors [..., rank, rank] as columns
 Place = int | None  # of a factor from left to right; None: the product itself
 
 
@@ -150,6 +151,12 @@ class FactorOptimizer(torch.optim.Optimizer):
     def before(self) -> None:
         """What is done once before all batches are updated."""
 
+    def grams(self) -> dict[tuple[Batch, int], Eigen]:
+        """The `eigen` of each factor's product with itself, `[sites, rank, rank]`, by its place in the pair."""
+        places = [(batch, place) for batch in self.batches for place in (0, 1)]
+        matrices = [gram(batch.values(1).mT if place else batch.values(0)) for batch, place in places]
+        return dict(zip(places, together(matrices), strict=True))
+
     def after(self, batch: Batch) -> None:
         """What is done to a batch once the optimizer around has taken its step."""
 
@@ -212,7 +219,7 @@ def gram(matrix: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(matrix: Tensor) -> Eigen:
     """Eigenvalues `[..., rank]` of a positive semidefinite matrix, those of rounding as 0, and eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     least = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
@@ -224,11 +231,26 @@ def reciprocal(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0)
 
 
-def inverse(matrix: Tensor, damping: float, relative: bool = False) -> Tensor:
-    """The pseudo-inverse of `matrix + damping * I`, of a positive semidefinite matrix `[..., rank, rank]`.
+def inverse(found: Eigen, damping: float, relative: bool = False) -> Tensor:
+    """The pseudo-inverse of `matrix + damping * I` in float64, of a positive semidefinite matrix by its `eigen`.
 
     `relative`: the damping counts in means of the eigenvalues, so that it scales as the matrix does.
     """
-    values, vectors = eigen(matrix)
+    values, vectors = found
     added = damping * values.mean(-1, keepdim=True) if relative else damping
     return (vectors * reciprocal(values + added).unsqueeze(-2)) @ vectors.mT
+
+
+def together(matrices: Sequence[Tensor]) -> list[Eigen]:
+    """`eigen` of several batches of matrices: one launch for all of one size, however many shapes factors have."""
+    found: list[Eigen | None] = [None] * len(matrices)
+    kinds = [(matrix.shape[-1], matrix.device) for matrix in matrices]
+    for kind in dict.fromkeys(kinds):
+        numbers = [number for number, other in enumerate(kinds) if other == kind]
+        flat = [matrices[number].reshape(-1, kind[0], kind[0]) for number in numbers]
+        values, vectors = eigen(torch.cat(flat))
+        counts = [len(one) for one in flat]
+        for number, part, axes in zip(numbers, torch.split(values, counts), torch.split(vectors, counts), strict=True):
+            shape = matrices[number].shape
+            found[number] = part.view(shape[:-1]), axes.view(shape)
+    return [one for one in found if one is not None]

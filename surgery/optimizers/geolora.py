@@ -52,7 +52,7 @@ class GeoLora(FactorOptimizer):
         """What the last step of a period cuts, once the optimizer around has moved the cores."""
         if self.period > 1 and self.steps % self.period == 0:
             left, core, right = (batch.values(place).double() for place in (LEFT, CORE, RIGHT))
-            (left, by_left), (right, by_right) = _orthonormal(left), _orthonormal(right.mT)
+            (left, by_left, _), (right, by_right, _) = _orthonormal(left), _orthonormal(right.mT)
             self._cut(batch, left, by_left @ core @ by_right, right.mT, self.tolerance)
 
     def _move(self, batch: Batch, tolerance: float) -> None:
@@ -60,10 +60,9 @@ class GeoLora(FactorOptimizer):
         of_left, of_core, of_right = (batch.gradients(place).double() for place in (LEFT, CORE, RIGHT))
         lr, decay = self.rate(batch, CORE)
         turned = _inverse(core, torch.finfo(batch.dtype).eps).mT
-        (left, by_left), (columns, by_right) = _orthonormal(left), _orthonormal(right.mT)
+        (left, by_left, to_left), (columns, by_right, to_right) = _orthonormal(left), _orthonormal(right.mT)
         right, core = columns.mT, by_left @ core @ by_right
         # gradients for the orthonormal factors: U = `left @ by_left` as it was, and V likewise
-        to_left, to_right = _inverse(by_left, 1e-12), _inverse(by_right, 1e-12)
         to_k, to_l = of_left @ turned @ to_right, to_left @ turned @ of_right
         more_left, more_right = _basis(to_k, left), _basis(to_l.mT, columns)
         corner = torch.zeros_like(core)
@@ -89,11 +88,12 @@ class GeoLora(FactorOptimizer):
         self.forget(one.tensors[CORE] for one in batch.factors)
 
 
-def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix = q @ root` with orthonormal columns of q, zeros where `matrix` has them; `root` is symmetric."""
+def _orthonormal(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, root and its inverse: `matrix = q @ root`, orthonormal columns of q, zeros where `matrix` has them."""
     values, vectors = eigen(gram(matrix))
     root = (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
-    return matrix @ ((vectors * reciprocal(values).sqrt().unsqueeze(-2)) @ vectors.mT), root
+    back = (vectors * reciprocal(values).sqrt().unsqueeze(-2)) @ vectors.mT
+    return matrix @ back, root, back
 
 
 def _inverse(matrix: Tensor, least: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from surgery.compiler.settings import at_least
 from surgery.optimizers import BASES, optimizer
-from surgery.optimizers.factors import Batch, FactorOptimizer, Factors, gram, inverse
+from surgery.optimizers.factors import Batch, Eigen, FactorOptimizer, Factors, gram, inverse, together
 
 
 @optimizer("lora_fa", around=BASES, needs="half_pairs", damping=at_least(0))
@@ -26,12 +26,17 @@ class LoraFA(FactorOptimizer):
     def __init__(self, base: torch.optim.Optimizer, factors: Iterable[Factors], damping: float = 1e-8) -> None:
         super().__init__(base, factors)
         self.damping = damping
+        self._frozen: dict[Batch, Eigen] = {}
+
+    def before(self) -> None:
+        """Decompose all frozen factors at once."""
+        values = [batch.values(1).mT if batch.groups[1] is None else batch.values(0) for batch in self.batches]
+        self._frozen = dict(zip(self.batches, together([gram(one) for one in values]), strict=True))
 
     def update(self, batch: Batch) -> None:
         """The equation above, over `[sites]`."""
+        by = (inverse(self._frozen.pop(batch), self.damping) / batch.scale**2).to(batch.dtype)
         if batch.groups[1] is None:  # the right factor is frozen
-            by = inverse(gram(batch.values(1).mT), self.damping) / batch.scale**2
-            batch.put_gradients(0, batch.gradients(0) @ by.to(batch.dtype))
+            batch.put_gradients(0, batch.gradients(0) @ by)
         else:
-            by = inverse(gram(batch.values(0)), self.damping) / batch.scale**2
-            batch.put_gradients(1, by.to(batch.dtype) @ batch.gradients(1))
+            batch.put_gradients(1, by @ batch.gradients(1))

@@ -26,7 +26,7 @@ from torch import Tensor
 from surgery.compiler.settings import at_least
 from surgery.optimizers import BASES, optimizer
 from surgery.optimizers.adamw import RoundingAdamW
-from surgery.optimizers.factors import Batch, FactorOptimizer, Factors, Place, eigen, gram, inverse, reciprocal
+from surgery.optimizers.factors import Batch, Eigen, FactorOptimizer, Factors, Place, inverse, reciprocal
 from surgery.optimizers.rounding import SLICE
 
 
@@ -38,6 +38,11 @@ class LoraPro(FactorOptimizer):
         super().__init__(base, factors)
         self.damping = damping
         self.adaptive = isinstance(base, (torch.optim.AdamW, RoundingAdamW))
+        self._grams: dict[tuple[Batch, int], Eigen] = {}
+
+    def before(self) -> None:
+        """Decompose all factors at once."""
+        self._grams = self.grams()
 
     def start(self, batch: Batch) -> dict[tuple[str, Place], Tensor]:
         """The moments of the product, `[sites, out, in]`."""
@@ -52,7 +57,8 @@ class LoraPro(FactorOptimizer):
     def update(self, batch: Batch) -> None:
         """The equations above, over `[sites]`."""
         left, right = batch.values(0), batch.values(1)
-        moves = Moves(left, right, batch.scale, self.damping)
+        grams = self._grams.pop((batch, 0)), self._grams.pop((batch, 1))
+        moves = Moves(left, right, grams, batch.scale, self.damping)
         gradients = batch.gradients(0), batch.gradients(1)
         if not self.adaptive:
             for place, move in enumerate(moves.closest(*gradients)):
@@ -84,12 +90,11 @@ class LoraPro(FactorOptimizer):
 class Moves:
     """The moves of the factors `left` and `right`, `[sites, ...]`, for given gradients of them."""
 
-    def __init__(self, left: Tensor, right: Tensor, scale: float, damping: float) -> None:
-        self.left, self.right = left, right
-        self.left_gram, self.right_gram = gram(left), gram(right.mT)
-        self.of_left, self.of_right = (
-            inverse(matrix, damping).to(left.dtype) for matrix in (self.left_gram, self.right_gram)
-        )
+    def __init__(
+        self, left: Tensor, right: Tensor, grams: tuple[Eigen, Eigen], scale: float, damping: float
+    ) -> None:  # fmt: skip
+        self.left, self.right, self.grams = left, right, grams
+        self.of_left, self.of_right = (inverse(one, damping).to(left.dtype) for one in grams)
         self.share = 1 / scale**2
 
     def plain(self, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,14 +105,14 @@ class Moves:
     def closest(self, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
         """Those with the X that changes the gradients least."""
         left, right = self.plain(of_left, of_right)
-        x = sylvester(self.left_gram, self.right_gram, -(right @ self.right.mT).double()).to(left.dtype)
+        x = sylvester(*self.grams, -(right @ self.right.mT).double()).to(left.dtype)
         return left - self.left @ x, right + x @ self.right
 
 
-def sylvester(first: Tensor, second: Tensor, of: Tensor) -> Tensor:
-    """The X of `first @ X + X @ second = of` for positive semidefinite matrices, `[..., rank, rank]` all.
+def sylvester(first: Eigen, second: Eigen, of: Tensor) -> Tensor:
+    """The X of `first @ X + X @ second = of` for positive semidefinite matrices by their `eigen`, `[..., rank, rank]`.
 
     Where both have a zero eigenvalue X is 0.
     """
-    (a, u), (b, v) = eigen(first), eigen(second)
+    (a, u), (b, v) = first, second
     return u @ ((u.mT @ of @ v) * reciprocal(a.unsqueeze(-1) + b.unsqueeze(-2))) @ v.mT

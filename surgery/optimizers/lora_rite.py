@@ -27,7 +27,7 @@ from torch import Tensor
 
 from surgery.compiler.settings import at_least, pair, truth
 from surgery.optimizers import optimizer
-from surgery.optimizers.factors import Batch, FactorOptimizer, Factors, Place, eigen, gram, reciprocal
+from surgery.optimizers.factors import Batch, Eigen, FactorOptimizer, Factors, Place, reciprocal, together
 
 
 @dataclass
@@ -38,6 +38,8 @@ class _Side:
     gradient: Tensor  # unmagnified
     basis: Tensor  # U of the other factors
     inverse: Tensor  # inverse(R), [sites, rank, rank]
+    turn: Tensor  # P
+    second: Eigen | None = None  # of V
 
 
 @optimizer(
@@ -75,44 +77,56 @@ class LoraRITE(FactorOptimizer):
 
     def before(self) -> None:
         """Unmagnified gradients of all factors, no longer than `clip` together."""
-        self._sides = {batch: self._unmagnified(batch) for batch in self.batches}
-        gradients = [side.gradient for sides in self._sides.values() for side in sides]
+        grams = self.grams()
+        self._sides = {batch: self._unmagnified(batch, grams) for batch in self.batches}
+        sides = [(batch, place, side) for batch, both in self._sides.items() for place, side in enumerate(both)]
+        gradients = [side.gradient for _, _, side in sides]
         if self.clip:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one).double() for one in gradients]))
             for gradient in gradients:
                 gradient.mul_((self.clip / norm).clamp(max=1.0))
+        seconds = together([self._second(batch, place, side) for batch, place, side in sides])
+        for (_, _, side), second in zip(sides, seconds, strict=True):
+            side.second = second
 
-    def _unmagnified(self, batch: Batch) -> tuple[_Side, _Side]:
+    def _second(self, batch: Batch, place: int, side: _Side) -> Tensor:
+        """Carry second moments over to the new basis and add those of this step; in float64."""
+        beta = _corrected(self.param_groups[batch.groups[place] or 0]["betas"][1], self.steps)
+        second, escaped = batch.state["second", place], batch.state["escaped", place]
+        moved = side.turn @ second @ side.turn.mT
+        if self.escape:
+            escaped.add_(_lost(second, moved)).mul_(beta)
+        own = side.gradient.mT @ side.gradient / side.values.shape[-2]
+        second.copy_(torch.lerp(own, moved, beta))
+        return _symmetric(second)
+
+    def _unmagnified(self, batch: Batch, grams: dict[tuple[Batch, int], Eigen]) -> tuple[_Side, _Side]:
         columns = self._columns(batch, 0), self._columns(batch, 1)
         gradients = batch.gradients(0), batch.gradients(1).mT
         sides = []
         for place, other in ((0, 1), (1, 0)):
-            values, vectors = eigen(gram(columns[other]))
+            values, vectors = grams[batch, other]
             inverse = (vectors * reciprocal(values).sqrt().unsqueeze(-2)).to(batch.dtype)
             gradient = gradients[place] @ inverse
             if self.skip:
                 size = gradient.square().mean((-2, -1), keepdim=True).sqrt()
                 gradient = torch.where(size > self.skip, 0, gradient)
-            sides.append(_Side(columns[place], gradient, columns[other] @ inverse, inverse))
+            basis = columns[other] @ inverse
+            turn = (basis.double().mT @ batch.state["basis", place].double()).to(batch.dtype)
+            sides.append(_Side(columns[place], gradient, basis, inverse, turn))
         return sides[0], sides[1]
 
     def update(self, batch: Batch) -> None:
         """The rest of the equations above, over `[sites]`."""
         for place, side in enumerate(self._sides.pop(batch)):
             group = self.param_groups[batch.groups[place] or 0]
-            beta1, beta2 = (_corrected(beta, self.steps) for beta in group["betas"])
-            momentum, basis, second, escaped = (
-                batch.state[name, place] for name in ("momentum", "basis", "second", "escaped")
-            )
-            turn = (side.basis.double().mT @ basis.double()).to(batch.dtype)
-            moved = turn @ second @ turn.mT
-            if self.escape:
-                escaped.add_(_lost(second, moved)).mul_(beta2)
-            second.copy_(beta2 * moved + (1 - beta2) / side.values.shape[-2] * side.gradient.mT @ side.gradient)
-            values, vectors = torch.linalg.eigh(_symmetric(second))
-            root = (values.clamp(min=0) + escaped.double().squeeze(-1)).sqrt() + group["eps"]
+            beta = _corrected(group["betas"][0], self.steps)
+            momentum, basis, escaped = (batch.state[name, place] for name in ("momentum", "basis", "escaped"))
+            assert side.second is not None
+            values, vectors = side.second
+            root = (values + escaped.double().squeeze(-1)).sqrt() + group["eps"]
             scaled = side.gradient @ ((vectors / root.unsqueeze(-2)) @ vectors.mT).to(batch.dtype)
-            momentum.copy_((1 - beta1) * scaled + beta1 * momentum @ turn.mT)
+            momentum.copy_(torch.lerp(scaled, momentum @ side.turn.mT, beta))
             basis.copy_(side.basis)
             lr, decay = group["lr"], group["weight_decay"]
             new = side.values * (1 - lr * decay) - lr * momentum @ side.inverse.mT

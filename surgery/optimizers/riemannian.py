@@ -17,7 +17,7 @@ import torch
 
 from surgery.compiler.settings import at_least, truth
 from surgery.optimizers import BASES, optimizer
-from surgery.optimizers.factors import Batch, FactorOptimizer, Factors, gram, inverse
+from surgery.optimizers.factors import Batch, Eigen, FactorOptimizer, Factors, inverse
 
 
 @optimizer("riemannian", around=BASES, needs="pairs", damping=at_least(0), relative=truth)
@@ -29,12 +29,16 @@ class Riemannian(FactorOptimizer):
     ) -> None:
         super().__init__(base, factors)
         self.damping, self.relative = damping, relative
+        self._grams: dict[tuple[Batch, int], Eigen] = {}
+
+    def before(self) -> None:
+        """Decompose all factors at once."""
+        self._grams = self.grams()
 
     def update(self, batch: Batch) -> None:
         """The equations above, over `[sites]`."""
-        left, right = batch.values(0), batch.values(1)
         of_left, of_right = (
-            inverse(gram(factor), self.damping, self.relative).to(batch.dtype) for factor in (left, right.mT)
+            inverse(self._grams.pop((batch, place)), self.damping, self.relative).to(batch.dtype) for place in (0, 1)
         )
         batch.put_gradients(0, batch.gradients(0) @ of_right)
         batch.put_gradients(1, of_left @ batch.gradients(1))

@@ -121,7 +121,6 @@ def other_methods(step: Any) -> dict[str, tuple[Any, list[Tensor]]]:
     return {
         "lora_fa": (LoraFA(bases_of[0], halves), trained[0]),
         "geolora": (GeoLora(bases_of[1], triples), trained[1]),
-        "geolora, period 10": (GeoLora(bases_of[1], triples, period=10), trained[1]),
     }
 
 
@@ -160,15 +159,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     small = {"hidden": 64, "layers": 2, "batch": 2, "length": 16, "rank": 4, "vocabulary": 128}
-    shape = arms.Llama(options.device) if options.device != "cpu" else arms.Llama("cpu", torch.float32, **small)  # type: ignore[arg-type]
+    shape = arms.Llama(options.device) if options.device != "cpu" else arms.Llama("cpu", torch.float32, **small)
     print(HEAD)
     rows = run(shape, options.steps, compiled=options.device != "cpu")
     if options.json:
-        about = {
-            **machine(options.device),
-            "shape": {**asdict(shape), "dtype": str(shape.dtype)},
-            "steps": options.steps,
-        }
+        sizes = {**asdict(shape), "dtype": str(shape.dtype)}
+        about: dict[str, Any] = {**machine(options.device), "shape": sizes, "steps": options.steps}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
