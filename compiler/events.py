@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.condition import ALWAYS, Condition
@@ -18,10 +18,11 @@ from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormu
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.method import KEPT as AT_START_SUFFIX
 from surgery.compiler.algebra.moved import Moved, moved
-from surgery.compiler.algebra.quantity import Quantity, value_of
+from surgery.compiler.algebra.quantity import CLOCK, Quantity, value_of
 from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
+from surgery.compiler.span import Span
 
 KEPT, START = ".before", ".start"  # behind the name of a tensor: what it was when the step, or the run, began
 BESIDE = {BEFORE: KEPT, AT_START_SUFFIX: START}  # by the end of the name of a placeholder
@@ -50,7 +51,7 @@ class EventProgram:
     """
 
     comment: str
-    phase: str  # "start" (before everything else in the step) or "after step"
+    phase: str  # "start" (before everything else in the step), "penalty" or "after step"
     condition: str  # Python over the whole numbers `step` and `steps`
     function: str
     graph: fx.Graph = field(compare=False)
@@ -79,7 +80,41 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
                 continue
             for number, change in enumerate(event.changes):
                 found += [_program(formula, event, change, number, alike) for alike in _stored_alike(sites)]
-    return tuple(found)
+    return (*found, *_penalties(plan))
+
+
+def _penalties(plan: Plan) -> list[EventProgram]:
+    """What the methods add to the loss of a step, site by site; what reads nothing of a site's own counts once."""
+    found: list[EventProgram] = []
+    known: set[tuple[object, ...]] = set()
+    for key in plan.formulas:
+        formula = instance(plan, key)
+        sites = [site for site in plan.sites if site.formula == key]
+        for alike in _stored_alike(sites) if formula.penalty is not None else ():
+            recorder, evaluator = _evaluator(alike[0])
+            value = evaluator(formula.penalty)
+            graph = recorder.finish((value,))
+            own = []
+            for site in alike:
+                names = _names(recorder, site)
+                same = (str(fx.GraphModule(nn.Module(), graph).code), *names.items())
+                own += [] if same in known else [names]
+                known.add(same)
+            if own:
+                said = f"{_place(formula.penalty.span)}penalty of {formula.name}"
+                found.append(EventProgram(said, "penalty", "True", f"{formula.name}_penalty", graph, tuple(own)))
+    return found
+
+
+def _evaluator(site: Site) -> tuple[Recorder, Evaluator]:
+    """What records expressions over a site's tensors and W."""
+    recorder = Recorder([tensor.name for tensor in site.tensors])
+
+    def base() -> Any:
+        return logical(cast(torch.Tensor, recorder["W"]), site)
+
+    dtype = wider(getattr(torch, site.dtype))
+    return recorder, Evaluator(base, recorder, dtype, _dtypes(site), stacked(site))
 
 
 def _stored_alike(sites: list[Site]) -> list[list[Site]]:
@@ -98,8 +133,11 @@ def _original(plan: Plan, key: str) -> MethodFormula:
 
 
 def _comment(event: EventFormula) -> str:
-    place = f"{event.span.file}:{event.span.line}: " if event.span else ""
-    return place + event.text
+    return _place(event.span) + event.text
+
+
+def _place(span: Span | None) -> str:
+    return f"{span.file}:{span.line}: " if span else ""
 
 
 def _snapshot(formula: MethodFormula, sites: list[Site], telescope: bool) -> EventProgram:
@@ -143,13 +181,7 @@ def _at_previous_step(when: Condition) -> Condition:
 def _program(
     formula: MethodFormula, event: EventFormula, change: ChangeFormula, number: int, sites: list[Site]
 ) -> EventProgram:
-    recorder = Recorder()
-    dtype = wider(getattr(torch, sites[0].dtype))
-
-    def base() -> Any:
-        return logical(cast(torch.Tensor, recorder["W"]), sites[0])
-
-    evaluator = Evaluator(base, recorder, dtype, _dtypes(sites[0]), stacked(sites[0]))
+    recorder, evaluator = _evaluator(sites[0])
     move = result = None
     if change.target != "W":
         _write(recorder[change.target], change.operator, evaluator(change.value))
@@ -223,5 +255,5 @@ def _names(recorder: Recorder, site: Site, written: Sequence[str] = ()) -> dict[
     beside = {f"{name}{suffix}": f"{key}{mark}" for name, key in keys.items() for suffix, mark in BESIDE.items()}
     known = beside | keys
     return {name: known[name] for name in written} | {
-        str(proxy.node.target): known[name] for name, proxy in recorder.inputs.items()
+        str(proxy.node.target): known[name] for name, proxy in recorder.inputs.items() if name not in CLOCK
     }

@@ -75,6 +75,7 @@ def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[Fac
     kind = OPTIMIZERS[plan.step.optimizer.name]
     if kind.needs == "jacobian":
         _check_outputs(program, plan, diagnostics)
+        _check_penalties(program, plan, diagnostics)
     if kind.needs is None or kind.needs not in COUNTS:
         return ()
     products = Products(plan)
@@ -112,6 +113,14 @@ def _check_outputs(program: Program, plan: Plan, diagnostics: Diagnostics) -> No
     elif tokens and task != "causal_lm":
         message = "`tokens` are the label tokens of a language model, and this is none"
         diagnostics.error("SURG039", message, where, help="leave `tokens` out")
+
+
+def _check_penalties(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
+    """What such an optimizer reads are outputs: a penalty would move nothing."""
+    for rule in {site.rule: None for site in plan.sites if instance(plan, site.formula).penalty is not None}:
+        message = f"`{plan.step.optimizer.name}` reads outputs and no loss, so the `penalty` would do nothing"
+        notes = [Note("the optimizer", where)] if (where := setting(program, "optimizer")) is not None else []
+        diagnostics.error("SURG039", message, program.rules[rule].method_span, notes=notes, help="take adamw or sgd")
 
 
 def fitting(plan: Plan, products: Products) -> list[str]:

@@ -35,10 +35,10 @@ class TrainerCallback(transformers.TrainerCallback):
         if self.clock is not None:
             self.clock.start(state.global_step, state.max_steps)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
         if self.clock is not None and self.model is not None:
-            self.clock.begin(self.model)
+            self.clock.begin(self.model, _scale(optimizer))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Before the optimizer, with gradients clipped."""

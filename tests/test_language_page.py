@@ -74,7 +74,6 @@ def test_listed_starts_functions_and_coordinates_are_known() -> None:
 
 METHOD = "A = train zeros[rank, in]\n B = train zeros[out, rank]\n delta = B @ A\n"
 NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
-    "`penalty`": (METHOD + "penalty = norm(A)",),
     "`training` in an equation": (METHOD.replace("B @ A", "training * B @ A"),),
     "`previous` of `y`": ("b = train zeros[out]\n output = y + b * previous(y)",),
     "of itself": (METHOD.replace("B @ A", "previous(previous(B @ A))"),),

@@ -155,7 +155,7 @@ class Builder:
         if name == "training":
             raise fail("SURG008", "`training` in an equation is not built yet", node.span)
         if name in ("step", "steps"):
-            raise fail("SURG004", f"`{name}` is known only in events", node.span)
+            raise fail("SURG004", f"`{name}` is known only in events and in a `penalty`", node.span)
         if name in COORDINATES or name == "kind":
             advice = "it is known at a site, in a tensor or an equation"
             raise fail("SURG033", f"`{name}` is not known here", node.span, help=advice)

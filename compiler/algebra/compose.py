@@ -14,6 +14,7 @@ from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import elaborate, is_square
 from surgery.compiler.algebra.names import LATER, names_in, taken
+from surgery.compiler.algebra.narrow import total
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import spelt
 from surgery.compiler.algebra.structures import STRUCTURES
@@ -187,6 +188,7 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
         value if len(terms) > 1 else terms[0].matrix, tuple(terms),
         tuple(event for part in parts for event in part.events), f"delta = {method.name}", None,
         frozenset[str]().union(*(part.coordinates for part in parts)), method.span, shape,
+        total(penalties) if (penalties := [part.penalty for part in parts if part.penalty is not None]) else None,
     )  # fmt: skip
 
 
@@ -286,4 +288,5 @@ def renamed(formula: MethodFormula, prefix: str) -> MethodFormula:
         expression=named(formula.expression),
         terms=tuple(Term(named(term.matrix), named(term.input)) for term in formula.terms),
         events=tuple(map(event, formula.events)),
+        penalty=None if formula.penalty is None else named(formula.penalty),
     )

@@ -13,6 +13,7 @@ import torch
 from surgery.compiler.algebra.expression import BEFORE, MARK, Expression, Range, rewriting
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
+from surgery.compiler.algebra.schedule import at_step, reads_clock
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
 
 
@@ -108,7 +109,7 @@ class Evaluator:
         match node.operation:
             case "number":
                 assert node.value is not None
-                return value_of(node.value)
+                return at_step(node.value, self.tensors) if reads_clock(node.value) else value_of(node.value)
             case "filled":
                 assert node.value is not None
                 return self.like().new_full(tuple(map(whole_of, node.shape)), value_of(node.value))

@@ -138,6 +138,7 @@ class MethodFormula:
     coordinates: frozenset[str] = frozenset()  # which of layer, slot, site, heads ... it reads
     span: Span | None = field(default=None, compare=False, repr=False)
     sides: Shape | None = None  # [out, in], where the expression is not of that shape
+    penalty: Expression | None = None  # what a site adds to the loss of a step, a number
 
     @property
     def moves_base(self) -> bool:

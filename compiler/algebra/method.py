@@ -35,6 +35,7 @@ from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_m
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
 
+CLOCK: dict[str, Value] = {name: number(Quantity.symbol(name)) for name in ("step", "steps")}
 KEPT = "_at_start"  # behind the name of a tensor: as it was when the step was made
 
 
@@ -54,6 +55,8 @@ class _Reader:
     rows: Expression | None = None
     input_equation: str = ""
     events: list[EventFormula] = field(default_factory=list)
+    penalty: Expression | None = None
+    penalty_equation: str = ""
     used: set[str] = field(default_factory=set)
     poisoned: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] = lambda back: True  # whether there is a site so many blocks earlier
@@ -61,7 +64,7 @@ class _Reader:
     def check_indices(self) -> None:
         """Index tensors stand where they belong in the equation, the starts and the events."""
         starts = [tensor.start.expression for tensor in self.tensors.values()]
-        values = [self.result[1] if self.result else None, *starts]
+        values = [self.result[1] if self.result else None, self.penalty, *starts]
         values += [change.value for event in self.events for change in event.changes]
         try:
             for value in values:
@@ -112,6 +115,11 @@ class _Reader:
         if self.rows is not None and self.result is not None and self.result[0] == "output":
             message = "`input` is what `delta` and `weight` multiply; `output` says what it reads itself"
             self.diagnostics.error("SURG006", message, self.result_span, help="write it into the `output` equation")
+
+    @property
+    def whole_equation(self) -> str:
+        """Everything that the site computes, for people."""
+        return "; ".join((*self.steps, self.equation)) + self.input_equation + self.penalty_equation
 
     def poison(self, name: str) -> None:
         """A name whose definition failed: statements that use it are skipped without an error of their own."""
@@ -182,7 +190,7 @@ class _Reader:
         if node.name == "input":
             return self.input(node)
         if node.name == "penalty":
-            raise fail("SURG008", f"`{node.name} = ...` is not built yet", node.span)
+            return self.read_penalty(node)
         if node.name in FORMS:
             if self.result_span is not None:
                 notes = [Note("the first one", self.result_span)]
@@ -226,6 +234,25 @@ class _Reader:
         if dropped.operation != "x":  # dropout is no part of the equation that people compare
             self.input_equation = f"; input = {show(node.value)}"
 
+    def read_penalty(self, node: nodes.Bind) -> None:
+        """A number of the site's tensors and of the clock."""
+        if self.penalty_equation:
+            raise fail("SURG009", "`penalty` is bound twice", node.span, help="add the two up")
+        self.penalty_equation = f"; penalty = {show(node.value)}"
+        if self.skips(node.value):
+            return
+        value = without_zeros(self.builder(False, **CLOCK).expression(node.value))
+        check_not_start(value)
+        if value.value == Quantity.of(0):  # its weights are: there is none
+            return
+        if value.shape:
+            message = f"`penalty` is a number, this is {spelt(value.shape)}"
+            raise fail("SURG005", message, node.value.span, help="reduce it: `sum(...)`, `mean(...)`, `fro(...)`")
+        trained = {tensor.name for tensor in self.tensors.values() if tensor.role == "train"}
+        if not gradients_reach(value) & trained:
+            raise fail("SURG004", "`penalty` reaches nothing that is trained, so it changes nothing", node.value.span)
+        self.penalty = value
+
     def activation(self, name: str, node: nodes.Bind, size: str, leaves: tuple[str, ...]) -> Expression:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
         sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
@@ -262,9 +289,8 @@ class _Reader:
             raise fail("SURG008", f"the event `{text}` is not built yet", node.span)
         if self.skips(node.when, *node.changes):
             return
-        clock: dict[str, Value] = {name: number(Quantity.symbol(name)) for name in ("step", "steps")}
-        when = self.builder(True, **clock).condition(node.when) if node.when else ALWAYS
-        changes = tuple(self.change(change, clock) for change in node.changes)
+        when = self.builder(True, **CLOCK).condition(node.when) if node.when else ALWAYS
+        changes = tuple(map(self.change, node.changes))
         self.events.append(EventFormula("after step", when, changes, show(node), node.span))
 
     def correction(self, node: nodes.Event) -> None:
@@ -305,7 +331,7 @@ class _Reader:
             return replace(node, name=copy)
         return node
 
-    def change(self, node: nodes.Change | nodes.Reset, clock: dict[str, Value]) -> ChangeFormula:
+    def change(self, node: nodes.Change | nodes.Reset) -> ChangeFormula:
         if isinstance(node, nodes.Reset):
             raise fail("SURG008", "`reset` is not built yet", node.span)
         target = self.names.get(node.target)
@@ -315,7 +341,7 @@ class _Reader:
             raise fail("SURG007", message, node.span, help=did_you_mean(node.target, known))
         if node.target != "W" and self.tensors[node.target].shared_by:
             raise fail("SURG008", "an event that assigns to a shared tensor is not built yet", node.span)
-        value = self.builder(True, **clock).expression(node.value)
+        value = self.builder(True, **CLOCK).expression(node.value)
         for quantity in numbers_in(value):
             if quantity.symbols & {"step", "steps"}:
                 raise fail("SURG008", "a value that depends on `step` is not built yet", node.value.span)
@@ -366,9 +392,9 @@ def elaborate(
     coordinates = frozenset(name for name in reader.used if name in COORDINATES or name.startswith("earlier_"))
     return MethodFormula(
         method.name, tuple(reader.tensors.values()), form, expression, terms,
-        tuple(reader.events), "; ".join((*reader.steps, reader.equation)) + reader.input_equation,
+        tuple(reader.events), reader.whole_equation,
         rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None,
-        coordinates, method.span, (out.value, inside.value),
+        coordinates, method.span, (out.value, inside.value), reader.penalty,
     ), reader.diagnostics  # fmt: skip
 
 

@@ -83,6 +83,8 @@ def leaves(formula: MethodFormula) -> dict[str, tuple[str, int]]:
             collect(part)
 
     collect(formula.expression)
+    if formula.penalty is not None:
+        collect(formula.penalty)
     for term in formula.terms:
         collect(term.input)
     for event in formula.events:

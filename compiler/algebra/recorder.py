@@ -27,7 +27,7 @@ def called(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 class Recorder(Mapping[str, fx.Proxy]):
     """Tensors by name, each a placeholder of `graph` that appears when it is first asked for.
 
-    Any name may be asked for; `names` are those that a reader finds by looking.
+    Any name may be asked for; `names` are those that a reader finds by looking, first the ones that are there.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -47,7 +47,7 @@ class Recorder(Mapping[str, fx.Proxy]):
         return self.inputs[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(sorted(self._names, key=lambda name: name not in self.inputs))
 
     def __len__(self) -> int:
         return len(self._names)

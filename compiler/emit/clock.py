@@ -24,7 +24,7 @@ PARTS = (("begin_step", "Before the first forward of", ("start", "before forward
 
 
 def clock_source(events: Sequence[EventProgram]) -> str:
-    """Python that defines `begin_step` and `end_step` of `weights`, `step` (from 0) and `steps`.
+    """Python that defines `begin_step`, `end_step` and, where there is one, `penalty`: of `weights`, `step`, `steps`.
 
     The events are those of step.py, function for function; what an optimizer step does between is somebody else's.
     """

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from surgery.compiler.algebra.quantity import CLOCK
 from surgery.compiler.emit.body import WIDTH, Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 from surgery.compiler.emit.tables import names_list
 from surgery.compiler.events import KEPT, EventProgram
 
-PHASES = ("start", "before forward", "after backward", "after step")
+PHASES = ("start", "before forward", "penalty", "after backward", "after step")
 IMPORTS = {"add_products": "from surgery.compiler.kernels.moved_weights import add_products"}
 FACTORS = ("lefts", "rights", "lefts_before", "rights_before")  # what the graph of a program with a `move` gives
 
@@ -21,6 +22,12 @@ KEEP = f'''@torch.no_grad()
 def keep(weights: Weights, names: list[str]) -> None:
     """Copy tensors beside themselves: `NAME{KEPT}` is what NAME was at the start of the step."""
     torch._foreach_copy_([weights[f"{{name}}{KEPT}"] for name in names], [weights[name] for name in names])
+'''
+
+PENALTY = '''def penalty(weights: Weights, step: int, steps: int) -> Tensor:
+    """What the methods add to the loss of optimizer step `step`, summed over their sites."""
+    parts: list[Tensor] = []
+{}    return torch.stack(parts).sum()
 '''
 
 
@@ -35,7 +42,7 @@ class EventSource:
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
-    taken = {"site", "keep", "gradients", "train_step", "weights", "key", *IMPORTS}
+    taken = {"site", "keep", "penalty", "parts", "gradients", "train_step", "weights", "key", *IMPORTS}
     source, names = EventSource(), Names(frozenset(taken))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
@@ -57,6 +64,8 @@ def event_source(programs: Sequence[EventProgram]) -> EventSource:
             first, *rest = names_list(table)
             source.definitions.append("\n".join([f"{tables[table]} = {first}", *rest]) + "\n")
         _add_calls(source, program, functions.get(body, ""), tables[table], keys)
+    if source.calls["penalty"]:
+        source.definitions.append(PENALTY.format("".join(f"    {line}\n" for line in source.calls["penalty"])))
     return source
 
 
@@ -64,9 +73,11 @@ def _add_calls(source: EventSource, program: EventProgram, function: str, table:
     head = [] if program.condition == "True" else [f"if {program.condition}:"]
     indent = "    " if head else ""
     weights = {placeholder: f"weights[{_key(name)}]" for placeholder, name in keys.items()}
-    arguments = [weights[str(node.target)] for node in program.graph.nodes if node.op == "placeholder"]
+    arguments = [weights.get(name, name) for name in _parameters(program.graph)]
     call = f"{function}({', '.join(arguments)})"
-    if program.move:
+    if program.phase == "penalty":
+        lines = _listed(f"parts += [{call} for site in {table}]", call, table)
+    elif program.move:
         lines = _move(program, call if function else "", table, weights)
     else:
         lines = [f"for site in {table}:", *(f"    {line}" for line in wrapped(call))]
@@ -111,9 +122,20 @@ def _move(program: EventProgram, call: str, table: str, weights: dict[str, str])
     return [*lines, *wrapped(f"add_products(targets, lefts, rights, {', '.join(options)})")]
 
 
+def _listed(whole: str, call: str, table: str) -> list[str]:
+    """A list of a call's results at all sites: on one line where that fits."""
+    if len(whole) <= WIDTH:
+        return [whole]
+    return [whole[: whole.index("[") + 1], *(f"    {line}" for line in wrapped(call)), f"    for site in {table}", "]"]
+
+
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
     (output,) = (node for node in graph.nodes if node.op == "output")
     return tuple(output.args[0] or ())
+
+
+def _parameters(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "placeholder"]
 
 
 def _stored(graph: fx.Graph) -> bool:
@@ -157,14 +179,21 @@ def _stem(site: dict[str, str]) -> str:
 
 def _function_body(program: EventProgram) -> str:
     names, results = Names(), _results(program.graph)
-    known = {node: names.claim(str(node.target)) for node in program.graph.nodes if node.op == "placeholder"}
-    parameters = ", ".join(f"{name}: Tensor" for name in known.values())
-    first = next(iter(known.values()))
+    known = {
+        node: name if (name := str(node.target)) in CLOCK else names.claim(name)
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+    }
+    parameters = ", ".join(f"{name}: {'int' if name in CLOCK else 'Tensor'}" for name in known.values())
+    first = next(name for name in known.values() if name not in CLOCK)
     body = Body(known, lambda name: f'weights["{name}"]', names, set(results))
     body.write([node for node in program.graph.nodes if node.op not in ("placeholder", "output")])
-    lines = ["@torch.no_grad()", *_head(parameters, "tuple[Tensor, ...]" if results else "None")]
-    what = "The factors of what the event adds to W at one site" if results else "What the event does at one site"
-    lines.append(f'    """{what}; `..._before` is the value at the start of the step."""')
+    if program.phase == "penalty":
+        lines = [*_head(parameters, "Tensor"), '    """What one site adds to the loss."""']
+    else:
+        lines = ["@torch.no_grad()", *_head(parameters, "tuple[Tensor, ...]" if results else "None")]
+        what = "The factors of what the event adds to W at one site" if results else "What the event does at one site"
+        lines.append(f'    """{what}; `..._before` is the value at the start of the step."""')
     if body.uses_device:
         lines.append(f"    device = {first}.device")
     if results:

@@ -200,7 +200,8 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
 
     `statistics` are what the forward itself writes; `observes`: the optimizer sees outputs in place of gradients.
     """
-    scaled = plan.precision == "float16"
+    scaled, added = plan.precision == "float16", bool(events.calls["penalty"])
+    more = ", added.detach()" if added else ""
     table = names_list(statistics) if statistics else []
     put_back = ["        put_back(weights, running)"] if statistics else []
     head = [
@@ -212,8 +213,9 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "    step: int,",
         "    steps: int,",
         *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
-        ") -> tuple[Tensor, Tensor | None, bool]:",
-        '    """Optimizer step number `step` (from 0) of `steps`: its loss, gradient norm, and whether it was taken.',
+        f") -> tuple[Tensor, Tensor | None, bool{', Tensor' if added else ''}]:",
+        '    """Optimizer step number `step` (from 0) of `steps`: its loss, gradient norm, and whether it was taken'
+        + ("; its penalty." if added else "."),
         "",
         *(["    Nobody asks for the norm without `clip`: it is None."] if plan.clip is None else []),
         "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
@@ -237,10 +239,11 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "",
         "    # 4. sum over the processes of the run",
         "    loss = step_over_processes(loss, optimizer)",
-        "    if not loss.is_cuda and not torch.isfinite(loss):",
+        *(_penalty(scaled) if added else []),
+        f"    if not loss.is_cuda and not torch.isfinite(loss{' + added' if added else ''}):",
         "        optimizer.zero_grad()",
         *put_back,
-        "        return loss, None, False",
+        f"        return loss{' + added' if added else ''}, None, False{more}",
     ]
     if scaled:
         lines += [
@@ -252,7 +255,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
             "        scaler.update()",
             "        optimizer.zero_grad()",
             *put_back,
-            "        return loss, None, False",
+            f"        return loss, None, False{more}",
         ]
     lines += _phase(events, "after backward", "5. after the backward")
     if plan.clip is not None:
@@ -270,8 +273,16 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     ]
     lines += _phase(events, "after step", "8. after the step")
     norm = "None" if plan.clip is None else "norm"
-    lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", f"    return loss, {norm}, True"]
+    lines += ["", "    # 9. clear the gradients", "    optimizer.zero_grad()", f"    return loss, {norm}, True{more}"]
     return "\n".join([*head, *(lines if lines[0] else lines[1:])]) + "\n"
+
+
+def _penalty(scaled: bool) -> list[str]:
+    """Once per step, behind the sum over processes: each of them computes the same."""
+    return [
+        "    added = penalty(weights, step, steps)",
+        f"    {'scaler.scale(added)' if scaled else 'added'}.backward()",
+    ]
 
 
 def _phase(events: EventSource, phase: str, title: str) -> list[str]:

@@ -74,15 +74,23 @@ class Clock(nn.Module):
         self.steps = began + steps
 
     @torch.no_grad()
-    def begin(self, model: nn.Module) -> None:
-        """Before the first forward of an optimizer step: keep what events compare with, run those that come first."""
+    def begin(self, model: nn.Module, scale: float = 1.0) -> None:
+        """Before the first forward of an optimizer step: keep what events compare with, run those that come first.
+
+        The gradients of what the methods add to the loss come first too, times the loss `scale` of float16 gradients:
+        those of the batch are added to them before they are clipped.
+        """
         weights = {key: stored(model, name) for key, name in self._names.items()} | self._starts
         for name in self._kept_names:
             if name not in self._kept:
                 self._kept[name] = torch.empty_like(weights[name.removesuffix(KEPT)], requires_grad=False)
         self._weights = weights | self._kept
-        _functions(self.source)["begin_step"](self._weights, self.step, self.steps)
+        functions = _functions(self.source)
+        functions["begin_step"](self._weights, self.step, self.steps)
         self.running = True
+        if "penalty" in functions:
+            with torch.enable_grad():
+                (scale * functions["penalty"](self._weights, self.step, self.steps)).backward()
 
     @torch.no_grad()
     def end(self, *, taken: bool = True) -> None:

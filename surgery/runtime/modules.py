@@ -176,6 +176,7 @@ def _owner(site: Site) -> str:
 def _owners(plan: Plan, model: nn.Module) -> list[nn.Module]:
     """The modules whose forward uses what events of the plan read or write."""
     formulas = {event.formula for event in plan.events if event.phase != "at start"}
+    formulas |= {key for key in plan.formulas if instance(plan, key).penalty is not None}
     return [model.get_submodule(_owner(site)) for site in plan.sites if site.formula in formulas]
 
 

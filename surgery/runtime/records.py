@@ -82,16 +82,16 @@ class Rows:
 
     def read(self, taken: Taken) -> Row:
         """The row of a step."""
-        loss = float(taken.result.loss)
-        if not math.isfinite(loss):
-            raise self.failed(loss, taken.number)
+        loss, penalty = float(taken.result.loss), float(taken.result.penalty)
+        if not math.isfinite(loss + penalty):
+            raise self.failed(loss + penalty, taken.number)
         now = time.perf_counter()
         seconds, self.ended = now - max(taken.began, self.ended), now
         row: Row = {"step": taken.number, "loss": loss, "lr": taken.rate, "seconds": round(seconds, 6)}
         row["tokens"] = taken.tokens
         if (norm := taken.result.gradient_norm) is not None:
             row["gradient_norm"] = float(norm)
-        if penalty := float(taken.result.penalty):
+        if penalty:
             row["penalty"] = penalty
         return row
 

@@ -60,6 +60,7 @@ class Reference:
                 "W": stored.T if site.module_class == "Conv1D" else stored,
                 "p": {**plan.formulas[site.formula].arguments, **self._place(site, number)},
                 "of": references()[name],
+                "penalty": references().get(f"{name}_penalty"),
             }
 
     def _place(self, site: Any, number: int) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class Reference:
             "layer": blocks.index(block), "layers": len(blocks), "slot": kinds.index(kind), "slots": len(kinds),
             "site": number, "sites": len(sites), "heads": few, "max_heads": heads,
             "head_dim": config.hidden_size // heads,
+            "step": 0, "steps": self.step.steps,
             "max_in": max(other.shape[1] for other in sites), "max_out": max(other.shape[0] for other in sites),
             "start": {tensor.name: self.start[tensor.key] for tensor in site.tensors},
             "weight_of": functools.partial(_stored, site),
@@ -101,6 +103,11 @@ class Reference:
         eye = torch.eye(W.shape[1], dtype=W.dtype)
         weight = (result(eye, eye @ W.T + base).detach() - constant).T
         return weight, None if bias is None and not constant.any() else constant
+
+    def penalty(self) -> Tensor:
+        """What the methods add to the loss, summed over the sites; differentiable."""
+        records = [record for record in self.records.values() if record["penalty"] is not None]
+        return sum((record["penalty"](record["t"], record["p"]) for record in records), torch.zeros(()).double())
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The logits."""

@@ -103,9 +103,10 @@ def test_gradients_equal_those_of_the_reference(case: Any) -> None:
     """One step of plain SGD moves each trained tensor by the gradient of the loss."""
     case.disturb()
     reference = case.reference()
-    case.loss(reference(case.inputs())).backward()
+    penalty = reference.penalty()
+    (case.loss(reference(case.inputs())) + penalty).backward()
     before = {key: tensor.detach().clone() for key, tensor in case.tensors().items()}
-    case.step(case.batch())
+    torch.testing.assert_close(case.step(case.batch()).penalty.double(), penalty.detach(), rtol=1e-9, atol=1e-12)
     lr = {tensor.key: tensor.lr for site in case.step.plan.sites for tensor in site.tensors}
     for key, leaf in reference.trained.items():
         moved = (before[key] - case.tensors()[key].detach()) / (lr[key] or RATE)
@@ -133,7 +134,7 @@ def test_gradients_equal_central_differences(case: Any) -> None:
         with torch.no_grad():
             for key, tensor in trained.items():
                 tensor.add_(sign * 1e-5 * directions[key])
-            values.append(float(case.loss(case.forward(case.inputs()))))
+            values.append(float(case.loss(case.forward(case.inputs())) + case.reference().penalty()))
         case.step.load_state_dict(copy.deepcopy(start))
     before = {key: tensor.detach().clone() for key, tensor in trained.items()}
     case.step(case.batch())

@@ -143,7 +143,7 @@ CASES = {
     ),
     # its decomposition of W is in float32
     "kasa": Case(
-        everywhere("kasa(rank = 4, alpha = 6)"),
+        everywhere("kasa(rank = 4, alpha = 6, beta = 0, gamma = 0)"),
         lambda: peft.LoraConfig(r=4, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=ALL),
         kasa,
         1e-5,

@@ -21,6 +21,7 @@ STEPS, BATCH, RATE, DECAY = 6, 4, 1e-2, 0.1
 OPTIMIZER = f"optimizer = adamw(lr = {RATE}, weight_decay = {DECAY})  schedule = linear  clip = 1.0  batch = {BATCH}"
 METHODS = {
     "lora": "lora(rank = 3)",
+    "penalty": "kasa(rank = 3, beta = 0.1, gamma = 0.1)",
     "literal": "delta_lora(rank = 3, ratio = 2.0, start = 1)  update = literal",
     "telescope": "delta_lora(rank = 3, ratio = 2.0, start = 1)  update = telescope",
 }
@@ -133,7 +134,7 @@ def test_the_losses_and_the_weights_are_those_of_the_compiled_step(
         moved = [key for key, value in base.items() if not torch.equal(own[key], value)]
         assert bool(moved) == ("literal" in method)
     else:
-        assert not any("clock" in key for key in own)
+        assert any("clock" in key for key in own) == ("beta" in method)
 
 
 KINDS = {

@@ -97,6 +97,13 @@ def kasa(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return (U[:, :kept] * S[:kept]) @ Vh[:kept] + p["alpha"] / p["rank"] * (t["B"] * t["d"]) @ t["A"]
 
 
+def kasa_penalty(t: Tensors, p: Parameters) -> Tensor:
+    """Of the singular values, and of both factors for not being orthonormal: eq. 9 to 11."""
+    eye = torch.eye(p["rank"], dtype=torch.float64)
+    apart = [torch.linalg.matrix_norm(gram - eye) for gram in (t["A"] @ t["A"].T, t["B"].T @ t["B"])]
+    return p["beta"] * t["d"].square().sum() + p["gamma"] * (apart[0] + apart[1])
+
+
 def c3a(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     """Block (i, j) has w[i, j] as its first row, and every further row is turned by one to the right."""
     rows = []
