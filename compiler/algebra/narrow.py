@@ -10,6 +10,7 @@ from surgery.compiler.algebra.facts import is_column, is_scalar
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import Factors, factor
 from surgery.compiler.algebra.quantity import Quantity, value_of
+from surgery.compiler.algebra.sources import walk
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,16 @@ def narrow(change: Expression) -> Narrow | None:
 
 
 def has_narrow_part(formula: MethodFormula) -> bool:
-    """Whether a site of the method multiplies its input with W and with something narrow."""
-    return any(narrow(formula.change(term.matrix)) for term in formula.terms)
+    """Whether a site of the method multiplies its input with W and with something narrow.
+
+    A factor that selects rows is none: they are gathered, and then multiplied with the other factor alone.
+    """
+    found = [narrow(formula.change(term.matrix)) for term in formula.terms]
+    return any(part and not _selects(part.left) and not _selects(part.right) for part in found)
+
+
+def _selects(factor: Expression) -> bool:
+    return any(part.operation == "selection" for part in walk(factor))
 
 
 def _narrow_factors(node: Expression) -> Factors | None:
