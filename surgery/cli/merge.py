@@ -16,6 +16,7 @@ from surgery.cli.common import (
     answer,
     chosen,
     load_run,
+    note,
     reporting,
 )
 
@@ -50,6 +51,8 @@ def run(
                 raise
             tokenizer = None
         save_merged(step, folder, tokenizer, labels)
+        if (base := step.plan.quantized) is not None:
+            note(f"{len(base.weights)} weights that the run keeps in {base.kind} are written as what these stand for")
     if format is Format.json:
         answer({"run": str(run), "folder": str(folder), "sites": step.plan.totals.sites})
     else:

@@ -20,7 +20,7 @@ from surgery.compiler.kernels.quantized_linear import dequantized, load_bitsandb
 from surgery.compiler.library import library
 from surgery.runtime import modules
 from surgery.runtime.quantize import QuantizedLinear, dense_model, quantized_copy
-from tests.command_line import succeed
+from tests.command_line import cli, succeed
 from tests.off_start import off_start
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -199,10 +199,11 @@ def test_facts_decide_which_methods_are_refused(name: str) -> None:
         assert not fits and [found.code for found in error.diagnostics] == ["SURG025"]
 
 
-def test_an_event_and_an_earlier_block_that_read_w_are_refused() -> None:
+def test_an_event_a_penalty_and_an_earlier_block_that_read_w_are_refused() -> None:
     texts = {
         "an event reads W": "A = state zeros[in]\n delta = B @ C\n after step { A = A + mean(W, axis = 0) }",
         "the W of an earlier block": "delta = B @ C + previous(W)",
+        "it reads W other than": "delta = B @ C\n penalty = fro(W + delta)",
     }
     for reason, text in texts.items():
         method = f"method mine(rank: int = 2) {{ B = train zeros[out, rank]  C = train ones[rank, in]\n {text} }}\n"
@@ -378,3 +379,27 @@ def test_a_missing_library_is_said_at_the_setting(monkeypatch: pytest.MonkeyPatc
     (found,) = raised.value.diagnostics
     assert (found.code, found.help) == ("SURG063", 'pip install "surg[quantize]"')
     assert found.span is not None and found.span.source.text[found.span.start : found.span.end] == "quantize = nf4"
+
+
+def test_the_command_line_merges_and_says_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.json").write_text(LlamaConfig(**SIZES).to_json_string())  # type: ignore[arg-type]
+    text = spec().source.text.replace('"given"', 'config "tiny.json"')
+    step = surgery.compile(surgery.parse(text, folder=tmp_path), device="cpu")
+    off_start(step, 0.05, 1)
+    step.save(tmp_path / "run")
+    code, _, said = cli(capsys, "merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged"))
+    assert code == 0 and "21 weights that the run keeps in nf4" in said
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    logits = step.forward(input_ids=batch()["input_ids"]).logits
+    torch.testing.assert_close(merged(input_ids=batch()["input_ids"]).logits.detach(), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_plan_says_what_the_base_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "a.surg").write_text(spec().source.text.replace('"given"', '"tiny"'))
+    code, said, _ = cli(capsys, "plan", str(tmp_path / "a.surg"))
+    found = surgery.plan(spec(), llama()).quantized
+    assert code == 0 and found is not None
+    assert f"{found.numbers:,} numbers, in nf4: {found.bytes:,} bytes instead of {found.dense_bytes:,}" in " ".join(
+        said.split()
+    )
