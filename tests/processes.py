@@ -73,7 +73,7 @@ def run_together(folder: Path, commands: Sequence[Command], processes: int = 2, 
     to `whole.PROCESS.json`, with the rows that it has of those that the step knows.
     """
     arguments = (processes, str(folder), [list(command) for command in commands], list(whole))
-    spawn(_work, args=arguments, nprocs=processes)
+    spawn(_work, args=arguments, nprocs=processes)  # type: ignore[no-untyped-call]
 
 
 def _work(number: int, processes: int, folder: str, commands: list[list[str]], whole: list[int]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, distributed
 from surgery.compiler.kernels.over_processes import is_spread, several
 
 Value = TypeVar("Value")
+_INTERRUPTED = 130  # the exit status of a run that all processes have ended together
 _PATIENCE = 10.0  # seconds in which a launcher ends all processes after one has failed
 
 
@@ -55,9 +56,10 @@ def heard_once() -> Iterator[None]:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
             yield
-    except BaseException:
-        time.sleep(_PATIENCE)
-        print(f"process {number()}:\n{said.getvalue()}", file=sys.stderr)
+    except BaseException as error:
+        if getattr(error, "exit_code", 1) != _INTERRUPTED:
+            time.sleep(_PATIENCE)
+            print(f"process {number()}:\n{said.getvalue()}", file=sys.stderr)
         raise
 
 
