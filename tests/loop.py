@@ -17,7 +17,7 @@ from surgery.runtime.data import Data, Examples
 class FakeStep:
     """Learns one number with dropout and momentum; every state that a real step has, in small."""
 
-    source = "# a step\n"
+    source, scope = "# a step\n", "graph"
 
     def __init__(self, folder: Path, steps: int = 7, **settings: Any) -> None:
         self.folder, self.steps, self.step = folder, steps, 0
