@@ -18,6 +18,7 @@ from surgery.cli import (
     merge,
     methods,
     plan,
+    rank,
     report,
     train,
 )
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (check, plan, compile, train, eval, generate, report, merge, export, import_, methods, fmt, explain):
+for verb in (check, plan, compile, train, eval, generate, report, rank, merge, export, import_, methods, fmt, explain):
     name = verb.__name__.rpartition(".")[2].removesuffix("_")  # `import` is a word of Python
     app.command(name, epilog=verb.EXAMPLE, no_args_is_help=verb.NEEDS_ARGUMENTS)(verb.run)
 app.callback()(options)

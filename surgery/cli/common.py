@@ -115,8 +115,13 @@ def note(message: str) -> None:
 
 
 def answer(value: Any) -> None:
-    """The one JSON object of a verb, on standard output. Numbers that JSON has no form for become null."""
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False))
+    """The one JSON object of a verb, on standard output."""
+    typer.echo(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON on one line. Numbers that JSON has no form for become null."""
+    return json.dumps(_plain(value), ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

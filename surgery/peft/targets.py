@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,8 @@ MODULES = ("Linear", "Conv1D", "Embedding", "Conv2d")  # what peft adapts by the
 PARAMETERS = ("Experts", "Parameter")  # and by the names of parameters
 HELP = "merge instead: `surgery merge RUN -o DIR`"
 SHOWN = 6  # sites that a message lists
+
+ReadFactors = Callable[[Exportable, Site], Factors]
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,15 @@ class Refused:
             found.error("SURG064", message, self.step.plan.span(first.place), notes=[note], help=help)
 
 
-def targets_of(refused: Refused, step: Exportable) -> list[Target]:
-    """What peft has to adapt for each site: its weight, and what is tied to it if the site is all of them."""
+def targets_of(refused: Refused, step: Exportable, factors: ReadFactors = factors_of) -> list[Target]:
+    """What peft has to adapt for each site: its weight, and what is tied to it if the site is all of them.
+
+    `factors` says how a site's weight differs from the model's own.
+    """
     targets: list[Target] = []
     for site in step.plan.sites:
         try:
-            targets += _targets(step, site)
+            targets += _targets(step, site, factors)
         except NotNarrow as reason:
             refused.add(site, str(reason))
     if not any(target.factors.scale is not None for target in targets):
@@ -75,12 +81,12 @@ def targets_of(refused: Refused, step: Exportable) -> list[Target]:
     return targets
 
 
-def _targets(step: Exportable, site: Site) -> list[Target]:
+def _targets(step: Exportable, site: Site, read: ReadFactors) -> list[Target]:
     if site.module_class == "Norm":
         raise NotNarrow("peft adapts no norms")
     if site.experts == 1:
         raise NotNarrow("peft takes a stack of one expert for a matrix")
-    factors = factors_of(step, site)
+    factors = read(step, site)
     if site.module_class in PARAMETERS:
         return [Target(site, site.parameter, site.module_class, factors)]
     owner = site.parameter.rpartition(".")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from surgery.compiler.plan import HALF
 from surgery.peft.kept import Kept, kept
 from surgery.peft.layout import lora_tensors, magnitude_tensor
 from surgery.peft.names import CONFIG, HEADS, PREFIX, TASKS, TENSORS, exactly, is_reserved, is_target
-from surgery.peft.targets import HELP, Refused, Target, magnitude, targets_of
-from surgery.runtime.export import Exportable, padded
+from surgery.peft.targets import HELP, ReadFactors, Refused, Target, magnitude, targets_of
+from surgery.runtime.export import Exportable, factors_of, padded
 from surgery.runtime.folders import whole_folder
 from surgery.runtime.models import base_name
 
@@ -33,16 +34,21 @@ class Adapter:
     warnings: tuple[Diagnostic, ...] = ()
 
 
-def export(step: Exportable, folder: Path, target: Path, dtype: torch.dtype = torch.float32) -> Adapter:
+def export(
+    step: Exportable, folder: Path, target: Path, dtype: torch.dtype = torch.float32, *,
+    factors: ReadFactors = factors_of, own_ranks: bool = False,
+) -> Adapter:  # fmt: skip
     """Write a run as peft's folder; one that is there is replaced as a whole. `folder` is the spec's.
 
+    `factors` says what to write for a site. With `own_ranks` every module has its own rank in the config
+    (`rank_pattern`); else all have the largest.
     Raises SURG064, with all the reasons, where a site is no LoRA, and for a folder that holds other files too.
     """
     others = {path.name for path in target.iterdir()} - {CONFIG, TENSORS} if target.exists() else set()
     if others:
         message = f"`{target}` holds other files, which would be lost: {', '.join(sorted(others)[:5])}"
         raise fail("SURG064", message, help="choose a new folder")
-    made = adapter(step, folder, dtype)
+    made = adapter(step, folder, dtype, factors=factors, own_ranks=own_ranks)
     with whole_folder(target) as fresh:
         (fresh / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (fresh / TENSORS).write_bytes(save(made.tensors, metadata={"format": "pt"}))
@@ -50,10 +56,13 @@ def export(step: Exportable, folder: Path, target: Path, dtype: torch.dtype = to
 
 
 @torch.no_grad()
-def adapter(step: Exportable, folder: Path, dtype: torch.dtype = torch.float32) -> Adapter:
+def adapter(
+    step: Exportable, folder: Path, dtype: torch.dtype = torch.float32, *,
+    factors: ReadFactors = factors_of, own_ranks: bool = False,
+) -> Adapter:  # fmt: skip
     """A run as peft's config and tensors, the factors in `dtype`. Raises SURG064."""
     found, refused = Diagnostics(), Refused(step)
-    targets = targets_of(refused, step)
+    targets = targets_of(refused, step, factors)
     refused.report(found)
     modules = [target.name for target in targets if target.is_module]
     parameters = [target.name for target in targets if not target.is_module]
@@ -66,9 +75,13 @@ def adapter(step: Exportable, folder: Path, dtype: torch.dtype = torch.float32) 
     found.raise_errors()
 
     rank = max([1, *(target.factors.rank for target in targets)])
+    ranks = {target.name: max(1, target.factors.rank) if own_ranks and target.is_module else rank for target in targets}
+    # peft takes the first pattern that fits the end of a name: every module has one, the longest stand first
+    several = sorted(ranks, key=len, reverse=True) if len(set(ranks.values())) > 1 else []
+    pattern = {re.escape(name): ranks[name] for name in several}
     tensors: dict[str, Tensor] = {}
     for target in targets:
-        tensors |= _tensors(step, target, rank, dtype, parameters)
+        tensors |= _tensors(step, target, ranks[target.name], dtype, parameters)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise fail("SURG064", f"`{broken[0]}` has numbers that do not fit {dtype}", help="choose another --dtype")
@@ -90,8 +103,8 @@ def adapter(step: Exportable, folder: Path, dtype: torch.dtype = torch.float32) 
         "use_dora": any(target.factors.scale is not None for target in targets),
         "use_rslora": False,
         "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
         "layers_to_transform": None,
         "layers_pattern": None,
     } | ({"target_parameters": parameters} if parameters else {})

@@ -135,12 +135,11 @@ def effective_rank(values: Tensor) -> Tensor:
     return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0)
 
 
-def _site_change(run: Reached, site: Site) -> Change:
-    place = _place(site.path, site.kind, site.rule, _shape(site))
-    if not site.parameter:
-        return replace(place, note="it has no weight: its output is adapted")
-    own = logical(run.model.get_parameter(site.parameter).detach(), site)
-    size = float(torch.linalg.vector_norm(own, dtype=torch.float64))
+def delta_of(run: Reached, site: Site) -> tuple[Tensor, Tensor] | Tensor:
+    """What a run added to a site's own weight: factors `[..., out, rank]` and `[..., rank, in]`, else `[..., out, in]`.
+
+    Float64. The site has a weight. Raises NotAffine where it has no effective one.
+    """
     if site.facts.rank_bound is not None:
         try:
             factors = factors_of(run, site)
@@ -148,14 +147,26 @@ def _site_change(run: Reached, site: Site) -> Change:
             pass  # it is formed below
         else:
             if factors.scale is None:
-                return _told(place, spectrum_of_product(factors.left, factors.right), size)
+                return factors.left, factors.right
     formula = instance(run.plan, site.formula)
+    weight = effective(formula, site.bias).weight(formula.shape[0])
+    own = logical(run.model.get_parameter(site.parameter).detach(), site).double()
+    delta: Tensor = evaluator_of(site, run.weights, torch.float64)(weight) - own
+    return delta
+
+
+def _site_change(run: Reached, site: Site) -> Change:
+    place = _place(site.path, site.kind, site.rule, _shape(site))
+    if not site.parameter:
+        return replace(place, note="it has no weight: its output is adapted")
+    size = float(torch.linalg.vector_norm(run.model.get_parameter(site.parameter).detach(), dtype=torch.float64))
     try:
-        weight = effective(formula, site.bias).weight(formula.shape[0])
+        delta = delta_of(run, site)
     except NotAffine as reason:
         return replace(place, note=f"it has no effective weight: {reason}")
-    delta = evaluator_of(site, run.weights, torch.float64)(weight) - own.double()
-    return _measured(place, delta, size)
+    return (
+        _told(place, spectrum_of_product(*delta), size) if isinstance(delta, tuple) else _measured(place, delta, size)
+    )
 
 
 def _whole_change(run: Reached, whole: WholeParameter) -> Change:
