@@ -9,6 +9,7 @@ from pathlib import Path
 
 import surgery
 from surgery.compiler.diagnostics import SurgError, render
+from surgery.runtime import distributed
 from surgery.runtime.calibrate import calibration_batches
 from surgery.runtime.data import load_data, steps_of
 from surgery.runtime.devices import why_not
@@ -30,7 +31,9 @@ def main(path: str, arguments: Sequence[str] | None = None) -> int:
     if options.device is not None and (reason := why_not(options.device)):
         parser.error(f"argument --device: {reason}")
     try:
-        _run(Path(path).resolve().parent, options.data, options.output, options.device)
+        with distributed.joined(), distributed.heard_once():
+            own = distributed.local_device() if distributed.processes() > 1 else None
+            _run(Path(path).resolve().parent, options.data, options.output, options.device or own)
     except SurgError as error:
         print(*map(render, error.diagnostics), sep="\n\n", file=sys.stderr)
         return 1
