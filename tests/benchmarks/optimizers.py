@@ -77,7 +77,7 @@ def making(step: Any, model: Any, optimizer: str, shape: arms.Llama) -> Callable
     return made
 
 
-def median(function: Callable[[], Any], device: str, steps: int, warm: int = 3) -> float:
+def median(function: Callable[[], Any], device: str, steps: int, warm: int = 2) -> float:
     """The median of several runs in milliseconds, behind some that do not count."""
     for _ in range(warm):
         function()
@@ -147,7 +147,7 @@ def run(shape: arms.Llama, steps: int, compiled: bool) -> list[Row]:
         add(name, whole, alone(step.optimizer, trained, device, steps), state)
         step.optimizer = None
     for name, (optimizer, tensors) in other_methods(step).items():
-        add(name, None, alone(optimizer, tensors, device, max(steps, 20)), None)
+        add(name, None, alone(optimizer, tensors, device, steps), None)
     return rows
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=12, help="steps that count, of each optimizer")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count, of each optimizer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     small = {"hidden": 64, "layers": 2, "batch": 2, "length": 16, "rank": 4, "vocabulary": 128}
