@@ -93,23 +93,24 @@ class Batch:
         return self._stacked(found, place)  # type: ignore[arg-type]
 
     def put_gradients(self, place: int, values: Tensor) -> None:
-        """Replace the gradients, for the optimizer around."""
-        self._copy([one.tensors[place].grad for one in self.factors], place, values)  # type: ignore[misc]
+        """Give the optimizer around other gradients, in this step."""
+        tensors = [one.tensors[place] for one in self.factors]
+        values = (values.mT if self.factors[0].turned[place] else values).to(tensors[0].dtype).contiguous()
+        for tensor, value in zip(tensors, values.unbind(), strict=True):
+            tensor.grad = value
 
     def put(self, place: int, values: Tensor) -> None:
         """Replace the factors, which this step has moved: the optimizer around leaves them alone."""
         tensors = [one.tensors[place] for one in self.factors]
-        self._copy(tensors, place, round_stochastically(values) if tensors[0].dtype is torch.bfloat16 else values)
+        values = round_stochastically(values) if tensors[0].dtype is torch.bfloat16 else values
+        values = values.mT if self.factors[0].turned[place] else values
+        torch._foreach_copy_(tensors, list(values.unbind()))
         for tensor in tensors:
             tensor.grad = None
 
     def _stacked(self, tensors: list[Tensor], place: int) -> Tensor:
         stacked = torch.stack(tensors).to(self.dtype)
         return stacked.mT if self.factors[0].turned[place] else stacked
-
-    def _copy(self, tensors: list[Tensor], place: int, values: Tensor) -> None:
-        values = values.mT if self.factors[0].turned[place] else values
-        torch._foreach_copy_(tensors, list(values.unbind()))
 
 
 class FactorOptimizer(torch.optim.Optimizer):
@@ -161,9 +162,16 @@ class FactorOptimizer(torch.optim.Optimizer):
         """What is done to a batch once the optimizer around has taken its step."""
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """The optimizer around starts anew with tensors that now mean something else."""
-        for tensor in tensors:
+        """Start anew with tensors that now mean something else, and with the products that they are factors of."""
+        given = set(tensors)
+        for tensor in given:
             self.base.state.pop(tensor, None)
+        for batch in self.batches:
+            for number, one in enumerate(batch.factors):
+                places = {place for place, tensor in enumerate(one.tensors) if tensor in given}
+                for (_, of), values in batch.state.items() if places else ():
+                    if of is None or of in places:
+                        values[number].zero_()
         if isinstance(self.base, RoundingOptimizer):
             self.base.forget()
 
@@ -176,12 +184,15 @@ class FactorOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._begin()
         self.steps += 1
+        factors = {tensor: tensor.grad for batch in self.batches for one in batch.factors for tensor in one.tensors}
         self.before()
         for batch in self.batches:
             self.update(batch)
         self.base.step()
         for batch in self.batches:
             self.after(batch)
+        for tensor, gradient in factors.items():
+            tensor.grad = gradient  # events after the step read it as it was
         return loss
 
     def _begin(self) -> None:

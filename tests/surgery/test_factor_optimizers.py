@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,45 @@ def test_a_resumed_run_is_the_same_to_the_bit(name: str, dtype: str, tmp_path: P
         resumed(batch(torch.float32, number))
     for key, value in unbroken.state_dict()["weights"].items():
         assert torch.equal(value, resumed.state_dict()["weights"][key]), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_are_after_its_step_what_they_were(name: str) -> None:
+    step = step_of(RUNS[name], method_for(name))
+    for _ in range(3):  # also between the moves of an optimizer that does not move everything in each step
+        step._namespace["gradients"](step.weights, batch())
+        trained = [tensor for tensor in step.weights.values() if tensor.requires_grad]
+        before = [tensor.grad.clone() for tensor in trained]
+        step.optimizer.step()
+        assert all(torch.equal(tensor.grad, then) for tensor, then in zip(trained, before, strict=True))
+        step.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("name", "launches"), [("riemannian", 1), ("lora_fa", 1), ("lora_pro", 1), ("lora_rite", 2)])
+def test_all_sites_are_decomposed_at_once(name: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = step_of(RUNS[name].replace("escape = true", "escape = false"), method_for(name)), []
+    decompose = torch.linalg.eigh
+
+    def counted(matrix: Tensor) -> Any:
+        calls.append(matrix.shape)
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    step(batch())
+    factors = 3 if name == "lora_fa" else 6  # LoRA-RITE decomposes their second moments too
+    assert calls == [(factors, 3, 3)] * launches
+
+
+def test_what_is_reset_is_forgotten() -> None:
+    step = step_of(RUNS["lora_rite"])
+    for number in range(3):
+        step(batch(seed=number))
+    before = copy.deepcopy(step.optimizer.state_dict()["factors"])
+    step.optimizer.forget([step.weights["second.A"]])
+    after = step.optimizer.state_dict()["factors"]
+    for key, values in after.items():
+        for name, value in values.items():
+            assert torch.equal(value, 0 * value if key == "second.A" else before[key][name])
 
 
 @pytest.mark.parametrize("name", RUNS)
