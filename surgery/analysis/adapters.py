@@ -17,7 +17,7 @@ from surgery.compiler.diagnostics import Diagnostic, Note, fail
 from surgery.compiler.pattern import matches, parse_pattern
 from surgery.compiler.printer import show
 from surgery.compiler.skeleton import Skeleton
-from surgery.compiler.weights import Weight
+from surgery.compiler.weights import Layout, Weight
 from surgery.peft.names import HEADS, TASKS
 from surgery.peft.patterns import patterns_of
 from surgery.peft.write import export
@@ -41,15 +41,16 @@ def write_adapters(
     if base.skeleton is None:
         message = f'of which class "{base.name}" is cannot be told from its config, and adapters belong to modules'
         raise fail("SURG064", message, help=f"give its task: --task {'|'.join(CLASSES)}")
-    places = {name: _place(base, base.skeleton, name) for name in adapters}
+    untied = {weight.name for weight in pairs.weights if weight.untied}
+    places = {name: _place(base, base.skeleton, name, name in untied) for name in adapters}
     if lacking := [f"`{name}`" for name, place in places.items() if place is None]:
         message = f"{len(lacking)} weights are no module's in {type(base.skeleton.model).__name__}"
         raise fail("SURG064", message, notes=[Note(listed(lacking))], help=HELP)
     found = {name: place for name, place in places.items() if place is not None}
-    rules = _rules(base.skeleton, found, adapters, {weight.name for weight in pairs.weights if weight.untied})
+    rules = _rules(base.skeleton, found, adapters, untied)
     program = surgery.parse(show(nodes.Tree((_model(base), *rules))), HERE)
     plan = surgery.plan(program)
-    by_path = {place.path: adapters[name] for name, place in found.items()}
+    by_path = {place.path: _laid_out(adapters[name], base.layout(name), place) for name, place in found.items()}
     if TASKS.get(base.model.task or "") in HEADS:
         # peft keeps the heads of these tasks whole, whose numbers are not at hand: here they are weights like others
         plan = plan.model_copy(update={"model": plan.model.model_copy(update={"task": None})})
@@ -60,11 +61,20 @@ def write_adapters(
     return [*made.warnings, *([Diagnostic("SURG075", message, severity="warning")] if lost else [])]
 
 
-def _place(base: Checkpoint, skeleton: Skeleton, name: str) -> Weight | None:
-    """The weight of a module, or a parameter, that a tensor of the base is, under the name that is meant."""
-    real = skeleton.aliases.get(name)
-    found = skeleton.weight(real) if real is not None and real in skeleton.parameters else None
-    return None if found is None or isinstance(found, str) else found
+def _place(base: Checkpoint, skeleton: Skeleton, name: str, untied: bool) -> Weight | None:
+    """The weight of a module, or a parameter, that a tensor of the base is; of tied ones the head's, as `tie` wants."""
+    real = base.parameter(name)
+    if real is None:
+        return None
+    names = [real] if untied else skeleton.owners[id(skeleton.parameters[real])]
+    found = [place for place in map(skeleton.weight, names) if isinstance(place, Weight)]
+    return min(found, key=lambda place: place.layout.module_class == "Embedding", default=None)
+
+
+def _laid_out(pair: Pair, own: Layout | str | None, place: Weight) -> Pair:
+    """Factors of W as the place has it, of which the tensor of that name may be the transpose."""
+    turned = isinstance(own, Layout) and own.transposed != place.layout.transposed
+    return (pair[1].mT, pair[0].mT) if turned else pair
 
 
 def _model(base: Checkpoint) -> nodes.Model:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,19 +28,20 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file; `dtype` is safetensors' name of it."""
+    """A tensor in a file under a key; `dtype` is safetensors' name of it."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model by their names in its files.
+    """The tensors of a model by their names in it; those that it has in another form, by their keys in the files.
 
-    `skeleton` is the model without numbers, which says what is tied and which axis is which; None where the checkpoint
-    does not tell its class. `model` says how it is loaded, as far as that is known.
+    `skeleton` is the model without numbers, which says what is tied and which axis is which; None where neither the
+    checkpoint tells its class nor that which it is compared with. `model` says how it is loaded, as far as it is known.
     """
 
     model: ModelPlan
@@ -55,39 +57,35 @@ class Checkpoint:
     def names(self) -> dict[str, str]:
         """By every name of a weight, tied ones among them, that under which it is stored."""
         found = {name: name for name in self.stored}
-        for names in self.skeleton.owners.values() if self.skeleton else ():
-            held = [own for own in map(self._own, names) if own in self.stored]
-            found |= {alias: held[0] for name in names for alias in (name, self._own(name))} if held else {}
+        tied = self.skeleton.owners.values() if self.skeleton and self.model.task else ()
+        for names in tied:
+            held = [name for name in names if name in self.stored]
+            found |= dict.fromkeys(names, held[0]) if held else {}
         return found
 
-    def _own(self, name: str) -> str:
-        """A parameter of the skeleton by its name in the files, which may leave out the prefix of the base model."""
-        prefix = f"{getattr(self.skeleton and self.skeleton.model, 'base_model_prefix', '')}."
-        return name if name in self.stored else name.removeprefix(prefix)
-
-    def parameter(self, key: str) -> str | None:
-        """The name that a stored tensor has in the model, None if it has none there."""
-        real = self.skeleton and self.skeleton.aliases.get(key)
+    def parameter(self, name: str) -> str | None:
+        """The name of a parameter of the model, which may lack the prefix of the base model; None if there is none."""
+        real = self.skeleton and self.skeleton.aliases.get(name)
         return real if real and self.skeleton and real in self.skeleton.parameters else None
 
-    def layout(self, key: str) -> Layout | str | None:
+    def layout(self, name: str) -> Layout | str | None:
         """How a tensor holds a matrix, why it does not, or None where nobody knows."""
-        real = self.parameter(key)
+        real = self.parameter(name)
         found = self.skeleton.weight(real) if real and self.skeleton else None
         return found.layout if found is not None and not isinstance(found, str) else found
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
         """Of a tensor that is a matrix, as it is stored."""
-        return DTYPES[self.stored[key].dtype]
+        return DTYPES[self.stored[name].dtype]
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored. Raises SURG030 where its file is broken."""
-        file = self.stored[key].file
+        stored = self.stored[name]
         try:
-            with safe_open(file, "pt") as reader:
-                found: Tensor = reader.get_tensor(key)
+            with safe_open(stored.file, "pt") as reader:
+                found: Tensor = reader.get_tensor(stored.key)
         except (SafetensorError, OSError) as error:
-            raise unreadable(self.name, f"{file.name}: {error}") from error
+            raise unreadable(self.name, f"{stored.file.name}: {error}") from error
         return found
 
 
@@ -124,25 +122,44 @@ def unreadable(name: str, reason: str, help: str | None = None) -> SurgError:
     return fail("SURG030", f'the model "{name}" cannot be compared: {reason}', help=help)
 
 
-def open_checkpoint(name: str, task: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str, task: str | None = None, like: Checkpoint | None = None) -> Checkpoint:
     """A model's checkpoint: a folder, a hub id, `package:NAME/folder`, or one .safetensors file.
 
-    Its files' heads and its config are read. `task` stands for what the config does not say. Raises SURG030.
+    Its files' heads and its config are read. `task` stands for what the config does not say; files without a config are
+    taken for a model `like` another one. Raises SURG030.
     """
     model = ModelPlan(source="hub", name=name)
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
-        return Checkpoint(model, _heads(name, {path}))
-    stored = _heads(name, _files(model))
-    model = _named(model, task)
-    skeleton = None
+        stored = _heads(name, {path})
+    else:
+        stored = _heads(name, _files(model))
+        model = _named(model, task)
+    skeleton = like.skeleton if like is not None and model.task is None else None
     if model.task is not None:
         try:
             skeleton = Skeleton(load_skeleton(model, HERE))
         except SurgError:
             if task is not None:  # it was asked for
                 raise
-    return Checkpoint(model, stored, skeleton)
+            model = model.model_copy(update={"task": None})
+    return Checkpoint(model, stored if skeleton is None else _in_model(stored, skeleton), skeleton)
+
+
+def _in_model(stored: Mapping[str, Stored], skeleton: Skeleton) -> dict[str, Stored]:
+    """Tensors by the names that they get as transformers loads them; what it joins or cuts keeps its key."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model: Any = skeleton.model
+    conversions = get_model_conversion_mapping(model)
+    renamings = [found for found in conversions if isinstance(found, WeightRenaming)]
+    converters = [found for found in conversions if isinstance(found, WeightConverter)]
+    found: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        name, converted = rename_source_key(key, renamings, converters)
+        found[key if converted is not None or name not in skeleton.aliases else name] = tensor
+    return found
 
 
 def _files(model: ModelPlan) -> set[Path]:
@@ -169,7 +186,7 @@ def _heads(name: str, files: set[Path]) -> dict[str, Stored]:
             with safe_open(file, "pt") as reader:
                 for key in reader.keys():  # noqa: SIM118 (it is no dictionary)
                     part = reader.get_slice(key)
-                    found[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                    found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise unreadable(name, f"{file.name}: {error}") from error
     return found

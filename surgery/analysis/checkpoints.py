@@ -54,7 +54,7 @@ class Checkpoints:
             if base.shape != target.shape:
                 unlike.append(f"`{name}`: {list(base.shape)} and {list(target.shape)}")
                 continue
-            layout = self.base.layout(entry.base) or self.target.layout(entry.target)
+            layout = self.base.layout(name) or self.target.layout(entry.target)
             reason = why_no_matrix(base, layout) or why_no_matrix(target, layout)
             if reason is not None:
                 tensors = self.base.tensor(entry.base), self.target.tensor(entry.target)
@@ -91,7 +91,7 @@ class Checkpoints:
                 pairs.found.warn("SURG075", f"{message}: what rounding to the coarser one changed counts as noise")
 
     def _pair(self, name: str, base: str, target: str) -> Weight:
-        layout = self.base.layout(base) or self.target.layout(target)
+        layout = self.base.layout(name) or self.target.layout(target)
         coarser = max(self.base.dtype(base), self.target.dtype(target), key=lambda dtype: torch.finfo(dtype).eps)
 
         def own() -> Tensor:

@@ -154,10 +154,10 @@ def _weight(weight: Weight, wanted: Wanted, device: torch.device, keep: bool) ->
     change = (change[0].to(device), change[1].to(device)) if isinstance(change, tuple) else change.to(device)
     triples = decomposed(change) if keep else None
     values = triples[1] if triples else singular_values(change)
+    # factors are known by themselves, a matrix as a difference to W
+    noise = arithmetic(values, weight.shape, 0.0 if isinstance(change, tuple) else float(own.norm()))
     if weight.rounded is not None:
-        noise = rounding(own + dense(change), weight.rounded)
-    else:  # factors are known by themselves, a matrix as a difference to W
-        noise = arithmetic(values, weight.shape, 0.0 if isinstance(change, tuple) else float(own.norm()))
+        noise += rounding(own + dense(change), weight.rounded)
     row = _row(weight.name, weight.shape, values, float(own.norm()), noise, wanted)
     if triples is None or row.chosen == 0 or row.size == 0:
         return row, None

@@ -26,7 +26,7 @@ def pair(
     if is_adapted(Path(target)):
         sides = OverBase(base, open_adapted(Path(target), base, task))
     else:
-        sides = Checkpoints(base, open_checkpoint(target))
+        sides = Checkpoints(base, open_checkpoint(target, like=base))
     products = [found for text in groups for found in products_of(text, sides.base_names, sides.target_names)]
     grouped = _once(products)
     for option, patterns in (("--only", only), ("--except", leave)):
