@@ -100,9 +100,9 @@ def curve(step: Any, shape: Shape) -> list[float]:
     return torch.stack(losses).tolist()
 
 
-def plain_curve(case: Case, shape: Shape, step: Any) -> list[float]:
-    """The same by plain torch in float32, from the tensors that `step` starts with."""
-    model: Any = shape.model(case.sparse).to(shape.device)
+def plain_curve(case: Case, shape: Shape, step: Any, dtype: torch.dtype = torch.float32) -> list[float]:
+    """The same by plain torch in float32, from the tensors that `step` starts with and W rounded to `dtype`."""
+    model: Any = shape.model(case.sparse).to(shape.device, dtype).float()
     factors = {
         f"{path}.weight": {name: tensor.detach().float().clone().requires_grad_(tensor.requires_grad)
                            for name, tensor in tensors.items()}
