@@ -59,7 +59,7 @@ class Shape:
     length: int = 16
     device: str = "cpu"
 
-    def model(self, zeros: bool) -> LlamaForCausalLM:
+    def model(self, zeros: bool) -> Any:
         """Two layers in float32; with `zeros` half of each linear's weight is zero."""
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
@@ -102,7 +102,7 @@ def curve(step: Any, shape: Shape) -> list[float]:
 
 def plain_curve(case: Case, shape: Shape, step: Any, dtype: torch.dtype = torch.float32) -> list[float]:
     """The same by plain torch in float32, from the tensors that `step` starts with and W rounded to `dtype`."""
-    model: Any = shape.model(case.sparse).to(shape.device, dtype).float()
+    model = shape.model(case.sparse).to(shape.device, dtype).float()
     factors = {
         f"{path}.weight": {name: tensor.detach().float().clone().requires_grad_(tensor.requires_grad)
                            for name, tensor in tensors.items()}
