@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -12,20 +13,24 @@ from torch import fx, nn
 from surgery.compiler.algebra.base import logical, stacked, stored_like
 from surgery.compiler.algebra.condition import ALWAYS, Condition
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.expression import BEFORE, Expression, Shape
+from surgery.compiler.algebra.event import KEPT as AT_START_SUFFIX
+from surgery.compiler.algebra.expression import BEFORE, GRADIENT, MARK, Expression, Shape
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, MethodFormula
 from surgery.compiler.algebra.instance import instance
-from surgery.compiler.algebra.method import KEPT as AT_START_SUFFIX
 from surgery.compiler.algebra.moved import Moved, moved
 from surgery.compiler.algebra.quantity import CLOCK, Quantity, value_of
 from surgery.compiler.algebra.recorder import Recorder
+from surgery.compiler.algebra.sources import walk
 from surgery.compiler.algebra.telescope import snapshot_names, summed, switch_name
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.span import Span
 
 KEPT, START = ".before", ".start"  # behind the name of a tensor: what it was when the step, or the run, began
-BESIDE = {BEFORE: KEPT, AT_START_SUFFIX: START}  # by the end of the name of a placeholder
+GRAD = ".grad"  # its gradient
+BESIDE = {BEFORE: KEPT, AT_START_SUFFIX: START, GRADIENT: GRAD}  # by the end of the name of a placeholder
+OPERATORS = {"=": "copy_", "+=": "add_", "*=": "mul_"}
+ACROSS = ("keep_top", "quantile")
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,43 @@ class Move:
     scale: float
     source: str
     transposed: bool  # W is stored as [in, out]
+    times: str = ""  # a number of the clock that scales it too, as Python
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """Tensors begun anew: `start` with its numbers, of `axes` axes, in a step of a run of that seed."""
+
+    start: str
+    numbers: tuple[float, ...]
+    axes: int
+    seed: int
 
 
 @dataclass(frozen=True)
 class EventProgram:
-    """One statement of an event, for all sites of one size.
+    """What an event does at the sites of one size: a run of statements, or one of those that are special.
 
     `graph` has a placeholder per tensor it reads or writes and works in place; `sites` names, per site, the weight
     behind each placeholder: "first.A" behind "A", "first.A.before" behind "A_before", its value at the start of the
-    step. With `move` it writes W, whose name is among them too.
+    step, "first.A.grad" behind "A_grad". What it writes otherwise is named by `writes`, and is among them too: W by a
+    `move`; a state by `across`, a kernel that takes the graph's values at all sites of the programs with the same
+    `joined`; the tensors that a step `redraws`, or whose optimizer state is forgotten.
     """
 
     comment: str
-    phase: str  # "start" (before everything else in the step), "penalty" or "after step"
+    phase: str  # "start" (before everything else in the step), "penalty" or a point of the step
     condition: str  # Python over the whole numbers `step` and `steps`
     function: str
     graph: fx.Graph = field(compare=False)
     sites: tuple[dict[str, str], ...] = ()
     move: Move | None = None
+    across: str = ""
+    number: str = ""  # the second argument of `across`, as Python over the clock
+    joined: tuple[object, ...] = ()
+    forgets: bool = False
+    redraws: Redraw | None = None
+    writes: tuple[str, ...] = ()
 
     @property
     def kept(self) -> list[str]:
@@ -64,23 +88,61 @@ class EventProgram:
         names = [name for site in self.sites for name in site.values() if name.endswith(KEPT)]
         return [name.removesuffix(KEPT) for name in dict.fromkeys(names)]
 
+    @property
+    def reads_steps(self) -> bool:
+        """Whether it needs the number of steps."""
+        names = {str(node.target) for node in self.graph.nodes if node.op == "placeholder"}
+        times = "" if self.move is None else self.move.times
+        return "steps" in names or bool(re.search(r"\bsteps\b", f"{self.condition} {self.number} {times}"))
+
 
 def programs(plan: Plan) -> tuple[EventProgram, ...]:
-    """The plan's events in the order in which the step runs them."""
+    """The plan's events as the step runs them: each statement at all sites of a rule, then the next."""
     found: list[EventProgram] = []
-    for key in plan.formulas:
-        sites = [site for site in plan.sites if site.formula == key]
-        if not sites:
-            continue
-        formula = instance(plan, key)
-        if plan.formulas[key].telescope or plan.formulas[key].from_start:
-            found.append(_snapshot(_original(plan, key), sites, plan.formulas[key].telescope))
-        for event in formula.events:
-            if event.phase == AT_START:  # done when the step is made
-                continue
-            for number, change in enumerate(event.changes):
-                found += [_program(formula, event, change, number, alike) for alike in _stored_alike(sites)]
+    for rule in dict.fromkeys(site.rule for site in plan.sites):
+        sites = [site for site in plan.sites if site.rule == rule]
+        lists = []
+        for key in dict.fromkeys(site.formula for site in sites):
+            own = [site for site in sites if site.formula == key]
+            if plan.formulas[key].telescope or plan.formulas[key].from_start:
+                found.append(_snapshot(_original(plan, key), own, plan.formulas[key].telescope))
+            lists.append(list(_of_formula(plan, instance(plan, key), own, rule)))
+        order = [place for place, _ in max(lists, key=len, default=[])]  # a telescope leaves events out
+        found += [program for place in dict.fromkeys(order) for one in lists for at, program in one if at == place]
     return (*found, *_penalties(plan))
+
+
+def _of_formula(
+    plan: Plan, formula: MethodFormula, sites: list[Site], rule: int
+) -> Iterator[tuple[tuple[object, ...], EventProgram]]:
+    """The programs of one formula, each with its place in the order of the method's statements."""
+    for event in formula.events:
+        if event.phase == AT_START:  # done when the step is made
+            continue
+        runs = _runs(event.changes)
+        for number, run in enumerate(runs):
+            place = (event.text, event.span, run[0].target, number)
+            suffix = f"_{number + 1}" if len(runs) > 1 else ""
+            for alike in _stored_alike(sites):
+                program = _program(formula, event, run, alike, plan.step.seed)
+                joined = (rule, *place) if program.across else ()
+                yield place, replace(program, function=f"{program.function}{suffix}", joined=joined)
+
+
+def _runs(changes: Sequence[ChangeFormula]) -> list[list[ChangeFormula]]:
+    """Statements that touch nothing but their own site's tensors run together, all others alone."""
+    runs: list[list[ChangeFormula]] = []
+    for change in changes:
+        if runs and _is_own(change) and _is_own(runs[-1][-1]):
+            runs[-1].append(change)
+        else:
+            runs.append([change])
+    return runs
+
+
+def _is_own(change: ChangeFormula) -> bool:
+    assigned = change.operator in OPERATORS and change.target != "W"
+    return assigned and not any(MARK in part.name for part in walk(change.value))
 
 
 def _penalties(plan: Plan) -> list[EventProgram]:
@@ -90,9 +152,11 @@ def _penalties(plan: Plan) -> list[EventProgram]:
     for key in plan.formulas:
         formula = instance(plan, key)
         sites = [site for site in plan.sites if site.formula == key]
-        for alike in _stored_alike(sites) if formula.penalty is not None else ():
+        if (penalty := formula.penalty) is None:
+            continue
+        for alike in _stored_alike(sites):
             recorder, evaluator = _evaluator(alike[0])
-            value = evaluator(formula.penalty)
+            value = evaluator(penalty)
             graph = recorder.finish((value,))
             own = []
             for site in alike:
@@ -101,7 +165,7 @@ def _penalties(plan: Plan) -> list[EventProgram]:
                 own += [] if same in known else [names]
                 known.add(same)
             if own:
-                said = f"{_place(formula.penalty.span)}penalty of {formula.name}"
+                said = f"{_place(penalty.span)}penalty of {formula.name}"
                 found.append(EventProgram(said, "penalty", "True", f"{formula.name}_penalty", graph, tuple(own)))
     return found
 
@@ -179,25 +243,46 @@ def _at_previous_step(when: Condition) -> Condition:
 
 
 def _program(
-    formula: MethodFormula, event: EventFormula, change: ChangeFormula, number: int, sites: list[Site]
+    formula: MethodFormula, event: EventFormula, run: Sequence[ChangeFormula], sites: list[Site], seed: int
 ) -> EventProgram:
     recorder, evaluator = _evaluator(sites[0])
+    change, last = run[0], run[-1]
     move = result = None
-    if change.target != "W":
-        _write(recorder[change.target], change.operator, evaluator(change.value))
-    elif found := _narrow(change, sites[0]):
-        move = Move(found.scale, f"W{AT_START_SUFFIX}" if event.from_start else "W", sites[0].transposed)
-        result = _factors(found, recorder, evaluator)
-    else:
+    written: tuple[str, ...] = ()
+    across, number, redraws = "", "", None
+    if change.target == "W" and (found := _narrow(change, sites[0])):
+        times = "" if found.times is None else str(found.times)
+        move = Move(found.scale, f"W{AT_START_SUFFIX}" if event.from_start else "W", sites[0].transposed, times)
+        result, written = _factors(found, recorder, evaluator), ("W", move.source)
+    elif change.target == "W":
         start = recorder[f"W{AT_START_SUFFIX}"] if event.from_start else None
         _move(recorder["W"], start, sites[0], change, formula.shape, evaluator)
-    suffix = f"_{number + 1}" if len(event.changes) > 1 else ""
-    written = () if move is None else ("W", move.source)
+    elif change.operator in ACROSS:
+        across, number, written = change.operator, str(change.number), (change.target,)
+        result = (recorder[name] if (name := _stored_name(change.value)) else evaluator(change.value),)
+    elif change.operator == "reset" and change.value.operation == "tensor":
+        written, redraws = (change.target,), _redraw(formula, change.target, seed)
+    else:
+        for each in run:  # a later statement reads what an earlier one wrote
+            target, value = recorder[each.target], replace(evaluator, _known={})(each.value)
+            if each.value.operation == "number" and each.operator == "=":
+                cast(Any, target).fill_(value)
+            else:
+                _write(target, "=" if each.operator == "reset" else each.operator, value)
+    forgets = last.operator == "reset"
+    writes = ("W",) if move else (last.target,) if written or forgets else ()
     since = f", summed since its start: W from `W{START}`, rounded once" if event.from_start else ""
     return EventProgram(
-        f"{_comment(event)}{since}", "after step", event.when.source, f"{formula.name}_after_step{suffix}",
+        f"{_comment(event)}{since}", event.phase, event.when.source, f"{formula.name}_{event.phase.replace(' ', '_')}",
         recorder.finish(result), tuple(_names(recorder, site, written) for site in sites), move,
+        across=across, number=number, forgets=forgets, redraws=redraws, writes=writes,
     )  # fmt: skip
+
+
+def _redraw(formula: MethodFormula, name: str, seed: int) -> Redraw:
+    (tensor,) = (tensor for tensor in formula.tensors if tensor.name == name)
+    numbers = tuple(float(value_of(argument)) for argument in tensor.start.arguments)
+    return Redraw(tensor.start.name, numbers, len(tensor.shape), seed)
 
 
 def _narrow(change: ChangeFormula, site: Site) -> Moved | None:
@@ -240,13 +325,13 @@ def _move(
 
 
 def _write(target: Any, operator: str, value: Any) -> None:
-    """A tensor in place."""
-    getattr(target, {"=": "copy_", "+=": "add_", "*=": "mul_"}[operator])(value)
+    """A tensor in place; a number broadcasts."""
+    getattr(target, OPERATORS[operator])(value)
 
 
 def _dtypes(site: Site) -> dict[str, torch.dtype]:
     known = {tensor.name: getattr(torch, tensor.dtype) for tensor in site.tensors}
-    return known | {f"{name}{BEFORE}": dtype for name, dtype in known.items()}
+    return {f"{name}{suffix}": dtype for name, dtype in known.items() for suffix in ("", BEFORE, GRADIENT)}
 
 
 def _names(recorder: Recorder, site: Site, written: Sequence[str] = ()) -> dict[str, str]:

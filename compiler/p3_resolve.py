@@ -40,6 +40,8 @@ from surgery.compiler.settings import place
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.span import Span
 from surgery.compiler.weights import Weight
+from surgery.optimizers import OPTIMIZERS
+from surgery.optimizers.factors import FactorOptimizer
 
 Update = Literal["none", "literal", "telescope"]
 Built = tuple[str, MethodFormula, Facts, Update]  # the formula's key in the plan, its algebra, its facts, its reading
@@ -77,8 +79,35 @@ def run(
     diagnostics.raise_errors()
     plan = resolver.plan(trained, quantized)
     found = factors.factors(program, plan, diagnostics)
+    _check_resets(program, plan, diagnostics)
+    _check_frozen(program, skeleton, plan, diagnostics)
     diagnostics.raise_errors()
     return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton), "factors": found})
+
+
+def _check_resets(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
+    """An optimizer whose moments are those of a whole product cannot begin anew with a factor of it."""
+    made = OPTIMIZERS[plan.step.optimizer.name].made
+    if not (isinstance(made, type) and issubclass(made, FactorOptimizer) and made.start is not FactorOptimizer.start):
+        return
+    for rule in dict.fromkeys(site.rule for site in plan.sites):
+        formulas = (instance.instance(plan, site.formula) for site in plan.sites if site.rule == rule)
+        if any(change.operator == "reset" for one in formulas for event in one.events for change in event.changes):
+            name = program.rules[rule].method.name
+            message = f"`{name}` resets a factor, and `{plan.step.optimizer.name}` cannot forget it"
+            help_text = "its state is that of the whole product: take riemannian, lora_plus, adamw or sgd"
+            diagnostics.error("SURG032", message, program.rules[rule].method_span, help=help_text)
+
+
+def _check_frozen(program: Program, skeleton: Skeleton, plan: Plan, diagnostics: Diagnostics) -> None:
+    """A W that `freeze` names stays as it is: a method whose steps write it is refused there."""
+    for item in program.frozen:
+        names = set(select_parameters(item.pattern, skeleton, Diagnostics()))
+        moved = [site for site in plan.sites if site.update == "literal" and site.parameter in names]
+        if moved:
+            message = f"{listed([site.path for site in moved])}: frozen, and the rule moves W"
+            notes = [Note("the rule", program.rules[moved[0].rule].method_span)]
+            diagnostics.error("SURG032", message, item.span, notes=notes, help="subtract them with `except`")
 
 
 def _check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
@@ -350,14 +379,12 @@ class _Resolver:
         original = [event for event in rule.method.statements if isinstance(event, nodes.Event)]
         for event in original:
             moves = any(isinstance(change, nodes.Change) and change.target == "W" for change in event.changes)
-            once = event.phase == "at"
-            kind = "once" if once else update if moves else "assign"
+            masks = any(call.function == "keep_top" for call in compose.calls(event))
+            kind = "once" if event.phase == "at" else update if moves else "mask" if masks else "assign"
+            phase = "after step" if event.phase == "every" else f"{event.phase} {event.point}"
             self.events.append(
-                EventPlan(
-                    formula=key, text=show(event), phase="at start" if once else "after step",
-                    update=kind, place=place(event.span),  # type: ignore[arg-type]
-                )
-            )  # fmt: skip
+                EventPlan(formula=key, text=show(event), phase=phase, update=kind, place=place(event.span))  # type: ignore[arg-type]
+            )
 
     def tensor(self, index: int, tensor: TensorFormula, weight: Weight, where: position.Position) -> TensorPlan:
         """A tensor at a site; a shared one gets the key of its group and must have one shape there."""

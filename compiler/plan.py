@@ -300,7 +300,7 @@ class EventPlan(Record):
     formula: str
     text: str  # as it stands in the spec, on one line
     phase: Literal["at start", "before forward", "after backward", "after step"]
-    update: Literal["literal", "telescope", "assign", "once"]
+    update: Literal["literal", "telescope", "assign", "mask", "once"]  # mask: what it leaves out is saved as zeros
     place: Place
 
 

@@ -47,7 +47,7 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """After the optimizer, if its gradients did not overflow."""
         if self.clock is not None:
-            self.clock.end(taken=_scale(optimizer) >= self._scale)
+            self.clock.end(optimizer, taken=_scale(optimizer) >= self._scale)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Nobody drives the clock from here on."""

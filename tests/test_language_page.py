@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import surgery
+from surgery.compiler.algebra.in_time import IN_TIME
 from surgery.compiler.algebra.names import COORDINATES, STARTS
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.schedule import SCHEDULES
 from surgery.compiler.algebra.sources import SOURCES
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.data_settings import DATA, TEMPLATES
@@ -33,9 +35,9 @@ SETTINGS = {
     if reader is not later
 }
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
-SPECIAL = {"dropout", "previous", "prev", "where"}
+SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES}
 CALLED = {*OPTIMIZERS, "every", "budget", "patience", "wandb", "trackio", *(one.name for one in surgery.methods())}
-OWN = {"my_dora"}  # the page's own example
+OWN = {"my_dora", "pruned"}  # the page's own examples
 
 
 def code(text: str) -> str:
@@ -78,19 +80,11 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
     "`previous` of `y`": ("b = train zeros[out]\n output = y + b * previous(y)",),
     "of itself": (METHOD.replace("B @ A", "previous(previous(B @ A))"),),
     "what reads a coordinate of its block": ("C = train zeros[layers, out, in]\n delta = previous(C[layer])",),
-    "`after backward`": (METHOD + "after backward { A += A }",),
-    "other points of the step": (METHOD + "before step { A += A }",),
-    "`every N steps`": (METHOD + "every 5 steps { A += A }",),
-    "`reset`": (METHOD + "after step { reset A }",),
-    "values that read `step`": (METHOD + "after step { A += step * A }",),
     "`prev` of `prev`": (METHOD + "after step { W += prev(prev(delta)) }",),
     "a change of a shared tensor": (
         METHOD.replace("zeros[rank, in]", "zeros[rank, in] shared by model") + "after step { A += A }",
     ),
     "`at start` over an earlier block": (METHOD + "at start { W -= previous(B @ A) }",),
-    "`ema`": (METHOD + "after step { A += ema(A, 0.9) }",),
-    "`sensitivity`": (METHOD + "after step { A += sensitivity(A) }",),
-    "`grad` in an event": (METHOD + "after step { A += grad(A) }",),
     "several `step` blocks": ("step { steps = 1 } step { steps = 2 }",),
     "`train` and `freeze` in a step": ("step { train lm_head }", "step { freeze lm_head }"),
     "`active`": ("adapt lm_head { with lora()  active = 5 }",),

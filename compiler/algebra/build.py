@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
-from surgery.compiler.algebra.expression import Expression, Range, negated, transposed
+from surgery.compiler.algebra.expression import GRADIENT, Expression, Range, negated, transposed
+from surgery.compiler.algebra.facts import tensors_read
+from surgery.compiler.algebra.in_time import IN_TIME, Occasion
 from surgery.compiler.algebra.names import COORDINATES, LATER, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
+from surgery.compiler.algebra.schedule import SCHEDULES, scheduled
 from surgery.compiler.algebra.shapes import broadcast_shape, check_extent, product_shape, spelt
 from surgery.compiler.algebra.sources import SOURCES, source
 from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Structure
@@ -40,7 +43,7 @@ class Builder:
     """Reads expressions in the scope of `names`; every error is a `SurgError` at the node that caused it."""
 
     names: Mapping[str, Value]
-    in_event: bool = False
+    occasion: Occasion | None = None  # in an event
     used: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] | None = None  # whether there is a site so many blocks earlier
     most_terms: int = MAXIMUM_TERMS
@@ -230,12 +233,14 @@ class Builder:
 
     def _call(self, node: nodes.Call, function: str, arguments: tuple[nodes.Argument, ...]) -> Expression:
         if function == "prev":
-            if not self.in_event:
+            if self.occasion is None:
                 raise fail("SURG004", "`prev` is known only in events", node.span)
             self._check_count(node, 1)
             inner = self.expression(arguments[0].value)
             if _has_previous(inner):
                 raise fail("SURG008", "`prev` of `prev` is not built yet", node.span)
+            if any(GRADIENT in name for name in tensors_read(inner)):
+                raise fail("SURG004", "`prev` of a gradient: that of the step before is gone", node.span)
             return Expression("previous", (inner,), inner.shape)
         if function == "dropout":
             return self._dropout(node)
@@ -243,8 +248,12 @@ class Builder:
             return previous(self, node)
         if function == "where" and (truth := self._truth(arguments[:1])) is not None:
             return self._chosen(node, truth)
-        if function in LATER or (function == "grad" and self.in_event):
+        if function in LATER:
             raise fail("SURG008", f"`{function}` is not built yet", node.span)
+        if function in IN_TIME and (function != "grad" or self.occasion is not None):
+            return self._in_time(node)
+        if function in SCHEDULES:
+            return self._scheduled(node)
         if function in SOURCES:
             return source(node, self)
         known = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys()
@@ -272,6 +281,23 @@ class Builder:
             notes = [Note(f"given: {given}")]
             raise fail("SURG005", f"{problem}", node.span, notes=notes, help=problem.help) from problem
         return Expression(function, tuple(values), shape)
+
+    def _in_time(self, node: nodes.Call) -> Expression:
+        """A call that remembers something, or looks at all sites."""
+        if self.occasion is None:
+            raise fail("SURG004", f"`{node.function}` is known only in events", node.span)
+        read, count = IN_TIME[node.function]
+        self._check_count(node, count)
+        return read(self, node)
+
+    def _scheduled(self, node: nodes.Call) -> Expression:
+        """A number that follows the clock."""
+        if "step" not in self.names:
+            message = f"`{node.function}` reads the step, which is known only in events and in a `penalty`"
+            raise fail("SURG004", message, node.span)
+        self._check_count(node, SCHEDULES[node.function][1])
+        numbers = (self.number(argument.value) for argument in node.arguments)
+        return number(scheduled(node.function, *numbers), node.span)
 
     def _arguments(self, node: nodes.Call, structure: Structure | None) -> list[Expression]:
         """The arguments of a call in their order; those named are the optional ones of a structure."""

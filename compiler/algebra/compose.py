@@ -13,7 +13,7 @@ from surgery.compiler.algebra.expression import MARK, Expression, negated, rewri
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.method import elaborate, is_square
-from surgery.compiler.algebra.names import LATER, names_in, taken
+from surgery.compiler.algebra.names import FUNCTIONS_IN_TIME, LATER, names_in, taken
 from surgery.compiler.algebra.narrow import total
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import spelt
@@ -57,7 +57,7 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
         return _rebuilt(node, replaced)
 
     expression = replaced(value)
-    known_functions = methods.keys() | STRUCTURES.keys() | Quantity.FUNCTIONS.keys() | LATER
+    known_functions = methods.keys() | STRUCTURES.keys() | Quantity.FUNCTIONS.keys() | LATER | FUNCTIONS_IN_TIME
     for call in calls(value):
         if call.function not in known_functions:
             known = did_you_mean(call.function, methods)
@@ -165,7 +165,7 @@ def _joined(method: Composed, found: Mapping[str, MethodFormula], sizes: Mapping
     names["W"] = Expression("weight", (), shape, name="W")
     names |= {name: formula.expression for name, formula in found.items()}
     used: set[str] = set()
-    builder = Builder(names, False, used)
+    builder = Builder(names, None, used)
     value = builder.expression(method.expression)
     if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
         raise fail("SURG005", f"the composition must be {spelt(shape)}, this is {spelt(value.shape)}", method.span)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgery.compiler.algebra.expression import BEFORE, MARK, Expression, Range, rewriting
+from surgery.compiler.algebra.expression import BEFORE, GRADIENT, MARK, Expression, Range, rewriting
 from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.schedule import at_step, reads_clock
@@ -49,7 +49,7 @@ class Evaluator:
         if not self.stacked:
             return False
         if node.operation in ("tensor", "weight"):
-            return node.name.partition(MARK)[0].removesuffix(BEFORE) in self.stacked
+            return node.name.partition(MARK)[0].removesuffix(BEFORE).removesuffix(GRADIENT) in self.stacked
         return any(map(self.is_stacked, node.arguments))
 
     def _aligned(self, node: Expression, stopped: bool) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from surgery.compiler.span import Span
 
 Shape = tuple[Quantity, ...]
 BEFORE = "_before"  # behind the name of a copy from before the optimizer step
+GRADIENT = "_grad"  # behind the name of a trained tensor: its gradient
 MARK = "_earlier_"  # in the name of what belongs to the site some blocks earlier
 
 

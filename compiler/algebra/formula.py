@@ -66,12 +66,17 @@ class TensorFormula:
 
 @dataclass(frozen=True)
 class ChangeFormula:
-    """`target operator value` of an event."""
+    """`target operator value` of an event.
+
+    Of the operators that no text has, `reset` starts the target anew (which is its value too), and `keep_top` and
+    `quantile` make it of the values at all sites and of `number`.
+    """
 
     target: str
     operator: str
     value: Expression
     span: Span | None = field(default=None, compare=False, repr=False)
+    number: Quantity | None = None
 
     @property
     def result(self) -> Expression:
@@ -84,7 +89,7 @@ class ChangeFormula:
 
 @dataclass(frozen=True)
 class EventFormula:
-    """`after step when condition { changes }`, or `at start { changes }`."""
+    """`after step when condition { changes }`, or at another point of the clock, its phase."""
 
     phase: str
     when: Condition

@@ -7,23 +7,31 @@ from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
-from surgery.compiler.algebra.condition import ALWAYS
-from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting
+from surgery.compiler.algebra.event import CLOCK, KEPT, read_event
+from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import (
-    AT_START,
     TOKENS,
-    ChangeFormula,
     EventFormula,
     MethodFormula,
-    Start,
     TensorFormula,
     Term,
     reads_rows,
     rows,
 )  # fmt: skip
+from surgery.compiler.algebra.in_time import Occasion
 from surgery.compiler.algebra.indices import check_indices
-from surgery.compiler.algebra.names import COORDINATES, FORMS, LATER, RESERVED, SPECIAL, STARTS, names_in, taken
+from surgery.compiler.algebra.names import (
+    COORDINATES,
+    FORMS,
+    FUNCTIONS_IN_TIME,
+    LATER,
+    RESERVED,
+    SPECIAL,
+    STARTS,
+    names_in,
+    taken,
+)
 from surgery.compiler.algebra.previous import coordinate, without_zeros
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rows import misplaced
@@ -34,9 +42,6 @@ from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
-
-CLOCK: dict[str, Value] = {name: number(Quantity.symbol(name)) for name in ("step", "steps")}
-KEPT = "_at_start"  # behind the name of a tensor: as it was when the step was made
 
 
 @dataclass
@@ -86,8 +91,9 @@ class _Reader:
                 advice = f"read `{tensor.name}` in `{form}`, or make it `frozen`, or a `state` that events change"
                 self.diagnostics.error("SURG004", message, tensor.span, help=advice)
 
-    def builder(self, in_event: bool = False, **more: Value) -> Builder:
-        return Builder({**self.names, **more}, in_event, self.used, self.earlier)
+    def builder(self, occasion: Occasion | None = None, **more: Value) -> Builder:
+        """What reads expressions; in an event, or with more names than those of the method."""
+        return Builder({**self.names, **more}, occasion, self.used, self.earlier)
 
     def read(self) -> None:
         readers: dict[type, Callable[[nodes.Statement], None]] = {
@@ -142,7 +148,9 @@ class _Reader:
             raise fail("SURG003", f"`{name}` is how the step calls what `prev` reads, and cannot be bound", span)
         if name.endswith(KEPT):
             raise fail("SURG003", f"`{name}` is how a run calls what an event at the start reads", span)
-        if name in (*STRUCTURES, *LATER, *STARTS, *SOURCES):
+        if name.endswith(GRADIENT):
+            raise fail("SURG003", f"`{name}` is how the step calls a gradient, and cannot be bound", span)
+        if name in (*STRUCTURES, *LATER, *STARTS, *SOURCES, *FUNCTIONS_IN_TIME):
             raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
 
     def skips(self, *parts: nodes.Node | None) -> bool:
@@ -241,7 +249,7 @@ class _Reader:
         self.penalty_equation = f"; penalty = {show(node.value)}"
         if self.skips(node.value):
             return
-        value = without_zeros(self.builder(False, **CLOCK).expression(node.value))
+        value = without_zeros(self.builder(None, **CLOCK).expression(node.value))
         check_not_start(value)
         if value.value == Quantity.of(0):  # its weights are: there is none
             return
@@ -257,7 +265,7 @@ class _Reader:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
         sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
         more = {leaf: rows(leaf, length) for leaf, length in sizes.items() if length is not None}
-        value = without_zeros(self.builder(False, **more).expression(node.value))
+        value = without_zeros(self.builder(None, **more).expression(node.value))
         wanted = self.names[size]
         assert isinstance(wanted, Expression) and wanted.value is not None
         shape = (TOKENS, wanted.value)
@@ -282,80 +290,9 @@ class _Reader:
         raise fail("SURG028", message, node.condition.span)
 
     def event(self, node: nodes.Event) -> None:
-        if (node.phase, node.point) == ("at", "start"):
-            return self.correction(node)
-        if (node.phase, node.point) != ("after", "step"):
-            text = f"every ... {node.point}" if node.phase == "every" else f"{node.phase} {node.point}"
-            raise fail("SURG008", f"the event `{text}` is not built yet", node.span)
-        if self.skips(node.when, *node.changes):
-            return
-        when = self.builder(True, **CLOCK).condition(node.when) if node.when else ALWAYS
-        changes = tuple(map(self.change, node.changes))
-        self.events.append(EventFormula("after step", when, changes, show(node), node.span))
-
-    def correction(self, node: nodes.Event) -> None:
-        """`at start { W -= delta }`: what it reads of trained tensors and states is kept as it was at the start."""
-        if node.when is not None:
-            raise fail("SURG004", "an event at the start happens always, so it takes no `when`", node.when.span)
-        changes = []
-        for change in node.changes:
-            if not isinstance(change, nodes.Change) or change.target != "W":
-                help_text = "a tensor has its start where it is defined"
-                raise fail("SURG007", "an event at the start assigns to W alone", change.span, help=help_text)
-            if change.operator not in ("=", "+=", "-="):
-                raise fail("SURG004", "an event at the start sets W, adds to it or subtracts", change.span)
-            if self.skips(change):
-                return
-            value = self.builder().expression(change.value)
-            check_not_start(value)
-            target = self.names["W"]
-            assert isinstance(target, Expression)
-            if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, target.shape, strict=True)):
-                message = f"`W` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
-                raise fail("SURG005", message, change.value.span)
-            changes.append(ChangeFormula("W", change.operator, rewriting(self.kept)(value), change.span))
-        self.events.append(EventFormula(AT_START, ALWAYS, tuple(changes), show(node), node.span))
-
-    def kept(self, node: Expression) -> Expression:
-        """A tensor's copy, made with the start of the run, where the tensor itself changes later."""
-        if MARK in node.name:
-            raise fail("SURG008", "an event at the start that reads an earlier block is not built yet", node.span)
-        own = self.tensors.get(node.name) if node.operation == "tensor" else None
-        if node.operation == "tensor" and own is None:
-            raise fail("SURG007", "an event at the start reads the tensors of its own site", node.span)
-        if own is not None and own.role != "frozen":
-            copy = f"{node.name}{KEPT}"
-            start = Start("expression", (), node, f"{node.name} as it starts")
-            kept = replace(own, role="frozen", name=copy, start=start, lr=None, weight_decay=None)
-            self.tensors.setdefault(copy, kept)
-            return replace(node, name=copy)
-        return node
-
-    def change(self, node: nodes.Change | nodes.Reset) -> ChangeFormula:
-        if isinstance(node, nodes.Reset):
-            raise fail("SURG008", "`reset` is not built yet", node.span)
-        target = self.names.get(node.target)
-        if node.target != "W" and (node.target not in self.tensors or self.tensors[node.target].role == "frozen"):
-            known = [name for name, tensor in self.tensors.items() if tensor.role != "frozen"] + ["W"]
-            message = f"an event assigns to W, a trained tensor or a state, not to `{node.target}`"
-            raise fail("SURG007", message, node.span, help=did_you_mean(node.target, known))
-        if node.target != "W" and self.tensors[node.target].shared_by:
-            raise fail("SURG008", "an event that assigns to a shared tensor is not built yet", node.span)
-        value = self.builder(True, **CLOCK).expression(node.value)
-        for quantity in numbers_in(value):
-            if quantity.symbols & {"step", "steps"}:
-                raise fail("SURG008", "a value that depends on `step` is not built yet", node.value.span)
-        assert isinstance(target, Expression)
-        scalar = not value.shape
-        if not (scalar and node.operator != "=") and (
-            len(value.shape) != len(target.shape)
-            or any(a.differs_from(b) for a, b in zip(value.shape, target.shape, strict=True))
-        ):
-            message = f"`{node.target}` is {spelt(target.shape)}, the value is {spelt(value.shape)}"
-            raise fail("SURG005", message, node.value.span)
-        if node.operator == "-=":
-            value, node = negated(value), replace(node, operator="+=")
-        return ChangeFormula(node.target, node.operator, value, node.span)
+        found = read_event(self, node)
+        if found is not None:
+            self.events.append(found)
 
 
 def elaborate(
@@ -408,11 +345,3 @@ def is_square(method: nodes.Method) -> bool:
         and (statement.condition.left, statement.condition.right) in (wanted, wanted[::-1])
         for statement in method.statements
     )
-
-
-def numbers_in(expression: Expression) -> list[Quantity]:
-    """All numbers in an expression."""
-    found = [expression.value] if expression.value is not None else []
-    for argument in expression.arguments:
-        found += numbers_in(argument)
-    return found

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.low_rank import Factors, factor
 from surgery.compiler.algebra.narrow import without_numbers
+from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.schedule import reads_clock
 
 
 @dataclass(frozen=True)
 class Moved:
-    """`scale * (now[0] @ now[1] - before[0] @ before[1])`, factors `[out, rank]` and `[rank, in]`."""
+    """`scale * times * (now[0] @ now[1] - before[0] @ before[1])`, factors `[out, rank]` and `[rank, in]`.
+
+    `times` is a number that the clock tells, None for one.
+    """
 
     scale: float
     now: Factors
     before: Factors | None = None
+    times: Quantity | None = None
 
     @property
     def factors(self) -> tuple[Expression, ...]:
@@ -24,7 +30,12 @@ class Moved:
 
 
 def moved(change: Expression) -> Moved | None:
-    """A change of W `[out, in]` in this form, or None for one that is not; all numbers are in the scale."""
+    """A change of W `[out, in]` in this form, or None for one that is not; all numbers are in front."""
+    if change.operation == "multiply":
+        for number, rest in (change.arguments, change.arguments[::-1]):
+            if number.value is not None and reads_clock(number.value) and rest.shape == change.shape:
+                found = moved(rest)
+                return None if found is None else replace(found, times=number.value)
     scale, rest = without_numbers(change)
     if rest.operation == "subtract":
         now, before = map(_product, rest.arguments)

@@ -15,9 +15,11 @@ FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
-    ema sensitivity gaussian bernoulli cosine_up cubic_budget keep_top quantile hidden_dimension_gain random
+    gaussian bernoulli hidden_dimension_gain random
 """
 LATER = frozenset(_LATER.split())
+
+FUNCTIONS_IN_TIME = frozenset(["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget"])
 
 # Starts and how many numbers each may take.
 STARTS: dict[str, tuple[int, int]] = {

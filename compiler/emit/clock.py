@@ -26,15 +26,17 @@ PARTS = (("begin_step", "Before the first forward of", ("start", "before forward
 def clock_source(events: Sequence[EventProgram]) -> str:
     """Python that defines `begin_step`, `end_step` and, where there is one, `penalty`: of `weights`, `step`, `steps`.
 
+    `end_step` takes the optimizer too.
+
     The events are those of step.py, function for function; what an optimizer step does between is somebody else's.
     """
     source = event_source(events)
     parts = list(source.definitions)
     for name, when, phases in PARTS:
         lines = [*(source.keeps if name == "begin_step" else []), *(line for p in phases for line in source.calls[p])]
-        head = (
-            f'def {name}(weights: Weights, step: int, steps: int) -> None:\n    """{when} optimizer step `step`."""\n'
-        )
+        more = ", optimizer: torch.optim.Optimizer" if name == "end_step" else ""
+        head = f"def {name}(weights: Weights, step: int, steps: int{more}) -> None:\n"
+        head += f'    """{when} optimizer step `step`."""\n'
         parts.append(head + "".join(f"    {line}\n" for line in lines))
     body = "\n\n".join(parts)
     imports = [f"{line}\n" for written, line in IMPORTS.items() if written in body]

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from surgery.compiler.algebra.expression import BEFORE
 from surgery.compiler.algebra.quantity import CLOCK
 from surgery.compiler.emit.body import WIDTH, Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 from surgery.compiler.emit.tables import names_list
-from surgery.compiler.events import KEPT, EventProgram
+from surgery.compiler.events import GRAD, KEPT, EventProgram
 
 PHASES = ("start", "before forward", "penalty", "after backward", "after step")
-IMPORTS = {"add_products": "from surgery.compiler.kernels.moved_weights import add_products"}
+IMPORTS = {
+    "add_products": "from surgery.compiler.kernels.moved_weights import add_products",
+    "cosine_up": "from surgery.compiler.kernels.schedules import cosine_up",
+    "cubic_budget": "from surgery.compiler.kernels.schedules import cubic_budget",
+    "forget": "from surgery.runtime.draws import forget",
+    "keep_top": "from surgery.compiler.kernels.across_sites import keep_top",
+    "quantile": "from surgery.compiler.kernels.across_sites import quantile",
+    "redraw": "from surgery.runtime.draws import redraw",
+}
 FACTORS = ("lefts", "rights", "lefts_before", "rights_before")  # what the graph of a program with a `move` gives
 
 KEEP = f'''@torch.no_grad()
 def keep(weights: Weights, names: list[str]) -> None:
     """Copy tensors beside themselves: `NAME{KEPT}` is what NAME was at the start of the step."""
     torch._foreach_copy_([weights[f"{{name}}{KEPT}"] for name in names], [weights[name] for name in names])
+'''
+
+GRADIENT = '''def gradient(tensor: Tensor) -> Tensor:
+    """The gradient of the loss; zeros where the loss did not read the tensor."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 '''
 
 PENALTY = '''def penalty(weights: Weights, step: int, steps: int) -> Tensor:
@@ -38,52 +52,96 @@ class EventSource:
     definitions: list[str] = field(default_factory=list)
     keeps: list[str] = field(default_factory=list)
     calls: dict[str, list[str]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    last: tuple[str, str, str] | None = None  # phase, condition and comment of the last call
+
+
+@dataclass
+class _Call:
+    """What is done by one function at sites that differ in their names alone."""
+
+    program: EventProgram
+    body: str
+    keys: dict[str, str]  # by placeholder the weight's name with `{site}` in it
+    sites: list[str]
+    function: str = ""
+    table: str = ""
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """By placeholder, what stands for it in the step."""
+        return {placeholder: _weight(name) for placeholder, name in self.keys.items()}
+
+    @property
+    def text(self) -> str:
+        """The call of the function at `site`."""
+        arguments = [self.weights.get(name, name) for name in _parameters(self.program.graph)]
+        return f"{self.function}({', '.join(arguments)})"
+
+    def every(self, placeholder: str) -> str:
+        """A list of a tensor of all sites."""
+        return f"[{self.weights[placeholder]} for site in {self.table}]"
 
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
-    taken = {"site", "keep", "penalty", "parts", "gradients", "train_step", "weights", "key", *IMPORTS}
+    taken = {"site", "keep", "penalty", "parts", "gradient", "gradients", "train_step", "weights", "key", *IMPORTS}
     source, names = EventSource(), Names(frozenset(taken))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
-    merged: dict[tuple[object, ...], tuple[EventProgram, str, dict[str, str], list[str]]] = {}
+    merged: dict[tuple[object, ...], _Call] = {}
     for program in programs:
-        body = "" if program.move and _stored(program.graph) else _function_body(program)
+        body = "" if _stored(program.graph) else _function_body(program)
         for own, keys in _sites(program):
-            same = (program.phase, program.condition, program.comment, program.move, body, tuple(keys.items()))
-            merged.setdefault(same, (program, body, keys, []))[3].extend(own)
+            what = replace(program, function="", sites=())  # that of its graph is its body
+            same = (what, body, tuple(keys.items()))
+            merged.setdefault(same, _Call(program, body, keys, [])).sites.extend(own)
     if any(program.kept for program in programs):
         source.definitions.append(KEEP)
-    for program, body, keys, sites in merged.values():
-        if body and body not in functions:
-            functions[body] = names.claim(snake(program.function))
-            source.definitions.append(body.replace("NAME", functions[body], 1))
-        table = tuple(sites)
+    if any(name.endswith(GRAD) for program in programs for site in program.sites for name in site.values()):
+        source.definitions.append(GRADIENT)
+    for call in merged.values():
+        if call.body and call.body not in functions:
+            functions[call.body] = names.claim(snake(call.program.function))
+            source.definitions.append(call.body.replace("NAME", functions[call.body], 1))
+        table = tuple(call.sites)
         if table not in tables:
             tables[table] = names.claim("SITES")
             first, *rest = names_list(table)
             source.definitions.append("\n".join([f"{tables[table]} = {first}", *rest]) + "\n")
-        _add_calls(source, program, functions.get(body, ""), tables[table], keys)
+        call.function, call.table = functions.get(call.body, ""), tables[table]
+    calls = list(merged.values())
+    for call in calls:
+        joined = call.program.joined
+        together = [other for other in calls if other.program.joined == joined] if joined else [call]
+        if together[0] is call:  # the others are in its call
+            _add_calls(source, call, together)
     if source.calls["penalty"]:
         source.definitions.append(PENALTY.format("".join(f"    {line}\n" for line in source.calls["penalty"])))
     return source
 
 
-def _add_calls(source: EventSource, program: EventProgram, function: str, table: str, keys: dict[str, str]) -> None:
+def _add_calls(source: EventSource, call: _Call, together: Sequence[_Call]) -> None:
+    program = call.program
     head = [] if program.condition == "True" else [f"if {program.condition}:"]
     indent = "    " if head else ""
-    weights = {placeholder: f"weights[{_key(name)}]" for placeholder, name in keys.items()}
-    arguments = [weights.get(name, name) for name in _parameters(program.graph)]
-    call = f"{function}({', '.join(arguments)})"
     if program.phase == "penalty":
-        lines = _listed(f"parts += [{call} for site in {table}]", call, table)
+        lines = _listed("parts += ", call)
     elif program.move:
-        lines = _move(program, call if function else "", table, weights)
+        lines = _move(call)
+    elif program.across:
+        lines = _across(together)
+    elif program.redraws:
+        lines = _redraw(call)
     else:
-        lines = [f"for site in {table}:", *(f"    {line}" for line in wrapped(call))]
-    source.calls[program.phase] += [*wrapped_comment(program.comment), *head, *(f"{indent}{line}" for line in lines)]
-    kept = [name.removesuffix(KEPT) for name in keys.values() if name.endswith(KEPT)]
-    lines = [*head, *(f"{indent}{line}" for line in _keep(kept, table))]
+        lines = [f"for site in {call.table}:", *(f"    {line}" for line in wrapped(call.text))]
+        lines += wrapped(f"forget(optimizer, {call.every(program.writes[0])})") if program.forgets else []
+    happening = (program.phase, program.condition, program.comment)
+    if happening != source.last:  # statements of one event stand below one condition
+        source.calls[program.phase] += [*wrapped_comment(program.comment), *head]
+        source.last = happening
+    source.calls[program.phase] += [f"{indent}{line}" for line in lines]
+    kept = [name.removesuffix(KEPT) for name in call.keys.values() if name.endswith(KEPT)]
+    lines = [*head, *(f"{indent}{line}" for line in _keep(kept, call.table))]
     if kept and source.keeps[-len(lines) :] != lines:
         source.keeps += lines
 
@@ -101,32 +159,55 @@ def _keep(kept: Sequence[str], table: str) -> list[str]:
     return lines + (wrapped(f"keep(weights, [{', '.join(shared)}])") if shared else [])
 
 
-def _move(program: EventProgram, call: str, table: str, weights: dict[str, str]) -> list[str]:
-    """W of all sites in one call: lists of the weights and of their factors, which `call` gives where computed."""
+def _move(call: _Call) -> list[str]:
+    """W of all sites in one call: lists of the weights and of their factors, which a function gives where computed."""
+    program, results = call.program, _results(call.program.graph)
     assert program.move is not None
-    results = _results(program.graph)
-    lists = {"targets": weights["W"]}
+    lists = {"targets": call.weights["W"]}
     if program.move.source != "W":
-        lists["sources"] = weights[program.move.source]
-    if not call:
-        lists |= {name: weights[str(node.target)] for name, node in zip(FACTORS, results, strict=False)}
-    lines = [line for name, each in lists.items() for line in wrapped(f"{name} = [{each} for site in {table}]")]
-    if call:
+        lists["sources"] = call.weights[program.move.source]
+    if not call.function:
+        lists |= {name: call.weights[str(node.target)] for name, node in zip(FACTORS, results, strict=False)}
+    lines = [line for name, each in lists.items() for line in wrapped(f"{name} = [{each} for site in {call.table}]")]
+    if call.function:
         names = ", ".join(FACTORS[: len(results)])
-        lines += ["factors = [", *(f"    {line}" for line in wrapped(call)), f"    for site in {table}", "]"]
+        lines += ["factors = [", *(f"    {line}" for line in wrapped(call.text)), f"    for site in {call.table}", "]"]
         lines.append(f"{names} = zip(*factors, strict=True)")
-    options = [f"scale={program.move.scale}"]
+    options = [f"scale={program.move.scale}" + (f" * ({program.move.times})" if program.move.times else "")]
     options += ["before=(lefts_before, rights_before)"] if len(results) == len(FACTORS) else []
     options += ["sources=sources"] if "sources" in lists else []
     options += ["transposed=True"] if program.move.transposed else []
     return [*lines, *wrapped(f"add_products(targets, lefts, rights, {', '.join(options)})")]
 
 
-def _listed(whole: str, call: str, table: str) -> list[str]:
-    """A list of a call's results at all sites: on one line where that fits."""
+def _across(calls: Sequence[_Call]) -> list[str]:
+    """A state at all sites, of the values at all of them: sites of other functions are in the same call."""
+    program, (name,) = calls[0].program, calls[0].program.writes
+    values = []
+    for call in calls:
+        (value,) = _results(call.program.graph)
+        values.append(f"[{call.text} for site in {call.table}]" if call.function else call.every(str(value.target)))
+    target = calls[0].weights[name]
+    if "{site}" in calls[0].keys[name]:
+        target = " + ".join(call.every(name) for call in calls)
+    return wrapped(f"{program.across}({target}, {' + '.join(values)}, {program.number})")
+
+
+def _redraw(call: _Call) -> list[str]:
+    """Tensors of all sites begun anew."""
+    program, redraws = call.program, call.program.redraws
+    assert redraws is not None
+    names = f"[{_key(call.keys[program.writes[0]])} for site in {call.table}]"
+    start = f'"{redraws.start}", {list(redraws.numbers)}, {redraws.axes}'
+    return wrapped(f"redraw(weights, optimizer, {names}, {start}, {redraws.seed}, step)")
+
+
+def _listed(target: str, call: _Call) -> list[str]:
+    """A list of what a function gives at all sites: on one line where that fits."""
+    whole = f"{target}[{call.text} for site in {call.table}]"
     if len(whole) <= WIDTH:
         return [whole]
-    return [whole[: whole.index("[") + 1], *(f"    {line}" for line in wrapped(call)), f"    for site in {table}", "]"]
+    return [f"{target}[", *(f"    {line}" for line in wrapped(call.text)), f"    for site in {call.table}", "]"]
 
 
 def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -139,13 +220,20 @@ def _parameters(graph: fx.Graph) -> list[str]:
 
 
 def _stored(graph: fx.Graph) -> bool:
-    """Whether a graph gives what it takes and computes nothing."""
-    return all(node.op == "placeholder" for node in _results(graph))
+    """Whether a graph computes nothing, but gives what it takes."""
+    return all(node.op in ("placeholder", "output") for node in graph.nodes)
 
 
 def wrapped_comment(text: str) -> list[str]:
     """A comment on as many lines as it needs."""
     return [f"# {line}" for line in textwrap.wrap(text, WIDTH - 6)]
+
+
+def _weight(name: str) -> str:
+    """What stands for a tensor by its name, or for its gradient."""
+    if name.endswith(GRAD):
+        return f"gradient({_weight(name.removesuffix(GRAD))})"
+    return f"weights[{_key(name)}]"
 
 
 def _key(pattern: str) -> str:
@@ -169,7 +257,7 @@ def _sites(program: EventProgram) -> list[tuple[list[str], dict[str, str]]]:
 
 def _stem(site: dict[str, str]) -> str:
     """The module path that most of a site's names lie below; shared tensors lie elsewhere."""
-    paths = [name.rpartition(".")[0] for name in site.values()]
+    paths = [name.removesuffix(GRAD).rpartition(".")[0] for name in site.values()]
     own = [path for path in paths if not path.startswith("shared.")] or paths
     shortest = min(own, key=len)
     if all(f"{path}.".startswith(f"{shortest}.") for path in own):  # tensors of a composition lie one level below
@@ -191,14 +279,26 @@ def _function_body(program: EventProgram) -> str:
     if program.phase == "penalty":
         lines = [*_head(parameters, "Tensor"), '    """What one site adds to the loss."""']
     else:
-        lines = ["@torch.no_grad()", *_head(parameters, "tuple[Tensor, ...]" if results else "None")]
-        what = "The factors of what the event adds to W at one site" if results else "What the event does at one site"
-        lines.append(f'    """{what}; `..._before` is the value at the start of the step."""')
+        lines = [
+            "@torch.no_grad()",
+            *_head(parameters, ("Tensor" if program.across else "tuple[Tensor, ...]") if results else "None"),
+        ]
+        lines.append(f'    """{_what(program)}."""')
     if body.uses_device:
         lines.append(f"    device = {first}.device")
     if results:
         body.lines.append(f"return {', '.join(known[node] for node in results)}")
     return "\n".join([*lines, *(f"    {line}" for line in body.lines)]) + "\n"
+
+
+def _what(program: EventProgram) -> str:
+    what = "What the event does at one site"
+    if program.move:
+        what = "The factors of what the event adds to W at one site"
+    if program.across:
+        what = "What the event compares at all sites"
+    before = any(name.endswith(BEFORE) for name in _parameters(program.graph))
+    return f"{what}; `..._before` is the value at the start of the step" if before else what
 
 
 def _head(parameters: str, result: str) -> list[str]:

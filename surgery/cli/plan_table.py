@@ -68,8 +68,12 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
 
 
 def _event(plan: Plan, event: EventPlan) -> str:
-    since = ", each time from W at the start of the run, which stays in memory" if event.update == "literal" else ""
-    return f"{event.text}  ({event.update}{since if plan.formulas[event.formula].from_start else ''})"
+    more = ""
+    if event.update == "literal" and plan.formulas[event.formula].from_start:
+        more = ", each time from W at the start of the run, which stays in memory"
+    if event.update == "mask":
+        more = ": tensors keep their largest shape, and what scales them"
+    return f"{event.text}  ({event.update}{more})"
 
 
 def fold(sites: Iterable[Site]) -> list[list[Site]]:

@@ -12,7 +12,7 @@ tensors of one group are one vector, a slice at a time: few operations, and noth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,10 @@ class RoundingOptimizer(torch.optim.Optimizer):
                 self.state[parameter] = {"step": int(known["step"]), **exact}
         self._vectors.clear()
 
-    def forget(self) -> None:
-        """Read the state of the parameters anew: somebody has taken some of it away."""
+    def forget(self, tensors: Iterable[Tensor] = ()) -> None:
+        """Begin anew with some parameters, and read the state of the others again: somebody may have taken it away."""
+        for tensor in tensors:
+            self.state.pop(tensor, None)
         self._vectors.clear()
 
     def _of_group(self, number: int, group: dict[str, Any]) -> list[_Vector]:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.clock import clock_source
-from surgery.compiler.events import KEPT, START, EventProgram
+from surgery.compiler.events import GRAD, KEPT, START, EventProgram
 from surgery.runtime.executed import executed
 
 CLOCK = "surgery_clock"  # its name on the root
@@ -39,7 +39,7 @@ class Clock(nn.Module):
         self.source = clock_source(events)
         read = dict.fromkeys(name for event in events for site in event.sites for name in site.values())
         self._kept_names = [name for name in read if name.endswith(KEPT)]
-        beside = (KEPT, START)
+        beside = (KEPT, START, GRAD)
         plain = dict.fromkeys(
             name for key in read for name in [key, *_behind(key, beside)] if not name.endswith(beside)
         )
@@ -93,11 +93,11 @@ class Clock(nn.Module):
                 (scale * functions["penalty"](self._weights, self.step, self.steps)).backward()
 
     @torch.no_grad()
-    def end(self, *, taken: bool = True) -> None:
+    def end(self, optimizer: Any = None, *, taken: bool = True) -> None:
         """After the optimizer: the events, unless the step was skipped."""
         self.running = False
         if taken:
-            _functions(self.source)["end_step"](self._weights, self.step, self.steps)
+            _functions(self.source)["end_step"](self._weights, self.step, self.steps, optimizer)
             self.step += 1
             self.steps_taken.fill_(self.step)
         self._weights = {}

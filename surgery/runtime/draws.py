@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +78,39 @@ DRAWS: dict[str, Callable[[Sizes, list[float], torch.Generator], Tensor]] = {
 def draw(name: str, shape: Sizes, numbers: list[float], generator: torch.Generator) -> Tensor:
     """A tensor of the start `name`, float32 (int64 for positions)."""
     return DRAWS[name](shape, numbers, generator)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of the draws of a tensor: a run's and its name, so that they depend on nothing else."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def drawn(name: str, shape: Sizes, axes: int, numbers: list[float], generator: torch.Generator) -> Tensor:
+    """A tensor of the start `name` whose own shape is the last `axes` ones: what leads has draws of its own."""
+    leading, own = shape[: len(shape) - axes], shape[len(shape) - axes :]
+    draws = [draw(name, own, numbers, generator) for _ in range(math.prod(leading))]
+    return torch.stack(draws).reshape(shape)
+
+
+@torch.no_grad()
+def redraw(
+    weights: Mapping[str, Tensor], optimizer: Any, names: Sequence[str], start: str, numbers: list[float], axes: int,
+    seed: int, step: int,
+) -> None:  # fmt: skip
+    """Begin tensors anew, by draws from (seed, name, step), and forget what the optimizer knew of them."""
+    for name in names:
+        tensor = weights[name]
+        generator = torch.Generator().manual_seed(seed_of(seed, f"{name} {step}"))
+        value = drawn(start, tuple(tensor.shape), axes, numbers, generator).to(tensor.dtype)
+        tensor.copy_(value.pin_memory() if tensor.is_cuda else value, non_blocking=True)
+    forget(optimizer, [weights[name] for name in names])
+
+
+def forget(optimizer: Any, tensors: Sequence[Tensor]) -> None:
+    """Let an optimizer begin anew with some tensors: it then knows as little of them as before its first step."""
+    if hasattr(optimizer, "forget"):
+        optimizer.forget(tensors)
+        return
+    for tensor in tensors:
+        optimizer.state.pop(tensor, None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from surgery.compiler.diagnostics import fail
 from surgery.compiler.plan import Plan, Site, TensorPlan
 from surgery.runtime.calibrate import Calibration, missing
 from surgery.runtime.checkpoint import weight_of
-from surgery.runtime.draws import draw
+from surgery.runtime.draws import drawn, seed_of
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,9 @@ def _start(plan: Plan, tensor: TensorPlan, formula: TensorFormula, evaluator: _S
         value: Tensor = evaluator(start.expression)
         # laid out as a loaded one is: products of other strides differ in the last bit
         return value.to(dtype).expand(tensor.shape).clone(memory_format=torch.contiguous_format)
-    generator = torch.Generator().manual_seed(_seed(plan.step.seed, tensor.key))
+    generator = torch.Generator().manual_seed(seed_of(plan.step.seed, tensor.key))
     numbers = [float(value_of(number)) for number in start.arguments]
-    shape = tuple(whole_of(size) for size in formula.shape)
-    leading = tensor.shape[: len(tensor.shape) - len(shape)]  # each expert has a draw of its own
-    draws = [draw(start.name, shape, numbers, generator) for _ in range(math.prod(leading))]
-    return torch.stack(draws).reshape(tensor.shape).to(dtype)
-
-
-def _seed(seed: int, key: str) -> int:
-    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return drawn(start.name, tensor.shape, len(formula.shape), numbers, generator).to(dtype)
 
 
 class _Starts(Evaluator):
@@ -114,7 +104,7 @@ class _Starts(Evaluator):
     def __init__(self, plan: Plan, site: Site, stored: Tensor, begun: dict[str, Tensor], sources: Sources) -> None:
         super().__init__(lambda: logical(stored, site), begun, wider(stored.dtype), stacked=stacked(site))
         self.site, self.stored, self.sources = site, stored, sources
-        self.seed = _seed(plan.step.seed, f"{site.path} singular")
+        self.seed = seed_of(plan.step.seed, f"{site.path} singular")
         self.decomposed: dict[tuple[str, Expression, int], tuple[Tensor, ...]] = {}
 
     def _value(self, node: Expression, stopped: bool) -> Any:

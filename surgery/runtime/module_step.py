@@ -69,6 +69,7 @@ class ModuleStep(TrainingStep):
                 self.weights[name] = torch.empty_like(self.weights[name.removesuffix(KEPT)], requires_grad=False)
             elif name.endswith(START):
                 self.weights[name] = self.weights[name.removesuffix(START)].detach().clone()
+        self._reads_steps = any(event.reads_steps for event in events)
         self._loss = p9_emit.chosen_loss(plan, self.graph)
         self._trained = p9_emit.trained_names(plan, self.graph)
         self._written = written_names(plan, self.graph, self._trained, events)

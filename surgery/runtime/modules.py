@@ -100,6 +100,11 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
         message = f"the optimizer is the trainer's here, and the spec's {plan.step.optimizer.name} would not run"
         help_text = "use surgery.compile, or name adamw or sgd in the spec"
         raise fail("SURG060", message, setting(program, "optimizer"), help=help_text)
+    early = next((event for event in plan.events if event.phase == "after backward"), None)
+    if early is not None:
+        message = "a trainer gives no notice between the backward and the clipping, so this event would not run"
+        help_text = "write `after step`, whose gradients are clipped, or use surgery.compile"
+        raise fail("SURG060", message, plan.span(early.place), help=help_text)
     with quantizing(model, plan):
         attached = _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
     if events := programs(plan):

@@ -19,7 +19,7 @@ def written_names(plan: Plan, graph: Graph, trained: Iterable[str], events: Iter
     names = dict.fromkeys(trained)
     names |= dict.fromkeys(tensor.key for site in plan.sites for tensor in site.tensors if tensor.role == "state")
     for event in events:
-        for placeholder in [*_assigned(event.graph), *(["W"] if event.move else [])]:
+        for placeholder in [*_assigned(event.graph), *event.writes]:
             names |= dict.fromkeys(site[placeholder] for site in event.sites)
     return list(names | dict.fromkeys(running_statistics(graph)))
 

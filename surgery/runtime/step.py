@@ -98,6 +98,7 @@ class TrainingStep:
         given = tensors(graph.module)
         self.device = _device(device, given)
         programs = events_of(plan) if events is None else tuple(events)
+        self._reads_steps = any(program.reads_steps for program in programs)
         self._loss = p9_emit.chosen_loss(plan, graph)
         self._trained = p9_emit.trained_names(plan, graph)
         self._written = written_names(plan, graph, self._trained, programs)
@@ -147,12 +148,11 @@ class TrainingStep:
         Raises SurgError: SURG043 or SURG044 for a batch that does not fit (nothing is changed), SURG053 if float16
         gradients overflow at every loss scale.
         """
-        if not self.steps and (self.plan.step.schedule.name != "constant" or self.plan.step.schedule.warmup):
-            raise fail(
-                "SURG044",
-                f"the {self.plan.step.schedule.name} schedule needs the number of steps",
-                help="write `steps = ...` in the step block, or set `step.steps`",
-            )
+        scheduled = self.plan.step.schedule.name != "constant" or self.plan.step.schedule.warmup
+        if not self.steps and (scheduled or self._reads_steps):
+            what = f"the {self.plan.step.schedule.name} schedule" if scheduled else "an event or a penalty"
+            help_text = "write `steps = ...` in the step block, or set `step.steps`"
+            raise fail("SURG044", f"{what} needs the number of steps", help=help_text)
         ready = self._ready(batch, labels=True)
         scaler = () if self._scaler is None else (self._scaler,)
         take = self._namespace["train_step"]

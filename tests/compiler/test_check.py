@@ -143,7 +143,6 @@ BAD: list[tuple[str, str, str]] = [
     ("step", "optimizer = sgd(lr = 1, nesterov = true)", "SURG004"),
     ("step", "optimizer = sgd(lr = 1, momentum = 1)", "SURG004"),
     ("step", "optimizer = sgd(lr = 1, nesterov = 1, momentum = 0.9)", "SURG004"),
-    ("step", "optimizer = lora_plus(adamw(lr = 1), ratio = 16)", "SURG008"),
     ("step", "schedule = step_down", "SURG002"),
     ("step", "schedule = linear(minimum = 1)", "SURG004"),
     ("step", "schedule = constant(minimum = 0.1)", "SURG002"),

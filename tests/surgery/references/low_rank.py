@@ -94,3 +94,14 @@ def cora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     U = torch.linalg.svd(both, full_matrices=False).U[:, : p["rank"]]
     flip = (U.T @ t["B"].detach()).diagonal().sign()
     return W + p["alpha"] / p["rank"] * (U * flip) @ t["A"]
+
+
+def adalora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / (p["rank"] + 1e-5) * (t["P"] * t["E"]) @ t["Q"]
+
+
+def adalora_penalty(t: Tensors, p: Parameters) -> Tensor:
+    """The mean over all sites' Q and P of how far each is from orthonormal, as a Frobenius norm."""
+    eye = torch.eye(p["rank"], dtype=torch.float64)
+    apart = [torch.linalg.matrix_norm(gram - eye) for gram in (t["Q"] @ t["Q"].T, t["P"].T @ t["P"])]
+    return p["orth"] * (apart[0] + apart[1]) / (2 * p["sites"])
