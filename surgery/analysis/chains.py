@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.analysis.norms import Norm
-from surgery.analysis.spectra import Pair, singular_values, tails
+from surgery.analysis.spectra import Change, Pair, singular_values, tails
 
 
 def product(weights: Sequence[Tensor]) -> Tensor:
@@ -35,22 +35,48 @@ def construct(weights: Sequence[Tensor], target: Tensor, rank: int) -> list[Pair
     later = [torch.eye(len(error)).to(error)]  # products of the weights behind each, from the last one on
     for weight in reversed(weights[1:]):
         later.append(later[-1] @ weight)
-    adapted = torch.eye(error.shape[1]).to(error)
+    before = torch.eye(error.shape[1]).to(error)  # the product of the adapted weights in front
     adapters: list[Pair] = []
     for number, (weight, behind) in enumerate(zip(weights, reversed(later), strict=True)):
         block = right[rank * number : rank * (number + 1)]
-        pair = torch.linalg.pinv(behind) @ (error @ block.mT), block @ torch.linalg.pinv(adapted)
-        adapted = (weight + pair[0] @ pair[1]) @ adapted
+        pair = torch.linalg.pinv(behind) @ (error @ block.mT), block @ torch.linalg.pinv(before)
+        before = (weight + pair[0] @ pair[1]) @ before
         adapters.append(pair)
     return adapters
 
 
-def distance(weights: Sequence[Tensor], adapters: Sequence[Pair], target: Tensor, norm: Norm) -> float:
-    """How far the product of adapted weights is from the target."""
-    moved = [weight + left @ right for weight, (left, right) in zip(weights, adapters, strict=True)]
-    return float(tails(singular_values(target - product(moved)), norm)[0])
+def adapted(weights: Sequence[Tensor], adapters: Sequence[Pair]) -> list[Tensor]:
+    """The weights with what is added to them."""
+    return [weight + left @ right for weight, (left, right) in zip(weights, adapters, strict=True)]
+
+
+def difference(weights: Sequence[Tensor], targets: Sequence[Tensor]) -> Change:
+    """The product of the targets less that of the weights; of weights cut into heads as narrow factors."""
+    if weights[0].dim() == 2:
+        return product(targets) - product(weights)
+    return torch.cat([targets[1], -weights[1]], -1), torch.cat([targets[0], weights[0]], -2)
+
+
+def distance(weights: Sequence[Tensor], targets: Sequence[Tensor], norm: Norm) -> float:
+    """How far the product of weights is from that of targets; of heads the farthest."""
+    return float(tails(singular_values(difference(weights, targets)), norm)[0])
+
+
+def cut(first: Tensor, second: Tensor, heads: int) -> tuple[Tensor, Tensor] | None:
+    """Two weights cut into heads, `[heads, d, in]` and `[heads, out, d]`; None where they cannot be.
+
+    One side may have fewer, each of which serves as many heads of the other, as in attention with grouped queries.
+    """
+    width, rest = divmod(max(first.shape[0], second.shape[1]), heads)
+    if rest or first.shape[0] % width or second.shape[1] % width:
+        return None
+    rows = first.reshape(-1, width, first.shape[1])
+    columns = second.reshape(len(second), -1, width).transpose(0, 1)
+    if heads % len(rows) or heads % len(columns):
+        return None
+    return rows.repeat_interleave(heads // len(rows), 0), columns.repeat_interleave(heads // len(columns), 0)
 
 
 def spectral_norm(weight: Tensor) -> float:
-    """The largest singular value."""
-    return float(torch.linalg.matrix_norm(weight, ord=2))
+    """The largest singular value; of several matrices `[..., out, in]` the largest."""
+    return float(torch.linalg.matrix_norm(weight, ord=2).max())

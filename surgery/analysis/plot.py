@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.analysis.compare import Comparison, Row
+from surgery.analysis.compare import Comparison
 from surgery.analysis.norms import Norm
+from surgery.analysis.rows import Row
 from surgery.runtime.extras import needed
 
 ENDINGS = (".png", ".svg")

@@ -61,6 +61,9 @@ def run(
                      help='weights that are multiplied with nothing in between: "layers.1 @ layers.0"; '
                           'of another depth in the target: "layers.1 @ layers.0 = layers.0"'),
     ] = None,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="groups are of two weights of an attention: take its heads one by one")
+    ] = False,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="PATTERN", show_default=False, help=f"compare these: {PATTERN}"),
@@ -100,9 +103,11 @@ def run(
 
         from surgery.analysis.adapters import write_adapters
         from surgery.analysis.checkpoint import open_checkpoint
-        from surgery.analysis.compare import Wanted, compare
+        from surgery.analysis.compare import compare
+        from surgery.analysis.groups import heads_of
         from surgery.analysis.pairs import pair
         from surgery.analysis.plot import draw
+        from surgery.analysis.rows import Wanted
         from surgery.runtime.extras import needed
         from surgery.runtime.models import CLASSES
 
@@ -122,6 +127,7 @@ def run(
             shown = bar.add_task("", total=len(pairs.weights) + len(pairs.groups))
             found, made = compare(
                 base, target, pairs, wanted, place, keep=adapters is not None,
+                heads=heads_of(opened) if per_head else None,
                 progress=lambda name: bar.update(shown, advance=1, description=name),
             )  # fmt: skip
         warnings = list(found.warnings)

@@ -16,7 +16,8 @@ from rich.text import Text
 from surgery.cli.plan_table import folded_path
 
 if TYPE_CHECKING:
-    from surgery.analysis.compare import Comparison, Row
+    from surgery.analysis.compare import Comparison
+    from surgery.analysis.rows import Row
 
 RIGHT = ("weights", "change", "rank", "suffices", "chosen", "left", "reached", "layers")
 

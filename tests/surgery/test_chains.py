@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from surgery.analysis.chains import construct, distance, product
+from surgery.analysis.chains import adapted, construct, cut, difference, distance, product
 from surgery.analysis.norms import Norm
 from surgery.analysis.spectra import (
     arithmetic,
@@ -32,12 +33,12 @@ def chain(widths: list[int]) -> list[Tensor]:
     return [random(out, into, seed=number) for number, (into, out) in enumerate(zip(widths, widths[1:], strict=False))]
 
 
-def released(weights: list[Tensor], target: Tensor, rank: int) -> list[np.ndarray]:
+def released(weights: list[Tensor], target: Tensor, rank: int) -> list[Any]:
     """The changes of square weights as the authors' code makes them (`our_construction`), with plain inverses."""
     frozen, wished = [weight.numpy() for weight in weights], target.numpy()
     size = len(wished)
 
-    def times(matrices: list[np.ndarray]) -> np.ndarray:
+    def times(matrices: list[Any]) -> Any:
         found = np.eye(size)
         for matrix in matrices:
             found = matrix @ found
@@ -67,7 +68,7 @@ def test_the_constructed_error_is_the_next_singular_value(layers: int, rank: int
     values = np.linalg.svd((target - product(weights)).numpy(), compute_uv=False)
     kept = min(rank * layers, 9)
     expected = math.sqrt(sum(values[kept:] ** 2)) if norm is Norm.frobenius else (*values, 0.0)[kept]
-    assert distance(weights, adapters, target, norm) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+    assert distance(adapted(weights, adapters), [target], norm) == pytest.approx(expected, rel=1e-8, abs=1e-9)
     assert all(torch.linalg.matrix_rank(left @ right, tol=1e-9) <= rank for left, right in adapters)
 
 
@@ -84,8 +85,8 @@ def test_the_target_is_reached_from_the_rank_of_the_difference_on(rank: int, lay
     target = product(weights) + random(10, rank, seed=5) @ random(rank, 10, seed=6)
     enough = -(-rank // layers)
     size = float(torch.linalg.matrix_norm(target - product(weights), 2))
-    assert distance(weights, construct(weights, target, enough), target, Norm.spectral) < 1e-9 * size
-    assert distance(weights, construct(weights, target, enough - 1), target, Norm.spectral) > 1e-3 * size
+    assert distance(adapted(weights, construct(weights, target, enough)), [target], Norm.spectral) < 1e-9 * size
+    assert distance(adapted(weights, construct(weights, target, enough - 1)), [target], Norm.spectral) > 1e-3 * size
 
 
 def test_no_other_adapters_of_the_rank_are_nearer() -> None:
@@ -103,10 +104,10 @@ def test_no_other_adapters_of_the_rank_are_nearer() -> None:
             optimizer.zero_grad()
             moved = [weight + factors[2 * at] @ factors[2 * at + 1].mT for at, weight in enumerate(weights)]
             found: Tensor = (target - product(moved)).square().sum()
-            found.backward()
+            found.backward()  # type: ignore[no-untyped-call]
             return found
 
-        optimizer.step(loss)
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
         best = min(best, math.sqrt(float(loss().detach())))
     assert best >= bound * (1 - 1e-9)
     assert best <= bound * 1.05
@@ -115,10 +116,35 @@ def test_no_other_adapters_of_the_rank_are_nearer() -> None:
 def test_wider_inside_is_attained_and_narrower_is_not() -> None:
     wide, target = chain([5, 9, 7, 5]), random(5, 5, seed=7)
     bound = float(torch.linalg.svdvals(target - product(wide))[3])
-    assert distance(wide, construct(wide, target, 1), target, Norm.spectral) == pytest.approx(bound, rel=1e-8)
+    assert distance(adapted(wide, construct(wide, target, 1)), [target], Norm.spectral) == pytest.approx(
+        bound, rel=1e-8
+    )
     narrow, target = chain([9, 2, 9]), random(9, 9, seed=7)
     bound = float(torch.linalg.svdvals(target - product(narrow))[4])
-    assert distance(narrow, construct(narrow, target, 2), target, Norm.spectral) > 1.05 * bound
+    assert distance(adapted(narrow, construct(narrow, target, 2)), [target], Norm.spectral) > 1.05 * bound
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 2), (4, 1), (1, 4)])
+def test_heads_multiply_their_own_parts(queries: int, keys: int) -> None:
+    """The scores of an attention are those of the products, head by head; fewer keys serve several heads each."""
+    width, inputs = 3, 10
+    query, key = random(queries * width, inputs), random(keys * width, inputs, seed=1)
+    heads = max(queries, keys)
+    parts = cut(query, key.mT, heads)
+    assert parts is not None
+    first, second = random(inputs, seed=2), random(inputs, seed=3)
+    asked = (query @ first).view(queries, width).repeat_interleave(heads // queries, 0)
+    held = (key @ second).view(keys, width).repeat_interleave(heads // keys, 0)
+    scores = (parts[1] @ parts[0] @ first) @ second
+    torch.testing.assert_close(scores, (asked * held).sum(-1), rtol=1e-12, atol=1e-12)
+    moved = difference(parts, (2 * parts[0], parts[1]))
+    assert isinstance(moved, tuple)
+    torch.testing.assert_close(moved[0] @ moved[1], parts[1] @ parts[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("first", "second", "heads"), [(10, 10, 4), (12, 9, 4), (12, 8, 3)])
+def test_what_cannot_be_cut_into_heads(first: int, second: int, heads: int) -> None:
+    assert cut(random(first, 5), random(5, second), heads) is None
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def rank(capsys: pytest.CaptureFixture[str], *arguments: object) -> Figures:
     capsys.readouterr()
     code, out, err = cli(capsys, "rank", *map(str, arguments), "--format", "json", "--device", "cpu")
     assert not code, out + err
-    found = json.loads(out)
+    found: Figures = json.loads(out)
     for kind in ("weights", "groups"):
         found[kind] = {row["name"]: row for row in found[kind]}
     return found
@@ -47,8 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> Figures:
     capsys.readouterr()
     code, out, _ = cli(capsys, "rank", *map(str, arguments), "--format", "json", "--device", "cpu")
     assert code == 1
+    found: Figures
     (found,) = json.loads(out)["diagnostics"]
-    return dict(found)
+    return found
 
 
 def codes(found: Figures) -> list[str]:
@@ -446,18 +447,67 @@ def test_groups_by_patterns_transposed_factors_and_their_adapters(
             assert row["error"] == pytest.approx(float(bound), rel=1e-9)
 
 
-def test_a_group_that_is_narrow_inside_has_a_bound_and_no_adapters(
+def test_a_group_that_is_narrow_inside_has_a_bound_that_is_not_attained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = linears(tmp_path / "a.safetensors", [9, 2, 9], 0)
-    target = linears(tmp_path / "b.safetensors", [9, 2, 9], 50)
-    product = ["--group", "layers.1 @ layers.0", "--rank", 1]
-    (row,) = rank(capsys, base, target, *product)["groups"].values()
-    assert not row["attained"] and row["reached"] > row["error"] > 0
-    code, out, _ = cli(capsys, "rank", str(base), str(target), *map(str, product), "--device", "cpu")
+    base = linears(tmp_path / "a.safetensors", [9, 3, 9], 0)
+    target = linears(tmp_path / "b.safetensors", [9, 3, 9], 50)
+    product = ["--group", "layers.1 @ layers.0"]
+    (row,) = rank(capsys, base, target, *product, "--rank", 1)["groups"].values()
+    assert not row["attained"] and row["size"] > row["reached"] > row["error"] > 0
+    code, out, _ = cli(capsys, "rank", str(base), str(target), *product, "--rank", "1", "--device", "cpu")
     assert not code and "not attained" in out
-    found = refused(capsys, base, target, *product, "--adapters", tmp_path / "adapter")
-    assert found["code"] == "SURG074" and (found["file"], found["line"]) == ("--group", 1)
+    (row,) = rank(capsys, base, target, *product, "--rank", 3)["groups"].values()
+    assert row["attained"] and row["reached"] < 1e-9  # by the changes of the weights themselves
+
+
+@pytest.mark.parametrize("keys", [4, 2])
+def test_the_heads_of_an_attention(
+    keys: int, llama: Callable[..., nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = llama(num_key_value_heads=keys).double()
+    target = copy.deepcopy(base)
+    with torch.no_grad():
+        for seed, (name, parameter) in enumerate(target.named_parameters()):
+            if "v_proj" in name or "o_proj" in name:
+                parameter.add_(low_rank(parameter, 2, seed))
+    folders = saved(base, tmp_path / "base"), saved(target, tmp_path / "target")
+    options = ["--group", "**.o_proj @ **.v_proj", "--per-head", "--dtype", "float64"]
+    rows = [
+        rank(capsys, *folders, *options, "--rank", number, "--adapters", tmp_path / str(number)) for number in (1, 2)
+    ]
+    assert codes(rows[0]) == ["SURG075"] * 2 and not codes(rows[1])
+    path = "model.layers.{}.self_attn"
+    for layer, number in ((0, 1), (1, 1), (0, 2), (1, 2)):
+        name = path.format(layer)
+        row = rows[number - 1]["groups"][f"{name}.o_proj @ {name}.v_proj"]
+        adapter = tmp_path / str(number)
+        made: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload()
+        spectra, missed = [], []
+        for head in range(4):
+            at, served = slice(8 * head, 8 * head + 8), head // (4 // keys)
+            own, wished, now = (
+                model.get_parameter(f"{name}.o_proj.weight").detach()[:, at]
+                @ model.get_parameter(f"{name}.v_proj.weight").detach()[8 * served : 8 * served + 8]
+                for model in (base, target, made)
+            )
+            spectra.append(torch.linalg.svdvals(wished - own))
+            missed.append(float(torch.linalg.matrix_norm(wished - now, 2)))
+        assert row["rank"] == 4 and row["exact"] == 2
+        bound = max(float(values[2 * number]) for values in spectra)
+        assert row["error"] == pytest.approx(bound, rel=1e-6, abs=1e-12)
+        assert row["reached"] == pytest.approx(max(missed), rel=1e-6, abs=1e-9)
+        assert row["attained"] == (number == 2) and row["reached"] >= row["error"] - 1e-9
+
+
+def test_heads_that_there_are_none_of(
+    llama: Callable[..., nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(llama(), tmp_path / "base")
+    file, product = base / "model.safetensors", "**.o_proj @ **.v_proj"
+    assert refused(capsys, file, file, "--group", product, "--per-head")["code"] == "SURG074"
+    for wrong in ("**.o_proj @ **.k_proj.T @ **.v_proj", "**.down_proj @ **.up_proj.T"):
+        assert refused(capsys, base, base, "--group", wrong, "--per-head")["code"] in ("SURG005", "SURG074")
 
 
 @pytest.mark.parametrize(
