@@ -19,7 +19,8 @@ UGLY = '# a head\nmodel "org/tiny" {task=causal_lm}\nadapt **.query {with lora(r
 
 
 @pytest.mark.parametrize(
-    "verb", ["check", "plan", "compile", "train", "eval", "generate", "report", "rank", "merge", "methods", "fmt", "explain"]
+    "verb",
+    ["check", "plan", "compile", "train", "eval", "generate", "report", "rank", "merge", "methods", "fmt", "explain"],
 )
 def test_every_verb_helps_with_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = cli(capsys, verb, "--help")
