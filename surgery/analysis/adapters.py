@@ -10,6 +10,7 @@ import torch
 import surgery
 from surgery import builders
 from surgery.analysis.checkpoint import HERE, Checkpoint
+from surgery.analysis.checkpoints import ALONE
 from surgery.analysis.spectra import Pair
 from surgery.analysis.weights import Pairs, listed
 from surgery.compiler import nodes
@@ -56,7 +57,7 @@ def write_adapters(
         plan = plan.model_copy(update={"model": plan.model.model_copy(update={"task": None})})
     run = Reached(plan, base.skeleton.model, {}, 0)
     made = export(run, HERE, target, dtype, factors=lambda _, site: Factors(*by_path[site.path]), own_ranks=True)
-    lost = [f"`{left.name}`" for left in pairs.left_out if left.changed or left.changed is None]
+    lost = [f"`{left.name}`" for left in pairs.left_out if left.changed or left.reason == ALONE["target"]]
     message = f"the adapters do not hold what is left out of the comparison: {listed(lost)}"
     return [*made.warnings, *([Diagnostic("SURG075", message, severity="warning")] if lost else [])]
 

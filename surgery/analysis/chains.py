@@ -54,7 +54,8 @@ def difference(weights: Sequence[Tensor], targets: Sequence[Tensor]) -> Change:
     """The product of the targets less that of the weights; of weights cut into heads as narrow factors."""
     if weights[0].dim() == 2:
         return product(targets) - product(weights)
-    return torch.cat([targets[1], -weights[1]], -1), torch.cat([targets[0], weights[0]], -2)
+    # as sums of what changed, so that what did not change cancels exactly
+    return torch.cat([targets[1] - weights[1], weights[1]], -1), torch.cat([targets[0], targets[0] - weights[0]], -2)
 
 
 def distance(weights: Sequence[Tensor], targets: Sequence[Tensor], norm: Norm) -> float:

@@ -30,8 +30,8 @@ def print_comparison(console: Console, found: Comparison, verbose: bool = False)
     changed = [row for row in found.weights if row.size]
     if changed:
         console.print(_weights(_folded(changed, verbose), found))
-    if found.groups:
-        console.print(_groups(found.groups, found))
+    if groups := [row for row in found.groups if row.size]:
+        console.print(_groups(groups, found))
     for line in lines(found):
         console.print(Text(line))
 
@@ -39,11 +39,12 @@ def print_comparison(console: Console, found: Comparison, verbose: bool = False)
 def lines(found: Comparison) -> list[str]:
     """What the tables do not say."""
     said = []
-    if same := sum(row.size == 0 for row in found.weights):
-        said.append(f"{_counted(same, 'weight')} did not change")
+    for kind, same in (("weight", found.weights), ("product", found.groups)):
+        if count := sum(row.size == 0 for row in same):
+            said.append(f"{_counted(count, kind)} did not change")
     if noisy := sum(row.limited for row in (*found.weights, *found.groups)):
-        where = _counted(noisy, "weight")
-        said.append(f"* at {where} the tolerance is below what rounding adds: ranks above theirs would fit noise")
+        where = _counted(noisy, "row")
+        said.append(f"* in {where} the tolerance is below what rounding adds: ranks above theirs would fit noise")
     reasons = Counter((left.reason, left.changed) for left in found.left_out)
     for (reason, changed), count in reasons.items():
         state = {True: ", changed", False: ", the same in both", None: ""}[changed]
