@@ -45,7 +45,8 @@ def write_adapters(
     untied = {weight.name for weight in pairs.weights if weight.untied}
     places = {name: _place(base, base.skeleton, name, name in untied) for name in adapters}
     if lacking := [f"`{name}`" for name, place in places.items() if place is None]:
-        message = f"{len(lacking)} weights are no module's in {type(base.skeleton.model).__name__}"
+        name = type(base.skeleton.model).__name__
+        message = f"{len(lacking)} weights are no parameters of {name}, which joins or cuts what its files hold"
         raise fail("SURG064", message, notes=[Note(listed(lacking))], help=HELP)
     found = {name: place for name, place in places.items() if place is not None}
     rules = _rules(base.skeleton, found, adapters, untied)

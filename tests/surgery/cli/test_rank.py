@@ -161,6 +161,39 @@ def test_one_file_each_and_no_model_is_ever_made(
     assert reasons["b"] == "it is a vector" and "3 axes" in reasons["c"] and "I32" in reasons["d"]
 
 
+def test_experts_one_by_one_in_files_and_stacked_in_a_run(
+    architectures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = architectures["qwen3_moe"].model()
+    target = copy.deepcopy(base)
+    with torch.no_grad():
+        for seed, parameter in enumerate(target.parameters()):
+            if parameter.dim() == 3:
+                parameter.add_(low_rank(parameter, 2, seed, stacked=True).float())
+    folders = saved(base, tmp_path / "base"), saved(target, tmp_path / "target")
+    changes = {name: row for name, row in rank(capsys, *folders)["weights"].items() if row["size"]}
+    assert {row["rank"] for row in changes.values()} == {2} and all("experts" in name for name in changes)
+    if any(".experts.0." in name for name in changes):  # what the module has as one parameter
+        assert refused(capsys, *folders, "--adapters", tmp_path / "adapter")["code"] == "SURG064"
+    spec = tmp_path / "a.surg"
+    spec.write_text(
+        f'model "{folders[0]}" {{ task = causal_lm }}\n'
+        "adapt model.layers.*.mlp.experts.{gate_up_proj,down_proj} { with lora(rank = 3) }\n"
+        "step { batch = 2  steps = 1  compile = off }"
+    )
+    succeed("compile", str(spec), "-o", str(tmp_path / "run"))
+    tensors = load_file(tmp_path / "run" / "adapters.safetensors")
+    moved = {key: noise(*value.shape, seed=at).float() for at, (key, value) in enumerate(tensors.items())}
+    save_file(moved, tmp_path / "run" / "adapters.safetensors")
+    found = rank(capsys, folders[0], tmp_path / "run", "--adapters", tmp_path / "adapter")["weights"]
+    assert {row["rank"] for row in found.values()} == {3} and len(found) == 4
+    assert {len(row["shape"]) for row in found.values()} == {3}
+    again = rank(capsys, folders[0], tmp_path / "adapter")["weights"]
+    for name, row in found.items():
+        for one, other in zip(again[name]["singular_values"], row["singular_values"], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+
+
 # --- what differs -----------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +539,8 @@ def test_heads_that_there_are_none_of(
     base = saved(llama(), tmp_path / "base")
     file, product = base / "model.safetensors", "**.o_proj @ **.v_proj"
     assert refused(capsys, file, file, "--group", product, "--per-head")["code"] == "SURG074"
+    same = rank(capsys, base, base, "--group", product, "--per-head")["groups"]
+    assert [(row["size"], row["chosen"], row["error"]) for row in same.values()] == [(0, 0, 0)] * 2
     for wrong in ("**.o_proj @ **.k_proj.T @ **.v_proj", "**.down_proj @ **.up_proj.T"):
         assert refused(capsys, base, base, "--group", wrong, "--per-head")["code"] in ("SURG005", "SURG074")
 
