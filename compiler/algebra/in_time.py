@@ -58,7 +58,7 @@ def ema(builder: Builder, node: nodes.Call) -> Expression:
 def sensitivity(builder: Builder, node: nodes.Call) -> Expression:
     """`sensitivity(E, b1, b2)`: the mean of |E * grad(E)| times the mean of how far that is from its own mean.
 
-    AdaLoRA, arXiv:2303.10512, eq. 9 to 11; the second mean takes the first one as it is after this step.
+    AdaLoRA, arXiv:2303.10512; the second mean takes the first one as it is after this step.
     """
     occasion = builder.occasion
     assert occasion is not None

@@ -19,7 +19,9 @@ _LATER = """
 """
 LATER = frozenset(_LATER.split())
 
-FUNCTIONS_IN_TIME = frozenset(["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget"])
+FUNCTIONS_IN_TIME = frozenset(
+    ["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget", "late_budget"]
+)
 
 # Starts and how many numbers each may take.
 STARTS: dict[str, tuple[int, int]] = {

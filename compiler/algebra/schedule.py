@@ -15,6 +15,7 @@ PLAIN: dict[str, Callable[..., Any]] = {name: getattr(builtins, name) for name i
 SCHEDULES: dict[str, tuple[Callable[..., Any], int]] = {
     "cosine_up": (schedules.cosine_up, 2),
     "cubic_budget": (schedules.cubic_budget, 4),
+    "late_budget": (schedules.late_budget, 4),
 }
 
 

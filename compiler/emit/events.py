@@ -22,6 +22,7 @@ IMPORTS = {
     "cubic_budget": "from surgery.compiler.kernels.schedules import cubic_budget",
     "forget": "from surgery.runtime.draws import forget",
     "keep_top": "from surgery.compiler.kernels.across_sites import keep_top",
+    "late_budget": "from surgery.compiler.kernels.schedules import late_budget",
     "quantile": "from surgery.compiler.kernels.across_sites import quantile",
     "redraw": "from surgery.runtime.draws import redraw",
 }

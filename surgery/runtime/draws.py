@@ -109,8 +109,14 @@ def redraw(
 
 def forget(optimizer: Any, tensors: Sequence[Tensor]) -> None:
     """Let an optimizer begin anew with some tensors: it then knows as little of them as before its first step."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around another
     if hasattr(optimizer, "forget"):
         optimizer.forget(tensors)
         return
     for tensor in tensors:
-        optimizer.state.pop(tensor, None)
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.SGD):  # fused ones want moments of all or of none
+            for value in optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        else:
+            optimizer.state.pop(tensor, None)

@@ -137,6 +137,36 @@ def test_the_losses_and_the_weights_are_those_of_the_compiled_step(
         assert any("clock" in key for key in own) == ("beta" in method)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "adalora(rank = 4, target = 2, warmup = 1, cooldown = 2, interval = 1)",
+        "relora(rank = 3, period = 2)",
+        "dora_dynamic(rank = 4, target = 2, interval = 1)",
+    ],
+)
+def test_procedures_are_those_of_the_compiled_step(method: str, architectures: Any, tmp_path: Path) -> None:
+    """Gradients after the step, masks over all sites, merges, and an optimizer that forgets."""
+    architecture = architectures["llama"]
+    rows = batches(architecture)
+    step, expected = compiled(architecture, method, rows, torch.float64)
+    model = adapted(architecture, method)
+    training = trainer(model, rows, tmp_path)
+    training.train()
+    torch.testing.assert_close(torch.tensor(training.losses, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9)
+    own = model.state_dict()
+    for key, value in step.state_dict()["weights"].items():
+        torch.testing.assert_close(own[key], value, rtol=1e-7, atol=1e-9)
+
+
+def test_an_event_behind_the_backward_is_refused(architectures: Any) -> None:
+    method = """method late(rank: int = 2) { A = train normal(1.0)[rank, in];  B = train zeros[out, rank]
+        s = state zeros[rank, in];  delta = B @ A;  after backward { s = grad(A) } }\n"""
+    program = surgery.parse(method + architectures["llama"].spec("late()", OPTIMIZER))
+    with pytest.raises(surgery.SurgError, match="SURG060"):
+        surgery.apply(program, architectures["llama"].model())
+
+
 KINDS = {
     "gpt2": "adapt transformer.h.*.attn.c_attn",
     "qwen3_moe": "adapt model.layers.*.mlp.experts.{gate_up_proj,down_proj}",

@@ -105,3 +105,46 @@ def adalora_penalty(t: Tensors, p: Parameters) -> Tensor:
     eye = torch.eye(p["rank"], dtype=torch.float64)
     apart = [torch.linalg.matrix_norm(gram - eye) for gram in (t["Q"] @ t["Q"].T, t["P"].T @ t["P"])]
     return p["orth"] * (apart[0] + apart[1]) / (2 * p["sites"])
+
+
+def sora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * (t["B"] * t["g"]) @ t["A"]
+
+
+def sora_penalty(t: Tensors, p: Parameters) -> Tensor:
+    return p["l1"] / p["sites"] * t["g"].abs().mean()
+
+
+def relora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # as lora, between the steps that move W
+
+
+def xgblora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] * torch.outer(t["B"][:, 0], t["A"][0])
+
+
+def xgblora_penalty(t: Tensors, p: Parameters) -> Tensor:
+    return p["decay"] * (t["A"].square().sum() + t["B"].square().sum())
+
+
+def dora_dynamic(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    parts = [c * torch.outer(b, a) for c, b, a in zip(t["c"], t["B"].T, t["A"], strict=True)]
+    return W + p["alpha"] / p["rank"] * torch.stack(parts).sum(0)
+
+
+def dora_dynamic_penalty(t: Tensors, p: Parameters) -> Tensor:
+    """Variances of all components' vectors, until the pruning ends; the first step is before that."""
+    spread = [(a.var() + b.var()) / 2 for a, b in zip(t["A"], t["B"].T, strict=True)]
+    return p["even"] * torch.stack(spread).mean() / p["sites"]
+
+
+def lora2(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    inner = torch.diag(t["E"])
+    return W + p["alpha"] / (p["rank"] + 1e-5) * t["Q2"] @ (t["P2"] @ inner @ t["Q1"]) @ t["P1"]
+
+
+def lora2_penalty(t: Tensors, p: Parameters) -> Tensor:
+    """The mean over all factors of how far each is from orthonormal."""
+    grams = [t["P1"] @ t["P1"].T, t["Q1"] @ t["Q1"].T, t["P2"].T @ t["P2"], t["Q2"].T @ t["Q2"]]
+    apart = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=torch.float64)) for gram in grams]
+    return p["orth"] * torch.stack(apart).mean() / p["sites"]
