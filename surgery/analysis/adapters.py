@@ -21,7 +21,7 @@ from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Layout, Weight
 from surgery.peft.names import HEADS, TASKS
 from surgery.peft.patterns import patterns_of
-from surgery.peft.write import export
+from surgery.peft.write import check_folder, export
 from surgery.runtime.export import Factors
 from surgery.runtime.models import CLASSES
 from surgery.runtime.report.changes import Reached
@@ -34,33 +34,40 @@ def write_adapters(
 ) -> list[Diagnostic]:
     """Write `left @ right` for weights of the base, by their names there, as an adapter of peft of these ranks.
 
-    The warnings say what of the target they do not hold. Raises SURG064 where there is nothing to write, where the
-    base's class is not known, and for weights that have no place in it.
+    The warnings say what of the target they do not hold. Raises SURG064 where there is nothing to write, for weights
+    that have no place in the base's class, and as `skeleton_for` does.
     """
+    skeleton = skeleton_for(base, target)
     if not adapters:
         raise fail("SURG064", "no weight has changed, so there are no adapters to write", help="compare other models")
-    if base.skeleton is None:
-        message = f'of which class "{base.name}" is cannot be told from its config, and adapters belong to modules'
-        raise fail("SURG064", message, help=f"give its task: --task {'|'.join(CLASSES)}")
     untied = {weight.name for weight in pairs.weights if weight.untied}
-    places = {name: _place(base, base.skeleton, name, name in untied) for name in adapters}
+    places = {name: _place(base, skeleton, name, name in untied) for name in adapters}
     if lacking := [f"`{name}`" for name, place in places.items() if place is None]:
-        name = type(base.skeleton.model).__name__
+        name = type(skeleton.model).__name__
         message = f"{len(lacking)} weights are no parameters of {name}, which joins or cuts what its files hold"
         raise fail("SURG064", message, notes=[Note(listed(lacking))], help=HELP)
     found = {name: place for name, place in places.items() if place is not None}
-    rules = _rules(base.skeleton, found, adapters, untied)
+    rules = _rules(skeleton, found, adapters, untied)
     program = surgery.parse(show(nodes.Tree((_model(base), *rules))), HERE)
     plan = surgery.plan(program)
     by_path = {place.path: _laid_out(adapters[name], base.layout(name), place) for name, place in found.items()}
     if TASKS.get(base.model.task or "") in HEADS:
         # peft keeps the heads of these tasks whole, whose numbers are not at hand: here they are weights like others
         plan = plan.model_copy(update={"model": plan.model.model_copy(update={"task": None})})
-    run = Reached(plan, base.skeleton.model, {}, 0)
+    run = Reached(plan, skeleton.model, {}, 0)
     made = export(run, HERE, target, dtype, factors=lambda _, site: Factors(*by_path[site.path]), own_ranks=True)
     lost = [f"`{left.name}`" for left in pairs.left_out if left.changed or left.reason == ALONE["target"]]
     message = f"the adapters do not hold what is left out of the comparison: {listed(lost)}"
     return [*made.warnings, *([Diagnostic("SURG075", message, severity="warning")] if lost else [])]
+
+
+def skeleton_for(base: Checkpoint, target: Path) -> Skeleton:
+    """The base without numbers. Raises SURG064 where no adapters of it can be written to a folder."""
+    check_folder(target)
+    if base.skeleton is None:
+        message = f'of which class "{base.name}" is cannot be told from its config, and adapters belong to modules'
+        raise fail("SURG064", message, help=f"give its task: --task {'|'.join(CLASSES)}")
+    return base.skeleton
 
 
 def _place(base: Checkpoint, skeleton: Skeleton, name: str, untied: bool) -> Weight | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Checkpoints:
         self.base, self.target = base, target
         self.base_names, self.target_names = list(base.names), list(target.names)
         self.entries = {entry.name: entry for entry in _entries(base, target)}
+        self.uses = Counter(entry.base for entry in self.entries.values())
 
     @property
     def names(self) -> Iterable[str]:
@@ -100,8 +102,8 @@ class Checkpoints:
         def change() -> Tensor:
             return as_matrix(self.target.tensor(target), layout) - own()
 
-        untied = sum(entry.base == base for entry in self.entries.values()) > 1
-        return Weight(name, matrix_shape(self.base.stored[base], layout), own, change, coarser, untied)
+        shape = matrix_shape(self.base.stored[base], layout)
+        return Weight(name, shape, own, change, coarser, untied=self.uses[base] > 1)
 
     def of_base(self, factor: Factor) -> Matrix:
         """A weight of the base in a product."""

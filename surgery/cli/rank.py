@@ -101,7 +101,7 @@ def run(
     with reporting(format):
         import torch
 
-        from surgery.analysis.adapters import write_adapters
+        from surgery.analysis.adapters import skeleton_for, write_adapters
         from surgery.analysis.checkpoint import open_checkpoint
         from surgery.analysis.compare import compare
         from surgery.analysis.groups import heads_of
@@ -115,10 +115,15 @@ def run(
             raise typer.BadParameter(f"one of {', '.join(CLASSES)}", param_hint="--task")
         if adapters is not None and adapters.exists() and not adapters.is_dir():
             raise typer.BadParameter(f"`{adapters}` is a file; name a folder", param_hint="--adapters")
-        if plot:  # before anything takes time
+        for file in (*(plot or ()), *([to_json] if to_json else ())):
+            if not file.parent.is_dir():
+                raise typer.BadParameter(f"there is no folder `{file.parent}`")
+        if plot:
             needed("matplotlib", "plot", "a plot")
         quiet()
         opened = open_checkpoint(base, task)
+        if adapters is not None:  # before anything takes time
+            skeleton_for(opened, adapters)
         pairs = pair(opened, target, group or (), only or (), leave or (), task)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         wanted = Wanted(tolerance, norm, absolute, rank)

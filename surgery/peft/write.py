@@ -44,15 +44,20 @@ def export(
     (`rank_pattern`); else all have the largest.
     Raises SURG064, with all the reasons, where a site is no LoRA, and for a folder that holds other files too.
     """
-    others = {path.name for path in target.iterdir()} - {CONFIG, TENSORS} if target.exists() else set()
-    if others:
-        message = f"`{target}` holds other files, which would be lost: {', '.join(sorted(others)[:5])}"
-        raise fail("SURG064", message, help="choose a new folder")
+    check_folder(target)
     made = adapter(step, folder, dtype, factors=factors, own_ranks=own_ranks)
     with whole_folder(target) as fresh:
         (fresh / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (fresh / TENSORS).write_bytes(save(made.tensors, metadata={"format": "pt"}))
     return made
+
+
+def check_folder(target: Path) -> None:
+    """Raise SURG064 for a folder that holds other files than an adapter's, which would be lost."""
+    others = {path.name for path in target.iterdir()} - {CONFIG, TENSORS} if target.exists() else set()
+    if others:
+        message = f"`{target}` holds other files, which would be lost: {', '.join(sorted(others)[:5])}"
+        raise fail("SURG064", message, help="choose a new folder")
 
 
 @torch.no_grad()

@@ -597,7 +597,8 @@ def test_tables_plots_and_json(
     assert before == [file.read_bytes() for file in files]
     shown = [cli(capsys, "rank", *folders, *more, "--device", "cpu")[1] for more in ([], ["-v"])]
     assert "[0..1]" in shown[0] and "[0..1]" not in shown[1] and "model.layers.1.mlp.down_proj " in shown[1]
-    assert cli(capsys, "rank", *folders, "--plot", str(tmp_path / "a.pdf"))[0] == 2
+    for wrong in (["--plot", str(tmp_path / "a.pdf")], ["--json", str(tmp_path / "nowhere" / "a.json")]):
+        assert cli(capsys, "rank", *folders, *wrong)[0] == 2
 
 
 def test_a_plot_without_matplotlib(
