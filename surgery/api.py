@@ -119,13 +119,14 @@ def _compile(
     from surgery.compiler.graph import tensors
     from surgery.compiler.pass_log import logged
     from surgery.runtime.calibrate import calibrate, missing
+    from surgery.runtime.devices import device_of
     from surgery.runtime.initialise import Sources, initialise
     from surgery.runtime.models import load_model
     from surgery.runtime.quantize import quantize_model, quantized_copy
     from surgery.runtime.step import TrainingStep
 
     _check_given(program, model)
-    loaded, place = model is None, None if device is None else torch.device(device)
+    loaded, place = model is None, None if device is None else device_of(device)
     if model is None:
         line, place = _model_of(program), place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         first = "cpu" if line.quantize else place  # dense weights go there one by one, to be quantized

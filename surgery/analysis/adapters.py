@@ -21,7 +21,7 @@ from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Layout, Weight
 from surgery.peft.names import HEADS, TASKS
 from surgery.peft.patterns import patterns_of
-from surgery.peft.write import check_folder, export
+from surgery.peft.write import check_folder, export, method_of
 from surgery.runtime.export import Factors
 from surgery.runtime.models import CLASSES
 from surgery.runtime.report.changes import Reached
@@ -111,5 +111,4 @@ def _rules(
         for pattern in patterns_of(paths, known):
             parts = parse_pattern(nodes.Pattern(pattern))
             count = sum(matches(parts, path) for path in paths)
-            method = builders.method("lora", rank=rank, alpha=rank)
-            yield builders.adapt(pattern, method, expect=count, alias=alias)
+            yield builders.adapt(pattern, method_of(rank), expect=count, alias=alias)

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from surgery import builders
+from surgery.compiler import nodes
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.diagnostics import Diagnostic, Diagnostics, fail
 from surgery.compiler.plan import HALF
@@ -50,6 +52,11 @@ def export(
         (fresh / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (fresh / TENSORS).write_bytes(save(made.tensors, metadata={"format": "pt"}))
     return made
+
+
+def method_of(rank: int) -> nodes.Call:
+    """The library's method that a folder of these holds at a rank."""
+    return builders.method("lora", rank=rank, alpha=rank)
 
 
 def check_folder(target: Path) -> None:

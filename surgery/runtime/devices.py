@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from surgery.compiler.diagnostics import fail
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of a name, with its index; raises SURG004 where there is none."""
+    if reason := why_not(str(device)):
+        raise fail("SURG004", reason)
+    return torch.empty(0, device=device).device  # "cuda" to "cuda:0"
+
 
 def why_not(device: str) -> str | None:
     """Why no tensor can be put on a device of this name here, with the names of those that there are; else None."""

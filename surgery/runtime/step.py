@@ -23,7 +23,7 @@ from surgery.compiler.pass_log import logged
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime import batches, distributed
 from surgery.runtime.correct import corrected, corrected_sites
-from surgery.runtime.devices import why_not
+from surgery.runtime.devices import device_of
 from surgery.runtime.executed import executed
 from surgery.runtime.ownership import beside, own, written_names
 from surgery.runtime.replay import replayed
@@ -323,10 +323,7 @@ class TrainingStep:
 
 def _device(device: str | torch.device | None, given: Mapping[str, Tensor]) -> torch.device:
     if device is not None:
-        if reason := why_not(str(device)):
-            raise fail("SURG004", reason)
-        wanted = torch.device(device)
-        return torch.empty(0, device=wanted).device  # "cuda" to "cuda:0"
+        return device_of(device)
     return next((tensor.device for tensor in given.values()), torch.device("cpu"))
 
 

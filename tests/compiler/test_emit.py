@@ -88,7 +88,7 @@ def test_a_step_of_13_layers_has_the_lines_of_one_of_7(architectures: Any) -> No
         step_of(architectures["llama"], pattern, method, num_hidden_layers=layers).source.splitlines()
         for layers in (7, 13)
     )
-    assert len(short) == len(long) <= 300
+    assert len(short) == len(long) <= 310
     changed = [(a, b) for a, b in zip(short, long, strict=True) if a != b]
     assert all(
         a.replace("7", "13").replace("6", "12") == b
@@ -129,7 +129,7 @@ def test_step_py_imports_torch_and_of_surgery_kernels_alone(architectures: Any) 
     imported = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
     imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     own = {name for name in imported if name.partition(".")[0] == "surgery"}
-    assert own == {"surgery.compiler.kernels.low_rank"}
+    assert own == {f"surgery.compiler.kernels.{name}" for name in ("low_rank", "over_processes")}
     others = {name.partition(".")[0] for name in imported - own}
     assert others <= {"__future__", "typing", "math", "collections", "torch"}
     assert 'w["attention.self.query.A"]' in step.source and "# <text>:3" in step.source
