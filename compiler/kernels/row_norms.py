@@ -19,7 +19,7 @@ from surgery.compiler.kernels import forms
 
 WIDEST = 64  # ranks of the kernel, which holds a [rank, rank] matrix in registers
 LONGEST = (
-    4096  # a program of the kernel walks along whole rows: at 8192 it takes 127 us, torch's terms 78; at 2048 33, 54
+    4096  # a program of the kernel walks along whole rows: at 8192 it took 127 us, torch's terms 78; at 2048 33, 54
 )
 
 _library = torch.library.Library("surgery", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -49,13 +49,13 @@ def updated_row_norms_reference(weight: Tensor, left: Tensor, right: Tensor, sca
 
 def _forward(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The norms, and `W @ right.T` for the backward."""
-    if right.shape[0] <= WIDEST and weight.shape[1] <= LONGEST and forms.in_triton(weight, left, right):
+    with forms.without_autocast(weight):
+        if right.shape[0] > WIDEST or weight.shape[1] > LONGEST or not forms.in_triton(weight, left, right):
+            return norms_and_product(weight, left, right, scale)
         from surgery.compiler.kernels.row_norms_triton import norms_and_product as fused
 
         with forms.on_device_of(weight):
             return fused(weight, left, right, scale)
-    with forms.without_autocast(weight):
-        return norms_and_product(weight, left, right, scale)
 
 
 def norms_and_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
