@@ -80,6 +80,7 @@ class EventProgram:
     joined: tuple[object, ...] = ()
     forgets: bool = False
     redraws: Redraw | None = None
+    fills: str = ""  # a number of the clock, as Python, that the one tensor it writes is filled with
     writes: tuple[str, ...] = ()
 
     @property
@@ -93,7 +94,7 @@ class EventProgram:
         """Whether it needs the number of steps."""
         names = {str(node.target) for node in self.graph.nodes if node.op == "placeholder"}
         times = "" if self.move is None else self.move.times
-        return "steps" in names or bool(re.search(r"\bsteps\b", f"{self.condition} {self.number} {times}"))
+        return "steps" in names or bool(re.search(r"\bsteps\b", f"{self.condition} {self.number} {self.fills} {times}"))
 
 
 def programs(plan: Plan) -> tuple[EventProgram, ...]:
@@ -109,7 +110,22 @@ def programs(plan: Plan) -> tuple[EventProgram, ...]:
             lists.append(list(_of_formula(plan, instance(plan, key), own, rule)))
         order = [place for place, _ in max(lists, key=len, default=[])]  # a telescope leaves events out
         found += [program for place in dict.fromkeys(order) for one in lists for at, program in one if at == place]
-    return (*found, *_penalties(plan))
+    return (*_clock(plan), *found, *_penalties(plan))
+
+
+def _clock(plan: Plan) -> list[EventProgram]:
+    """Numbers of the step that equations read: written before each forward."""
+    found: dict[str, EventProgram] = {}
+    for site in plan.sites:
+        known = {tensor.name: tensor for tensor in instance(plan, site.formula).tensors}
+        for tensor in site.tensors:
+            number = known[tensor.name].start.clock
+            if number is not None:
+                found.setdefault(tensor.key, EventProgram(
+                    "", "before forward", "True", "", Recorder().finish(), ({tensor.name: tensor.key},),
+                    fills=str(number), writes=(tensor.name,),
+                ))  # fmt: skip
+    return list(found.values())
 
 
 def _of_formula(

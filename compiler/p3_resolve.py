@@ -400,7 +400,7 @@ class _Resolver:
             self._check_shared(group, key, tensor, shape, weight)
         return TensorPlan(
             name=tensor.name, key=key, role=tensor.role, shape=shape,
-            dtype="int64" if tensor.is_index else self._dtype(weight),
+            dtype=tensor.dtype or self._dtype(weight),
             start=tensor.start.text, numbers=math.prod(shape), lr=tensor.lr, weight_decay=tensor.weight_decay,
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from surgery.compiler.algebra.affine import why_not_folded
+from surgery.compiler.algebra.at_rest import reads_training
 from surgery.compiler.algebra.base import KINDS, Base
 from surgery.compiler.algebra.branch import FUSED
 from surgery.compiler.algebra.cost import Cost, branch_is_dense, measure
@@ -27,6 +28,7 @@ OPERATIONS_PER_BYTE = {"float32": 15, "float64": 15, "bfloat16": 140, "float16":
 MOST_TOKENS = 1 << 20  # beyond them all costs only grow alike, and sizes in bytes would not fit 64 bits
 
 ROUNDED = "on demand: loses small updates to rounding"
+LIVE = "it is another weight in training, and the one that a backward rebuilds is not told"
 NOT_DENSE = "on demand: the branch forms no [out, in] matrix"
 
 
@@ -80,13 +82,13 @@ class _Chooser:
         candidates = {
             strategy: ways[strategy].candidate(strategy, manual.get(strategy, ""))
             if strategy in ways
-            else Candidate(strategy=strategy, flops=0, bytes=0, legal=False, reason=illegal)
+            else Candidate(strategy=strategy, flops=0, bytes=0, legal=False, reason=illegal or LIVE)
             for strategy in STRATEGIES
         }
         every = tuple(candidates.values())
         if site.strategy:
             if site.strategy not in ways:
-                message = f"`strategy = {site.strategy}` is not legal: {illegal}"
+                message = f"`strategy = {site.strategy}` is not legal: {illegal or LIVE}"
                 legal = " or ".join(f"`strategy = {strategy}`" for strategy in ways)
                 span = _clause(self.plan.span(site.place))
                 self.diagnostics.error("SURG032", message, span, help=f"write {legal}, or leave it out")
@@ -104,7 +106,7 @@ class _Chooser:
 
     def _measured(self, formula: MethodFormula, site: Site, dtype: str, folds: bool) -> tuple[dict[str, Way], bool]:
         """Every legal strategy as it is cheapest, and whether the branch forms an `[out, in]` matrix."""
-        adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.dtype != "int64"), site.dtype)
+        adapter_dtype = next((tensor.dtype for tensor in site.tensors if tensor.role == "train"), site.dtype)
         tensors = tuple((tensor.name, tensor.role, tensor.shape) for tensor in formula.tensors)
         terms = tuple((self._number(term.matrix), self._number(term.input)) for term in formula.terms)
         kind = site.module_class
@@ -114,7 +116,9 @@ class _Chooser:
             experts = site.experts or 1  # each has its share of the tokens
             tokens = max(1, min(self.plan.tokens, MOST_TOKENS) // experts)
             dtypes = getattr(torch, site.dtype), getattr(torch, adapter_dtype)
-            legal = STRATEGIES if folds else ("branch",)
+            legal: tuple[str, ...] = STRATEGIES if folds else ("branch",)
+            if reads_training(formula.expression):
+                legal = tuple(strategy for strategy in legal if strategy != "recompute")
             ways = {}
             is_matrix = KINDS.get(kind, Base).is_matrix and site.experts is None
             narrow = is_matrix and not site.quantized and has_narrow_part(formula)

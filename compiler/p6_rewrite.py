@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.compiler.adapted import AdaptedSite
+from surgery.compiler.algebra.at_rest import reads_training
 from surgery.compiler.algebra.base import stacked
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.lower import Adaptation
@@ -47,11 +48,11 @@ def rewrite_module(module: fx.GraphModule, plan: Plan, tensors: Mapping[str, Ten
             reason = "is not used in the graph" if site.parameter else "has no one output tensor in the graph"
             diagnostics.error("SURG041", f"`{site.path}` {reason}", span)
             continue
-        if formula.dropout and training is None:
-            help_text = f"give the graph an input `{TRAINING}`, or drop the dropout"
-            diagnostics.error(
-                "SURG041", f"the graph cannot switch the dropout of `{site.path}` off", span, help=help_text
-            )
+        live = "dropout" if formula.dropout else "training" if reads_training(formula.expression) else ""
+        if live and training is None:
+            help_text = f"give the graph an input `{TRAINING}`, or leave it out of the method"
+            message = f"the graph cannot switch the {live} of `{site.path}` off"
+            diagnostics.error("SURG041", message, span, help=help_text)
             continue
         moves = site.update == "literal" or formula.corrections
         if weight is not None and site.untied and moves:  # what moves here must not move its former partner

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.compiler.algebra.in_time import IN_TIME
+from surgery.compiler.algebra.in_time import IN_TIME, NOISE
 from surgery.compiler.algebra.names import COORDINATES, STARTS
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.schedule import SCHEDULES
@@ -35,9 +35,9 @@ SETTINGS = {
     if reader is not later
 }
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
-SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES}
+SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES, *NOISE}
 CALLED = {*OPTIMIZERS, "every", "budget", "patience", "wandb", "trackio", *(one.name for one in surgery.methods())}
-OWN = {"my_dora", "pruned"}  # the page's own examples
+OWN = {"my_dora", "pruned", "noisy"}  # the page's own examples
 
 
 def code(text: str) -> str:
@@ -76,7 +76,6 @@ def test_listed_starts_functions_and_coordinates_are_known() -> None:
 
 METHOD = "A = train zeros[rank, in]\n B = train zeros[out, rank]\n delta = B @ A\n"
 NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
-    "`training` in an equation": (METHOD.replace("B @ A", "training * B @ A"),),
     "`previous` of `y`": ("b = train zeros[out]\n output = y + b * previous(y)",),
     "of itself": (METHOD.replace("B @ A", "previous(previous(B @ A))"),),
     "what reads a coordinate of its block": ("C = train zeros[layers, out, in]\n delta = previous(C[layer])",),

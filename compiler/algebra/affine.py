@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from surgery.compiler.algebra.at_rest import at_rest
 from surgery.compiler.algebra.expression import Expression, Shape, negated, transposed
 from surgery.compiler.algebra.facts import is_scalar
 from surgery.compiler.algebra.formula import MethodFormula, reads_rows
@@ -37,6 +38,7 @@ def effective(formula: MethodFormula, biased: bool = True) -> Affine:
 
     Raises NotAffine.
     """
+    formula = at_rest(formula)
     if formula.form == "output":
         return affine(formula.expression, formula.shape, biased)
     inputs = [affine(term.input, formula.shape, biased) for term in formula.terms]

@@ -225,6 +225,8 @@ class Branch:
         """A matrix in the activation's dtype: stored tensors are cast at use, computed ones are rounded once."""
         if node.value is not None and not node.shape:
             return value_of(node.value)
+        if node.operation == "training":
+            return self.evaluator.training
         if node.operation == "tensor":
             stored = self.evaluator.leaf(node, stopped)
             as_is = self.evaluator.dtypes.get(node.name) == self.dtype or self.evaluator.is_index(stored, node.name)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.comprehension import comprehension
 from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import GRADIENT, Expression, Range, negated, transposed
 from surgery.compiler.algebra.facts import tensors_read
-from surgery.compiler.algebra.in_time import IN_TIME, Occasion
+from surgery.compiler.algebra.in_time import IN_TIME, NOISE, Occasion, noise
 from surgery.compiler.algebra.names import COORDINATES, LATER, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
@@ -24,6 +25,9 @@ from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Struct
 from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
 from surgery.compiler.span import Span
+
+if TYPE_CHECKING:
+    from surgery.compiler.algebra.formula import TensorFormula
 
 Value = Expression | str | bool
 
@@ -47,6 +51,7 @@ class Builder:
     used: set[str] = field(default_factory=set)
     earlier: Callable[[Quantity], bool] | None = None  # whether there is a site so many blocks earlier
     most_terms: int = MAXIMUM_TERMS
+    tensors: dict[str, TensorFormula] | None = None  # where tensors that no statement names are entered
 
     def number(self, node: nodes.Expr, what: str = "a number") -> Quantity:
         """The expression's value where only a number will do."""
@@ -138,6 +143,8 @@ class Builder:
                 if len(inner.shape) < 2:
                     raise fail("SURG005", f"`.T` needs a matrix, this is {spelt(inner.shape)}", node.span)
                 return transposed(inner)
+            case nodes.Subscript(nodes.Call(function, _) as call, _) if function in NOISE:
+                return noise(self, call, node)
             case nodes.Subscript(operand, indices):
                 return self._slice(node, self.expression(operand), indices)
             case nodes.Call(function, arguments):
@@ -155,10 +162,9 @@ class Builder:
             form = "`input` and the `output` form" if name == "x" else "the `output` form"
             advice = "`delta` and `weight` are matrices; what is made of activations is `output = ...`"
             raise fail("SURG004", f"`{name}` can be used only in {form}", node.span, help=advice)
-        if name == "training":
-            raise fail("SURG008", "`training` in an equation is not built yet", node.span)
-        if name in ("step", "steps"):
-            raise fail("SURG004", f"`{name}` is known only in events and in a `penalty`", node.span)
+        if name in ("step", "steps", "training"):
+            where = "in the equation of a method" if name == "training" else "in equations, events and penalties"
+            raise fail("SURG004", f"`{name}` is known only {where}", node.span)
         if name in COORDINATES or name == "kind":
             advice = "it is known at a site, in a tensor or an equation"
             raise fail("SURG033", f"`{name}` is not known here", node.span, help=advice)
@@ -248,6 +254,9 @@ class Builder:
             return previous(self, node)
         if function == "where" and (truth := self._truth(arguments[:1])) is not None:
             return self._chosen(node, truth)
+        if function in NOISE:
+            message = f"`{function}` is drawn in a shape: `{show(node)}[out, in]`"
+            raise fail("SURG004", message, node.span)
         if function in LATER:
             raise fail("SURG008", f"`{function}` is not built yet", node.span)
         if function in IN_TIME and (function != "grad" or self.occasion is not None):
@@ -293,7 +302,7 @@ class Builder:
     def _scheduled(self, node: nodes.Call) -> Expression:
         """A number that follows the clock."""
         if "step" not in self.names:
-            message = f"`{node.function}` reads the step, which is known only in events and in a `penalty`"
+            message = f"`{node.function}` reads the step, which is known only in equations, events and penalties"
             raise fail("SURG004", message, node.span)
         self._check_count(node, SCHEDULES[node.function][1])
         numbers = (self.number(argument.value) for argument in node.arguments)

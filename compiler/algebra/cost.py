@@ -134,7 +134,7 @@ def _tensors(formula: MethodFormula, dtype: torch.dtype, rows: int, activations:
     own = {
         tensor.name: torch.empty(
             tuple(whole_of(size) for size in tensor.shape),
-            dtype=torch.int64 if tensor.is_index else dtype, device="meta", requires_grad=tensor.role == "train",
+            dtype=getattr(torch, tensor.dtype or "", dtype), device="meta", requires_grad=tensor.role == "train",
         )
         for tensor in formula.tensors
     }  # fmt: skip

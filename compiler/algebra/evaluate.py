@@ -6,7 +6,8 @@ The code is plain torch, so on `torch.fx.Proxy` arguments it records nodes inste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from surgery.compiler.algebra.order import multiplication_order
 from surgery.compiler.algebra.quantity import Quantity, value_of, whole_of
 from surgery.compiler.algebra.schedule import at_step, reads_clock
 from surgery.compiler.algebra.structures import STRUCTURES, Tensor
+from surgery.compiler.algebra.structures.noise import NOISE
 
 
 def wider(dtype: torch.dtype, other: torch.dtype = torch.float32) -> torch.dtype:
@@ -35,6 +37,8 @@ class Evaluator:
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     stacked: frozenset[str] = frozenset()
+    training: Any = 0  # whether this is the forward of a step, as a number or a node
+    noisy: Any = True  # whether noise is wanted where it stands
     _known: dict[tuple[int, bool], tuple[Expression, Tensor]] = field(default_factory=dict)
 
     def __call__(self, node: Expression, stopped: bool = False) -> Tensor:
@@ -136,6 +140,10 @@ class Evaluator:
             case "subtract":
                 left, right = self._aligned(node, stopped)
                 return left - right
+            case "training":
+                return self.training
+            case "multiply" if any(part.operation == "training" for part in parts) and self.noisy is not self.training:
+                return replace(self, noisy=self.training)._value(node, stopped)  # nothing is drawn for evaluation
             case "multiply" if parts[0].value == Quantity.of(1) and not parts[0].shape:
                 return self(parts[1], stopped)
             case "multiply":
@@ -151,6 +159,8 @@ class Evaluator:
         if structure.as_stored:
             return structure.evaluate(node, *(self.operand(part, stopped) for part in parts))
         like = (self.like(),) if structure.constant else ()
+        if node.operation in NOISE:
+            return structure.evaluate(node, *like, *(self(part, stopped) for part in parts), wanted=self.noisy)  # type: ignore[call-arg]
         return structure.evaluate(node, *like, *(self(part, stopped) for part in parts))
 
     def like(self) -> Tensor:

@@ -42,6 +42,7 @@ class Start:
     arguments: tuple[Quantity, ...] = ()
     expression: Expression | None = None
     text: str = ""
+    clock: Quantity | None = None  # of a state that holds a number of the step
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class TensorFormula:
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property
-    def is_index(self) -> bool:
-        """Whether it holds positions: whole numbers, int64 whatever the other tensors are."""
-        return self.start.name == "choice"
+    def dtype(self) -> str | None:
+        """The dtype that it has whatever the other tensors are: positions and keys are int64, the clock float64."""
+        return {"choice": "int64", "key": "int64", "clock": "float64"}.get(self.start.name)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ state, which come before the statement, and reads of it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.expression import GRADIENT, Expression
+from surgery.compiler.algebra.expression import GRADIENT, Expression, rewriting
 from surgery.compiler.algebra.formula import ChangeFormula, Start, TensorFormula
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.schedule import reads_clock
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.printer import show
 
@@ -36,10 +38,7 @@ class Occasion:
 
     def state(self, wanted: str, like: Expression, start: str = "zeros", *, shared: bool = False) -> Expression:
         """A state of the site that no statement names, or one of the whole rule."""
-        name, number = wanted, 1
-        while name in self.tensors:
-            number += 1
-            name = f"{wanted}_{number}"
+        name = next_name(wanted, self.tensors)
         by = "model" if shared else None
         self.tensors[name] = TensorFormula(name, "state", like.shape, Start(start, text=start), by, span=like.span)
         return Expression("tensor", (), like.shape, name=name, span=like.span)
@@ -47,6 +46,15 @@ class Occasion:
     def change(self, target: Expression, operator: str, value: Expression, number: Quantity | None = None) -> None:
         """Change a state before the statement."""
         self.changes.append(ChangeFormula(target.name, operator, value, value.span, number))
+
+
+def next_name(wanted: str, taken: Container[str]) -> str:
+    """`wanted`, or `wanted_2`, `wanted_3` ... if it is taken."""
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
 
 
 def ema(builder: Builder, node: nodes.Call) -> Expression:
@@ -145,3 +153,49 @@ IN_TIME: dict[str, tuple[Callable[[Builder, nodes.Call], Expression], int]] = {
     "keep_top": (keep_top, 2),
     "quantile": (quantile, 2),
 }
+
+
+# --- numbers of the step in a forward, and noise ----------------------------------------------------------------------
+
+NOISE = {"gaussian": 1, "bernoulli": 2}  # how many arguments
+
+
+def noise(builder: Builder, call: nodes.Call, node: nodes.Subscript) -> Expression:
+    """`gaussian(step)[out, in]`: numbers drawn from the seed, the site's path and the step."""
+    if builder.tensors is None:
+        message = f"`{call.function}` is known in the equation of a method and in its events"
+        raise fail("SURG004", message, call.span, help="a start draws by `normal(std)` and the like")
+    if len(call.arguments) != NOISE[call.function]:
+        raise fail(
+            "SURG004", f"`{call.function}` takes {NOISE[call.function]} arguments: the step comes first", call.span
+        )
+    if any(isinstance(index, nodes.Slice) for index in node.indices):
+        raise fail("SURG005", f"`{call.function}(...)[out, in]` takes sizes, not a range", node.span)
+    step, *share = (builder.number(argument.value) for argument in call.arguments)
+    shape = tuple(builder.size(index) for index in node.indices if not isinstance(index, nodes.Slice))
+    if share and share[0].constant is not None and not 0 <= share[0].constant <= 1:
+        raise fail("SURG004", f"a probability is between 0 and 1, not {share[0]}", call.arguments[1].value.span)
+    key = f"{call.function}_key"
+    name = next_name(key, builder.tensors)
+    builder.tensors[name] = TensorFormula(name, "frozen", (), Start("key", text="a key of the seed and the path"))
+    numbers = (Expression("number", value=value, span=call.span) for value in (step, *share))
+    return Expression(call.function, (Expression("tensor", name=name), *numbers), shape, span=node.span)
+
+
+def with_clock(value: Expression, tensors: dict[str, TensorFormula]) -> Expression:
+    """An equation whose numbers of the step are states, written before each forward: inputs of it, not constants."""
+
+    def stored(node: Expression) -> Expression:
+        if node.operation != "number" or node.value is None or not reads_clock(node.value):
+            return node
+        (monomial, factor), *more = node.value.terms
+        number = node.value if more else Quantity(((monomial, 1),))
+        name = "_".join([*re.findall(r"\w+", str(number)), "now"])
+        start = Start("clock", text=f"{number}, of each step", clock=number)
+        tensors.setdefault(name, TensorFormula(name, "state", (), start, "model", "clock", span=node.span))
+        leaf = Expression("tensor", name=name, span=node.span)
+        if more or factor == 1:
+            return leaf
+        return Expression("multiply", (Expression("number", value=Quantity.of(factor)), leaf), span=node.span)
+
+    return rewriting(stored)(value)

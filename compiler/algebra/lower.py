@@ -7,7 +7,8 @@ called on `torch.fx.Proxy` it records the nodes of the rewritten graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -35,11 +36,14 @@ class Adaptation:
     adapter_dtypes: Mapping[str, torch.dtype]
     stacked: frozenset[str] = frozenset()  # what has the axis of the experts in front
     operation: str = ""  # of surgery's own, that a branch runs with; empty: plain torch
+    training: Any = 0  # what the equation reads by that name, where it is run
 
     def __call__(
         self, x: Tensor, base: Base, bias: Tensor | None, tensors: Mapping[str, Tensor], training: Tensor | bool
     ) -> Tensor:
         """The site's output for `x` `[..., in]`; `tensors` are those that its method reads, by name."""
+        if self.training is not training:
+            return replace(self, training=training)(x, base, bias, tensors, training)
         if self.strategy == "fold":
             return base.linear(x, self.weight(base, tensors, self.formula.expression), bias)
         if self.strategy == "recompute":
@@ -48,7 +52,7 @@ class Adaptation:
 
     def _evaluator(self, base: Base, tensors: Mapping[str, Tensor]) -> Evaluator:
         dtypes = {**self.adapter_dtypes, "W": base.dtype}
-        return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes, self.stacked)
+        return Evaluator(base.base_weight, tensors, wider(base.dtype), dtypes, self.stacked, self.training)
 
     def weight(self, base: Base, tensors: Mapping[str, Tensor], expression: Expression) -> Tensor:
         """The effective weight `[out, in]` by the method's expression, rounded once."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
+from surgery.compiler.algebra.at_rest import TRAINING
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.event import CLOCK, KEPT, read_event
 from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression
@@ -19,7 +20,7 @@ from surgery.compiler.algebra.formula import (
     reads_rows,
     rows,
 )  # fmt: skip
-from surgery.compiler.algebra.in_time import Occasion
+from surgery.compiler.algebra.in_time import Occasion, with_clock
 from surgery.compiler.algebra.indices import check_indices
 from surgery.compiler.algebra.names import (
     COORDINATES,
@@ -93,7 +94,12 @@ class _Reader:
 
     def builder(self, occasion: Occasion | None = None, **more: Value) -> Builder:
         """What reads expressions; in an event, or with more names than those of the method."""
-        return Builder({**self.names, **more}, occasion, self.used, self.earlier)
+        return Builder({**self.names, **more}, occasion, self.used, self.earlier, tensors=self.tensors)
+
+    def equation_of(self, node: nodes.Expr, **more: Value) -> Expression:
+        """An expression that a forward computes, in training and in evaluation."""
+        value = self.builder(None, training=TRAINING, **CLOCK, **more).expression(node)
+        return without_zeros(with_clock(value, self.tensors))
 
     def read(self) -> None:
         readers: dict[type, Callable[[nodes.Statement], None]] = {
@@ -186,7 +192,7 @@ class _Reader:
                 node.span,
                 help=help_text,
             )
-        start, shape = read_start(node, replace(self.builder(), earlier=None))
+        start, shape = read_start(node, replace(self.builder(), earlier=None, tensors=None))
         tensor = TensorFormula(
             node.name, node.role, shape.shape, start, node.shared_by, node.shared_as,
             options.get("lr"), options.get("weight_decay"), node.span,
@@ -217,14 +223,14 @@ class _Reader:
         self.claim(node.name, node.span)
         if self.skips(node.value):
             return self.poison(node.name)
-        self.names[node.name] = self.builder().expression(node.value)
+        self.names[node.name] = self.builder(None, training=TRAINING, **CLOCK).expression(node.value)
         self.derived[node.name] = node.span
         self.steps.append(f"{node.name} = {show(node.value)}")
         return None
 
     def matrix(self, node: nodes.Bind) -> Expression:
         """The value of `delta` or `weight`, `[out, in]`."""
-        value = without_zeros(self.builder().expression(node.value))
+        value = self.equation_of(node.value)
         wanted = (self.names["out"], self.names["in"])
         shape = tuple(part.value for part in wanted if isinstance(part, Expression) and part.value is not None)
         if len(value.shape) != 2 or any(a.differs_from(b) for a, b in zip(value.shape, shape, strict=True)):
@@ -265,7 +271,7 @@ class _Reader:
         """The rows that `input` or `output` stands for, `[tokens, size]`."""
         sizes = {leaf: self.names["in" if leaf == "x" else "out"].value for leaf in leaves}  # type: ignore[union-attr]
         more = {leaf: rows(leaf, length) for leaf, length in sizes.items() if length is not None}
-        value = without_zeros(self.builder(None, **more).expression(node.value))
+        value = self.equation_of(node.value, **more)
         wanted = self.names[size]
         assert isinstance(wanted, Expression) and wanted.value is not None
         shape = (TOKENS, wanted.value)

@@ -15,12 +15,12 @@ FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
-    gaussian bernoulli hidden_dimension_gain random
+    hidden_dimension_gain random
 """
 LATER = frozenset(_LATER.split())
 
 FUNCTIONS_IN_TIME = frozenset(
-    ["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget", "late_budget"]
+    ["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget", "late_budget", "gaussian", "bernoulli"]
 )
 
 # Starts and how many numbers each may take.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.compiler.algebra.affine import Affine, affine, effective, why_not_merged
+from surgery.compiler.algebra.at_rest import at_rest
 from surgery.compiler.algebra.facts import identity_at_start, keeps_zeros, needs_dense_weight
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.low_rank import factor
@@ -32,6 +33,8 @@ class Proved:
 
 def prove(formula: MethodFormula) -> Proved:
     """Everything the compiler states about a method."""
+    dense = needs_dense_weight(formula.expression)
+    formula = at_rest(formula)
     rank, reason = bounded_rank(formula), why_not_merged(formula)
     meets_x = all(affine(term.input, formula.shape) == PLAIN for term in formula.terms) if not reason else False
     kept = formula.expression if formula.form != "output" else None if reason else effective(formula).matrix
@@ -42,7 +45,7 @@ def prove(formula: MethodFormula) -> Proved:
         exports_as_lora=meets_x and rank is not None and factor(formula.expression) is not None,
         keeps_zeros=kept is not None and keeps_zeros(kept),
         moves_base=formula.moves_base or bool(formula.corrections),
-        needs_dense_weight=needs_dense_weight(formula.expression),
+        needs_dense_weight=dense,
         needs_calibration=bool(calibrated(formula)),
         merge_reason=reason,
     )

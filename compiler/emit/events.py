@@ -105,11 +105,11 @@ def event_source(programs: Sequence[EventProgram]) -> EventSource:
             functions[call.body] = names.claim(snake(call.program.function))
             source.definitions.append(call.body.replace("NAME", functions[call.body], 1))
         table = tuple(call.sites)
-        if table not in tables:
+        if table not in tables and not call.program.fills:
             tables[table] = names.claim("SITES")
             first, *rest = names_list(table)
             source.definitions.append("\n".join([f"{tables[table]} = {first}", *rest]) + "\n")
-        call.function, call.table = functions.get(call.body, ""), tables[table]
+        call.function, call.table = functions.get(call.body, ""), tables.get(table, "")
     calls = list(merged.values())
     for call in calls:
         joined = call.program.joined
@@ -133,6 +133,8 @@ def _add_calls(source: EventSource, call: _Call, together: Sequence[_Call]) -> N
         lines = _across(together)
     elif program.redraws:
         lines = _redraw(call)
+    elif program.fills:
+        lines = [f"{_weight(program.sites[0][program.writes[0]])}.fill_({program.fills})"]
     else:
         lines = [f"for site in {call.table}:", *(f"    {line}" for line in wrapped(call.text))]
         lines += wrapped(f"forget(optimizer, {call.every(program.writes[0])})") if program.forgets else []

@@ -2,9 +2,11 @@
 
 IMPORTS = {
     "added_linear": "from surgery.compiler.kernels.added_linear import added_linear",
+    "bernoulli": "from surgery.compiler.kernels.noise import bernoulli",
     "checkpoint": "from torch.utils.checkpoint import checkpoint",
     "document_starts": "from surgery.compiler.kernels.packed_attention import document_starts",
     "from_diagonals": "from surgery.compiler.kernels.diagonals import from_diagonals",
+    "gaussian": "from surgery.compiler.kernels.noise import gaussian",
     "low_rank_linear": "from surgery.compiler.kernels.low_rank import low_rank_linear",
     "packed_attention": "from surgery.compiler.kernels.packed_attention import packed_attention",
     "quantized_linear": "from surgery.compiler.kernels.quantized_linear import quantized_linear",

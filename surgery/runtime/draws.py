@@ -72,6 +72,8 @@ DRAWS: dict[str, Callable[[Sizes, list[float], torch.Generator], Tensor]] = {
     "orthogonal": _orthogonal,
     "onehot_rows": _onehot_rows,
     "choice": _choice,
+    "key": lambda shape, numbers, generator: torch.randint(2**62, shape, generator=generator),
+    "clock": lambda shape, numbers, generator: torch.zeros(shape),
 }
 
 

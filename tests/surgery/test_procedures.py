@@ -1,4 +1,4 @@
-"""What happens around the gradient step: events of all kinds, and the procedures of the papers made of them."""
+"""What happens around the gradient step: events of all kinds, and the procedures of papers that are made of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.compiler.kernels.across_sites import keep_top, quantile
+from surgery.compiler.kernels.noise import bernoulli, gaussian
 from surgery.compiler.kernels.schedules import late_budget
 
 STEPS = 12
@@ -185,6 +186,8 @@ RULES = {
     "xgblora": "xgblora(period = 4, decay = 0.01)",
     "dora_dynamic": "dora_dynamic(rank = 4, target = 2, interval = 2)",
     "lora2": "lora2(rank = 4, target = 2, width = 4, warmup = 2, cooldown = 3, interval = 2)",
+    "flat_lora": "flat_lora(rank = 2, rho = 0.5)",
+    "rm_lora": "rm_lora(rank = 4)",
     "delta_lora": "delta_lora(rank = 2, ratio = 0.5, start = 3)  update = literal",
 }
 
@@ -319,3 +322,91 @@ def test_delta_lora_with_a_scheduled_ratio_does_not_telescope() -> None:
         for path, t in step.parameters_by_site.items():
             expected[path] += ratio * ((t["B"] @ t["A"]).detach() - old[path])
             torch.testing.assert_close(step.weights[f"{path}.weight"].detach(), expected[path], rtol=1e-12, atol=1e-13)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_normal_and_depends_on_key_step_and_place() -> None:
+    like, key = torch.zeros(()), torch.tensor(2**61 + 12345)
+    noise = [gaussian(like, key + shift, step, [400, 500]).flatten() for shift, step in ((0, 3), (0, 4), (1, 3))]
+    for one in noise:
+        assert float(one.mean()) == pytest.approx(0, abs=0.01) and float(one.var()) == pytest.approx(1, rel=0.02)
+        assert float((one**4).mean()) == pytest.approx(3, rel=0.05)
+    pairs = torch.corrcoef(torch.stack([*noise, noise[0].roll(1), noise[0].roll(500)]))
+    assert float((pairs - torch.eye(5)).abs().max()) < 0.015
+    assert not torch.equal(noise[0].sort().values, noise[1].sort().values), "not the same numbers in another order"
+    again = gaussian(like, key, torch.tensor(3.0, dtype=torch.float64), [400, 500]).flatten()
+    assert torch.equal(again, noise[0]), "a number of the step is as good as a tensor of it"
+    assert float(bernoulli(like, key, 7, 0.3, [300, 300]).mean()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_noise_of_flat_lora() -> None:
+    """sigma of a row is f * rho / sqrt(in) of its norm, f from 0 up; W stays, and evaluation is without noise."""
+    rho, model = 0.5, Net()
+    step = compiled(f"with flat_lora(rank = 2, alpha = 4, rho = {rho})", optimizer="sgd(lr = 0.05)")
+    for number in range(STEPS):
+        own, leaves = batch(number), {}
+        x = own["x"]
+        for path in ("first", "second", "third"):
+            layer, t = getattr(model, path), step.parameters_by_site[path]
+            A, B = (t[name].detach().clone().requires_grad_() for name in "AB")
+            leaves[path] = (A, B)
+            whole = layer.weight.detach() + 2 * B @ A
+            share = 0.5 * (1 - np.cos(np.pi * number / STEPS))
+            sigma = share * rho / layer.in_features**0.5 * whole.detach().norm(dim=1, keepdim=True)
+            noise = gaussian(whole.detach(), t["gaussian_key"], number, list(whole.shape))
+            x = x @ (whole + sigma * noise).T + layer.bias.detach()
+            x = torch.tanh(x) if path != "third" else x
+        loss = (x - own["labels"]).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        random = torch.get_rng_state()
+        assert float(step(own).loss) == pytest.approx(float(loss.detach()), rel=1e-10)
+        assert torch.equal(random, torch.get_rng_state()), "torch's own generator is left alone"
+        for path, (A, B) in leaves.items():
+            assert A.grad is not None and B.grad is not None
+            moved = step.parameters_by_site[path]
+            torch.testing.assert_close(moved["A"].detach(), A.detach() - 0.05 * A.grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(moved["B"].detach(), B.detach() - 0.05 * B.grad, rtol=1e-9, atol=1e-12)
+            assert torch.equal(step.weights[f"{path}.weight"], getattr(model, path).weight)
+    merged = step.merge()
+    with torch.no_grad():
+        found = step.forward(x=batch(99)["x"])
+        torch.testing.assert_close(found, merged(batch(99)["x"]), rtol=1e-12, atol=1e-12)
+
+
+def test_flat_lora_without_noise_is_lora() -> None:
+    flat = compiled("with flat_lora(rank = 2, alpha = 4, rho = 0)")
+    plain = compiled("with lora(rank = 2, alpha = 4)")
+    for number in range(4):
+        assert float(flat(batch(number)).loss) == pytest.approx(float(plain(batch(number)).loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["branch", "fold"])
+def test_every_strategy_reads_the_same_noise(strategy: str) -> None:
+    with pytest.raises(surgery.SurgError, match="it is another weight in training"):
+        compiled(f"strategy = recompute  with {RULES['flat_lora']}")
+    step, other = compiled(f"with {RULES['flat_lora']}"), compiled(f"strategy = {strategy}  with {RULES['flat_lora']}")
+    for number in range(5):
+        expected = float(step(batch(number)).loss)
+        assert float(other(batch(number)).loss) == pytest.approx(expected, rel=1e-9)
+
+
+def test_masked_entries_do_not_move() -> None:
+    """The momentum included: an entry stays to the bit, or moves; about half of each factor stays."""
+    step = compiled("with rm_lora(rank = 4, orth = 0.1)")
+    stayed, seen = 0, 0
+    for number in range(STEPS):
+        before = copied(step)
+        step(batch(number))
+        now = copied(step)
+        for path in ("first", "second", "third"):
+            for place, name in enumerate("AB"):
+                key = now[f"{path}.bernoulli_key" + ("_2" if place else "")]
+                mask = bernoulli(now[f"{path}.A"], key, number, 0.5, list(now[f"{path}.{name}"].shape))
+                same = now[f"{path}.{name}"] == before[f"{path}.{name}"]
+                assert bool(same[mask == 0].all())
+                if number > 1:  # B moves from 0, A waits for it
+                    assert not bool(same[mask == 1].any())
+                stayed, seen = stayed + int((mask == 0).sum()), seen + mask.numel()
+    assert stayed / seen == pytest.approx(0.5, abs=0.05)

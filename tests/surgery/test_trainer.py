@@ -143,6 +143,7 @@ def test_the_losses_and_the_weights_are_those_of_the_compiled_step(
         "adalora(rank = 4, target = 2, warmup = 1, cooldown = 2, interval = 1)",
         "relora(rank = 3, period = 2)",
         "dora_dynamic(rank = 4, target = 2, interval = 1)",
+        "flat_lora(rank = 3, rho = 0.5)",
     ],
 )
 def test_procedures_are_those_of_the_compiled_step(method: str, architectures: Any, tmp_path: Path) -> None:

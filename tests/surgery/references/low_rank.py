@@ -148,3 +148,17 @@ def lora2_penalty(t: Tensors, p: Parameters) -> Tensor:
     grams = [t["P1"] @ t["P1"].T, t["Q1"] @ t["Q1"].T, t["P2"].T @ t["P2"], t["Q2"].T @ t["Q2"]]
     apart = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=torch.float64)) for gram in grams]
     return p["orth"] * torch.stack(apart).mean() / p["sites"]
+
+
+def flat_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # the noise is 0 in evaluation, and in the first step
+
+
+def rm_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]
+
+
+def rm_lora_penalty(t: Tensors, p: Parameters) -> Tensor:
+    eye = torch.eye(p["rank"], dtype=torch.float64)
+    apart = [(gram - eye).square().sum() for gram in (t["A"] @ t["A"].T, t["B"].T @ t["B"])]
+    return p["orth"] * (apart[0] + apart[1])
