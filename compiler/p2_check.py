@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.active import read_active
 from surgery.compiler.algebra.arguments import bind_arguments
 from surgery.compiler.algebra.build import Value
 from surgery.compiler.algebra.compose import calls, compose, formula_of
@@ -20,7 +21,7 @@ from surgery.compiler.library import library
 from surgery.compiler.pattern import parse_pattern
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule, TrainRule
-from surgery.compiler.settings import TRAIN, later, read_model, read_settings, word
+from surgery.compiler.settings import TRAIN, read_model, read_settings, word
 from surgery.compiler.source import read
 from surgery.compiler.span import Source
 from surgery.compiler.step_settings import check_step, read_step
@@ -29,7 +30,7 @@ SYMBOLIC = ("in", "out", *sorted(COORDINATES))
 RULE_SETTINGS = {
     "strategy": word("auto", "branch", "fold", "recompute"),
     "update": word("literal", "telescope"),
-    "active": later,
+    "active": read_active,
 }
 
 
@@ -172,7 +173,7 @@ def _rule(
     return Rule(
         item, method, {name: plain(value) for name, value in values.items()},
         expects[0] if expects else None, aliases[0] if aliases else None,
-        settings.get("strategy") or "auto", settings.get("update") or "auto",
+        settings.get("strategy") or "auto", settings.get("update") or "auto", settings.get("active"),
     )  # fmt: skip
 
 

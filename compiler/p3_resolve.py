@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from surgery.compiler import blocks, earlier, factors, nodes, position
+from surgery.compiler import active, blocks, earlier, factors, nodes, position
 from surgery.compiler.algebra import affine, compose, instance, telescope
 from surgery.compiler.algebra.formula import MethodFormula, TensorFormula
 from surgery.compiler.algebra.names import COORDINATES, names_in
@@ -81,8 +81,10 @@ def run(
     found = factors.factors(program, plan, diagnostics)
     _check_resets(program, plan, diagnostics)
     _check_frozen(program, skeleton, plan, diagnostics)
+    resting = active.active(program, plan, diagnostics)
     diagnostics.raise_errors()
-    return plan.model_copy(update={"recomputed": blocks.recomputed(plan, skeleton), "factors": found})
+    more = {"recomputed": blocks.recomputed(plan, skeleton), "factors": found, "active": resting}
+    return plan.model_copy(update=more)
 
 
 def _check_resets(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:

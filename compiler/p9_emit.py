@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from surgery.compiler.diagnostics import fail
+from surgery.compiler.emit.active import IMPORTS as IMPORTS_OF_ACTIVE
+from surgery.compiler.emit.active import active_source
 from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
@@ -39,7 +41,14 @@ from surgery.runtime import losses
 from surgery.runtime.ownership import running_statistics
 
 # by the name that is called
-IMPORTS = IMPORTS_OF_GRAPHS | IMPORTS_OF_LOSS | IMPORTS_OF_OPTIMIZERS | IMPORTS_OF_STEPS | IMPORTS_OF_EVENTS
+IMPORTS = (
+    IMPORTS_OF_GRAPHS
+    | IMPORTS_OF_LOSS
+    | IMPORTS_OF_OPTIMIZERS
+    | IMPORTS_OF_STEPS
+    | IMPORTS_OF_EVENTS
+    | IMPORTS_OF_ACTIVE
+)
 
 
 def run(
@@ -62,12 +71,15 @@ def run(
     forward = model or forward_source(graph, plan.step.precision != "model", again, by_rows)
     loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)
+    tables, resting = active_source(plan)
+    happenings.definitions += tables
+    happenings.calls["after backward"][:0] = resting
     parts = [
         _title("Forward") + forward.source,
         *([] if model else [_compile_source(forward, bool(outputs))]),
         _title("Loss") + loss.source,
         _title("Optimizer and schedule")
-        + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.factors, plan.rounds),
+        + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.factors, plan.rounds, bool(plan.active)),
         schedule_source(plan.step.schedule),
         *([_title("Events")] if happenings.definitions else []),
     ]

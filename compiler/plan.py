@@ -304,6 +304,16 @@ class EventPlan(Record):
     place: Place
 
 
+class ActivePlan(Record):
+    """`count` of the `sites` of a rule learn at a time, others after `every` steps; a draw says which."""
+
+    rule: int  # index of the adapt rule in the spec
+    count: int
+    sites: int
+    every: int
+    place: Place  # of the setting in the spec
+
+
 class MemoryPlan(Record):
     """Bytes at the peak of a training step on a GPU, each of several: `peak` is the sum of the parts."""
 
@@ -359,6 +369,7 @@ class Plan(Record):
     step: StepPlan = StepPlan()
     data: DataPlan | None = None
     events: tuple[EventPlan, ...] = ()
+    active: tuple[ActivePlan, ...] = ()  # rules of which some sites learn at a time
     factors: tuple[FactorsPlan, ...] = ()  # what the optimizer needs to know of them
     recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch

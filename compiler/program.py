@@ -26,6 +26,9 @@ class Rule:
     alias: str | None = None
     strategy: str = "auto"
     update: str = "auto"
+    active: Mapping[str, int] | None = (
+        None  # how many of its sites learn at a time (`count`), and for how long (`every`)
+    )
 
     @property
     def methods(self) -> tuple[nodes.Method, ...]:

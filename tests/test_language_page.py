@@ -36,7 +36,7 @@ SETTINGS = {
 }
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
 SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES, *NOISE}
-CALLED = {*OPTIMIZERS, "every", "budget", "patience", "wandb", "trackio", *(one.name for one in surgery.methods())}
+CALLED = {*OPTIMIZERS, "every", "random", "budget", "patience", "wandb", "trackio", *(one.name for one in surgery.methods())}
 OWN = {"my_dora", "pruned", "noisy"}  # the page's own examples
 
 
@@ -86,7 +86,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
     "`at start` over an earlier block": (METHOD + "at start { W -= previous(B @ A) }",),
     "several `step` blocks": ("step { steps = 1 } step { steps = 2 }",),
     "`train` and `freeze` in a step": ("step { train lm_head }", "step { freeze lm_head }"),
-    "`active`": ("adapt lm_head { with lora()  active = 5 }",),
 }
 
 

@@ -15,7 +15,7 @@ FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
 # Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
 _LATER = """
-    hidden_dimension_gain random
+    hidden_dimension_gain
 """
 LATER = frozenset(_LATER.split())
 

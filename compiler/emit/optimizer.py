@@ -40,9 +40,13 @@ def rates(optimizer: OptimizerPlan, factors: Sequence[FactorsPlan]) -> dict[str,
 
 
 def optimizer_source(
-    optimizer: OptimizerPlan, groups: Sequence[Group], factors: Sequence[FactorsPlan] = (), rounds: bool = False
-) -> str:
-    """`TRAINED` tables and `make_optimizer`; with `rounds`, bfloat16 is trained and rounded stochastically."""
+    optimizer: OptimizerPlan, groups: Sequence[Group], factors: Sequence[FactorsPlan] = (), rounds: bool = False,
+    rests: bool = False,
+) -> str:  # fmt: skip
+    """`TRAINED` tables and `make_optimizer`; with `rounds`, bfloat16 is trained and rounded stochastically.
+
+    `rests`: some tensors have no gradients in some steps.
+    """
     lines: list[str] = []
     tables = []
     for number, group in enumerate(groups):
@@ -75,6 +79,8 @@ def optimizer_source(
         lines.append(f"    return {made.__name__}(groups, [{names}]{own})")
     elif rounds:
         lines.append(f"    {gives} Rounding{kind}(groups, {options})")
+    elif rests and optimizer.momentum:  # fused, it wants momenta of all or of none
+        lines.append(f"    {gives} torch.optim.{kind}(groups, {options}, foreach=False)")
     else:
         lines += [
             '    devices = {parameter.device.type for group in groups for parameter in group["params"]}',

@@ -64,7 +64,15 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
     rounded = [_rounded(plan)] if plan.rounds else []
     recompute = [_recompute(plan)] if plan.recomputed else []
     quantized = [_quantized(plan.quantized)] if plan.quantized else []
-    return [_step(plan.step), *_full_size(plan), *quantized, *rounded, *recompute, *_memory(plan, verbose)]
+    return [
+        _step(plan.step),
+        *_active(plan),
+        *_full_size(plan),
+        *quantized,
+        *rounded,
+        *recompute,
+        *_memory(plan, verbose),
+    ]
 
 
 def _event(plan: Plan, event: EventPlan) -> str:
@@ -280,6 +288,14 @@ def _step(step: StepPlan) -> str:
     length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
     pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""
     return f"step: {length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
+
+
+def _active(plan: Plan) -> list[str]:
+    return [
+        f"active: {one.count} of the {one.sites} weights of rule {one.rule + 1} learn at a time, "
+        f"others after every {one.every} steps"
+        for one in plan.active
+    ]
 
 
 def _full_size(plan: Plan) -> list[str]:

@@ -105,6 +105,9 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
         message = "a trainer gives no notice between the backward and the clipping, so this event would not run"
         help_text = "write `after step`, whose gradients are clipped, or use surgery.compile"
         raise fail("SURG060", message, plan.span(early.place), help=help_text)
+    if plan.active:
+        message = "a trainer gives no notice between the backward and the clipping, so all weights would learn"
+        raise fail("SURG060", message, plan.span(plan.active[0].place), help="use surgery.compile or `surgery train`")
     with quantizing(model, plan):
         attached = _attach(plan, model, initialise(plan, tensors(model), Sources(program.folder)))
     if events := programs(plan):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.compiler.kernels.across_sites import keep_top, quantile
+from surgery.compiler.kernels.active import chosen
 from surgery.compiler.kernels.noise import bernoulli, gaussian
 from surgery.compiler.kernels.schedules import late_budget
 
@@ -184,6 +185,7 @@ RULES = {
     "sora": "sora(rank = 4, threshold = 0.05, l1 = 0.1)",
     "relora": "relora(rank = 2, period = 5)",
     "xgblora": "xgblora(period = 4, decay = 0.01)",
+    "active": "xgblora(period = 4, decay = 0.01)  active = random(2, every = 4)",
     "dora_dynamic": "dora_dynamic(rank = 4, target = 2, interval = 2)",
     "lora2": "lora2(rank = 4, target = 2, width = 4, warmup = 2, cooldown = 3, interval = 2)",
     "flat_lora": "flat_lora(rank = 2, rho = 0.5)",
@@ -410,3 +412,49 @@ def test_masked_entries_do_not_move() -> None:
                     assert not bool(same[mask == 1].any())
                 stayed, seen = stayed + int((mask == 0).sum()), seen + mask.numel()
     assert stayed / seen == pytest.approx(0.5, abs=0.05)
+
+
+# --- some sites at a time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw(lr = 0.05, weight_decay = 0.1)", "sgd(lr = 0.05, momentum = 0.9)"])
+def test_only_some_weights_learn_at_a_time(optimizer: str) -> None:
+    """Two of three for four steps each; the third does not move, by momentum or weight decay neither."""
+    step = compiled("with lora(rank = 2)  active = random(2, every = 4)", optimizer=optimizer)
+    paths, learned = ("first", "second", "third"), []
+    for number in range(STEPS):
+        before = copied(step)
+        step(batch(number))
+        now = copied(step)
+        moved = {path for path in paths if not torch.equal(now[f"{path}.B"], before[f"{path}.B"])}
+        assert len(moved) == 2
+        for path in set(paths) - moved:
+            assert torch.equal(now[f"{path}.A"], before[f"{path}.A"])
+        learned.append(moved)
+    assert all(learned[number] == learned[number // 4 * 4] for number in range(STEPS))
+    assert [set(paths[number] for number in chosen(3, 2, period, "0 0")) for period in range(3)] == learned[::4]
+
+
+def test_all_weights_have_their_turn() -> None:
+    seen = [chosen(36, 11, period, "0 0") for period in range(100)]
+    assert all(len(one) == 11 for one in seen)
+    counts = [sum(number in one for one in seen) for number in range(36)]
+    assert min(counts) > 10 and max(counts) < 60
+
+
+def test_boosters_of_chosen_weights_leave_the_others_as_they_are() -> None:
+    """Over one period W of the others stays to the bit; in the end each W has a rank of at most its boosters."""
+    step = compiled("with xgblora(period = 4)  active = random(1, every = 4)")
+    paths = ("first", "second", "third")
+    before, boosters = copied(step), dict.fromkeys(paths, 0)
+    for number in range(STEPS):
+        step(batch(number))
+        if (number + 1) % 4 == 0:
+            now = copied(step)
+            moved = [path for path in paths if not torch.equal(now[f"{path}.weight"], before[f"{path}.weight"])]
+            assert [paths.index(path) for path in moved] == list(chosen(3, 1, number // 4, "0 0"))
+            boosters[moved[0]] += 1
+            before = now
+    for path, count in boosters.items():
+        change = step.weights[f"{path}.weight"].detach() - getattr(Net(), path).weight.detach()
+        assert int(torch.linalg.matrix_rank(change)) == count
