@@ -36,7 +36,16 @@ SETTINGS = {
 }
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
 SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES, *NOISE}
-CALLED = {*OPTIMIZERS, "every", "random", "budget", "patience", "wandb", "trackio", *(one.name for one in surgery.methods())}
+CALLED = {
+    *OPTIMIZERS,
+    "every",
+    "random",
+    "budget",
+    "patience",
+    "wandb",
+    "trackio",
+    *(one.name for one in surgery.methods()),
+}
 OWN = {"my_dora", "pruned", "noisy"}  # the page's own examples
 
 
