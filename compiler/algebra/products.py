@@ -1,6 +1,6 @@
-"""Which tensors an equation reads only as one product: the factors that an optimizer may move together.
+"""Which tensors a method reads only as one product: the factors that an optimizer may move together.
 
-With `M = scale * left @ right` the only way in which an equation reads `left` and `right`, they may be turned into
+With `M = scale * left @ right` the only way in which a method reads `left` and `right`, they may be turned into
 `left @ R` and `inverse(R) @ right` without a change of what the site computes, and the gradient of each is a product
 of the other with the gradient of M. That is what pair optimizers are made of, whatever the method does with M.
 """
@@ -19,7 +19,7 @@ Leaves = tuple[Leaf, ...]
 
 @dataclass
 class Reading:
-    """How an equation reads its tensors: in products of the site's shape `[out, in]`, and otherwise.
+    """How a method reads its tensors: in products of the site's shape `[out, in]`, and otherwise.
 
     `products` has the factors from left to right, and the numbers in front of where gradients pass.
     """
@@ -29,9 +29,10 @@ class Reading:
 
 
 def reading(formula: MethodFormula) -> Reading:
-    """How a method's equation reads its tensors; events do not count, they have no gradients."""
+    """How a method's equation and penalty read its tensors; events do not count, they have no gradients."""
     found = Reading()
-    for node in (formula.expression, *(term.input for term in formula.terms)):
+    penalty = () if formula.penalty is None else (formula.penalty,)
+    for node in (formula.expression, *(term.input for term in formula.terms), *penalty):
         _read(node, formula, found, learns=True)
     return found
 
