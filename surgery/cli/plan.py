@@ -44,7 +44,8 @@ def run(
         typer.Option("--memory", help="also predict the memory of a step; captures the model, which takes a while"),
     ] = False,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="with --memory: on each of so many GPUs, one process on each")
+        int,
+        typer.Option("--processes", min=1, help="check it for so many processes; with --memory: what it takes on each"),
     ] = 1,
     scope: ScopeOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of plans and exit")] = False,

@@ -24,6 +24,7 @@ from surgery.cli.common import (
     write_text,
 )
 from surgery.cli.export import Dtype
+from surgery.compiler.diagnostics import fail
 
 if TYPE_CHECKING:
     from surgery.analysis.compare import Comparison
@@ -101,6 +102,7 @@ def run(
     with reporting(format):
         import torch
 
+        from surgery.analysis.adapted import is_adapted
         from surgery.analysis.adapters import skeleton_for, write_adapters
         from surgery.analysis.checkpoint import open_checkpoint
         from surgery.analysis.compare import compare
@@ -120,6 +122,9 @@ def run(
                 raise typer.BadParameter(f"there is no folder `{file.parent}`")
         if plot:
             needed("matplotlib", "plot", "a plot")
+        if is_adapted(Path(base)):
+            help = f"name its model first: surgery rank MODEL {base}; or name what `surgery merge` makes of it"
+            raise fail("SURG074", f"`{base}` is a run or an adapter, and the base has to be a model", help=help)
         quiet()
         opened = open_checkpoint(base, task)
         if adapters is not None:  # before anything takes time

@@ -272,6 +272,7 @@ def test_a_run_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     succeed("compile", str(tmp_path / "a.surg"), "-o", str(tmp_path / "run"))
     other = saved(llama(), tmp_path / "other")
     assert refused(capsys, other, tmp_path / "run")["code"] in ("SURG031", "SURG074")
+    assert refused(capsys, tmp_path / "run", other)["message"].endswith("the base has to be a model")
     (tmp_path / "copy").symlink_to(tmp_path / "tiny")
     found = rank(capsys, tmp_path / "copy", tmp_path / "run")
     assert codes(found) == ["SURG075"] and "was trained from" in found["diagnostics"][0]["message"]
