@@ -25,11 +25,6 @@ def test_the_spec_is_planned(tmp_path: Path) -> None:
     assert all(site.facts.identity_at_start and site.facts.merges for site in plan.sites)
 
 
-def test_the_number_of_methods_is_that_of_the_library() -> None:
-    (stated,) = re.findall(r"library\]\(docs/methods/README\.md\) has (\d+) of them", (ROOT / "README.md").read_text())
-    assert int(stated) == len(surgery.methods())
-
-
 def test_the_python_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {}
     for block in blocks("python"):

@@ -12,8 +12,7 @@ gradients of a site 12 to 13, 40, where torch takes 20 to 24, 66; the gradients 
 sums early saves 1 to 2. Queries, keys and values in one launch 17, torch's products 45. From rank 64 on the parts of du
 are as many bytes as dy, and torch should win both gradients. A call keeps the host for 15 (product) to 40 (gradients).
 
-A run decides whether `kernels/forms.py` withholds `narrow`, its blocks, and up to which rank both gradients are one
-pass.
+A run decides the blocks in `kernels/low_rank/choice.py`, and up to which rank both gradients are one pass.
 """
 
 from __future__ import annotations
