@@ -432,7 +432,7 @@ def test_only_some_weights_learn_at_a_time(optimizer: str) -> None:
             assert torch.equal(now[f"{path}.A"], before[f"{path}.A"])
         learned.append(moved)
     assert all(learned[number] == learned[number // 4 * 4] for number in range(STEPS))
-    assert [set(paths[number] for number in chosen(3, 2, period, "0 0")) for period in range(3)] == learned[::4]
+    assert [{paths[number] for number in chosen(3, 2, period, "0 0")} for period in range(3)] == learned[::4]
 
 
 def test_all_weights_have_their_turn() -> None:
