@@ -275,6 +275,8 @@ def _program(
         _move(recorder["W"], start, sites[0], change, formula.shape, evaluator)
     elif change.operator in ACROSS:
         across, number, written = change.operator, str(change.number), (change.target,)
+        if across == "keep_top" and stacked(sites[0]):
+            number += f", axes={len(change.value.shape)}"
         result = (recorder[name] if (name := _stored_name(change.value)) else evaluator(change.value),)
     elif change.operator == "reset" and change.value.operation == "tensor":
         written, redraws = (change.target,), _redraw(formula, change.target, seed)

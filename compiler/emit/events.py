@@ -193,7 +193,8 @@ def _across(calls: Sequence[_Call]) -> list[str]:
     target = calls[0].weights[name]
     if "{site}" in calls[0].keys[name]:
         target = " + ".join(call.every(name) for call in calls)
-    return wrapped(f"{program.across}({target}, {' + '.join(values)}, {program.number})")
+    number = max((call.program.number for call in calls), key=len)  # of sites with experts it says so
+    return wrapped(f"{program.across}({target}, {' + '.join(values)}, {number})")
 
 
 def _redraw(call: _Call) -> list[str]:

@@ -10,13 +10,16 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def keep_top(kept: Sequence[Tensor], scores: Sequence[Tensor], budget: float) -> None:
+def keep_top(kept: Sequence[Tensor], scores: Sequence[Tensor], budget: float, axes: int | None = None) -> None:
     """Write ones into `kept` at the `budget * sites` largest entries of all scores, rounded down, and zeros elsewhere.
 
-    Both have one tensor per site, of any shapes. Of equal scores the first ones stay, so that the count is exact.
+    Both have one tensor per site, of any shapes; with `axes`, those of one matrix's scores, what leads counts experts,
+    each of which has the budget. Of equal scores the first ones stay, so that the count is exact.
     """
     flat = torch.cat([score.reshape(-1) for score in scores])
-    count = min(max(int(budget * len(scores)), 0), flat.numel())
+    own = [score.dim() if axes is None else axes for score in scores]
+    matrices = sum(math.prod(score.shape[: score.dim() - count]) for score, count in zip(scores, own, strict=True))
+    count = min(max(int(budget * matrices), 0), flat.numel())
     order = torch.sort(flat, descending=True, stable=True).indices
     chosen = torch.zeros_like(flat).scatter_(0, order[:count], 1.0)
     parts = torch.split(chosen, [score.numel() for score in scores])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import surgery
 from surgery.compiler.kernels.across_sites import keep_top, quantile
@@ -122,6 +123,39 @@ def test_the_largest_over_all_sites_are_kept_exactly() -> None:
         assert all(set(mask.flatten().tolist()) <= {0.0, 1.0} for mask in kept)
     keep_top(kept, scores, 2)
     assert kept[0].tolist() == [1, 0, 1] and kept[1].tolist() == [[1, 0], [0, 1]], "the first of equal ones"
+
+
+def test_each_expert_has_the_budget() -> None:
+    scores = [torch.rand(3, 4), torch.rand(4)]
+    kept = [torch.empty_like(score) for score in scores]
+    keep_top(kept, scores, 2, axes=1)
+    assert sum(int(mask.sum()) for mask in kept) == 2 * 4
+
+
+def test_procedures_on_experts() -> None:
+    """A stack of three matrices is one site, each of them with the budget, a reset and noise of its own."""
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, vocab_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, site = MixtralForCausalLM(config), "model.layers.0.mlp.experts.gate_up_proj"
+    ids = torch.randint(0, 32, (2, 9))
+    for rule in (RULES["adalora"], RULES["flat_lora"], RULES["relora"].replace("5", "2")):
+        text = f"adapt model.layers.*.mlp.experts.gate_up_proj {{ with {rule} }}\n"
+        text += "step { optimizer = adamw(lr = 0.01)  steps = 6  batch = 2  compile = off }"
+        step = surgery.compile(surgery.parse(text), model=model)
+        batch_ = {name: ids if name in ("input_ids", "labels") else torch.ones_like(ids) for name in step.graph.inputs}
+        for _ in range(6):
+            assert torch.isfinite(step(batch_ | {"labels": ids}).loss)
+        own = step.parameters_by_site[site]
+        if "E" in own:
+            left = sum(int(tensors["E"].count_nonzero()) for tensors in step.parameters_by_site.values())
+            assert left <= 2 * 3 * 2 and own["kept"].shape == (3, 4)
+        elif "gaussian_key" in own:
+            assert len(set(own["gaussian_key"].tolist())) == 3
+        else:
+            assert not torch.equal(own["A"][0], own["A"][1]) and not own["B"].any()
 
 
 def test_a_quantile_over_all_sites_is_numpy_s() -> None:
