@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from surgery.cli import main
@@ -73,7 +74,8 @@ def run_together(folder: Path, commands: Sequence[Command], processes: int = 2, 
     to `whole.PROCESS.json`, with the rows that it has of those that the step knows.
     """
     arguments = (processes, str(folder), [list(command) for command in commands], list(whole))
-    spawn(_work, args=arguments, nprocs=processes)  # type: ignore[no-untyped-call]
+    multiprocessing.set_forkserver_preload([__name__])  # imported once for all processes
+    start_processes(_work, args=arguments, nprocs=processes, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 
 def _work(number: int, processes: int, folder: str, commands: list[list[str]], whole: list[int]) -> None:

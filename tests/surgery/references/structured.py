@@ -14,7 +14,8 @@ Parameters = dict[str, Any]
 
 def _circ(v: Tensor) -> Tensor:
     n = len(v)
-    return torch.stack([torch.stack([v[(i - j) % n] for j in range(n)]) for i in range(n)])
+    i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    return v[(i - j) % n]
 
 
 def _skew_circ(v: Tensor) -> Tensor:
