@@ -1,4 +1,4 @@
-"""An epoch of `sft.surg` on the command line, from the plan to what others load; then folders of a model and of rows."""
+"""An epoch of `sft.surg` by the command line, from plan to what others load; then on folders of a model and of data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""What of a spec does not go with its model, or with another line of it, though each line by itself is right."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from surgery.compiler import nodes
+from surgery.compiler.algebra import instance
+from surgery.compiler.diagnostics import Diagnostics, Note
+from surgery.compiler.plan import Plan, Site, WholeParameter
+from surgery.compiler.program import Program
+from surgery.compiler.select import listed, select_parameters
+from surgery.compiler.skeleton import Skeleton
+from surgery.optimizers import OPTIMIZERS
+from surgery.optimizers.factors import FactorOptimizer
+
+
+def check_resets(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
+    """An optimizer whose moments are those of a whole product cannot begin anew with a factor of it."""
+    made = OPTIMIZERS[plan.step.optimizer.name].made
+    if not (isinstance(made, type) and issubclass(made, FactorOptimizer) and made.start is not FactorOptimizer.start):
+        return
+    for rule in dict.fromkeys(site.rule for site in plan.sites):
+        formulas = (instance.instance(plan, site.formula) for site in plan.sites if site.rule == rule)
+        if any(change.operator == "reset" for one in formulas for event in one.events for change in event.changes):
+            name = program.rules[rule].method.name
+            message = f"`{name}` resets a factor, and `{plan.step.optimizer.name}` cannot forget it"
+            help_text = "its state is that of the whole product: take riemannian, lora_plus, adamw or sgd"
+            diagnostics.error("SURG032", message, program.rules[rule].method_span, help=help_text)
+
+
+def check_frozen(program: Program, skeleton: Skeleton, plan: Plan, diagnostics: Diagnostics) -> None:
+    """A W that `freeze` names stays as it is: a method whose steps write it is refused there."""
+    for item in program.frozen:
+        names = set(select_parameters(item.pattern, skeleton, Diagnostics()))
+        moved = [site for site in plan.sites if site.update == "literal" and site.parameter in names]
+        if moved:
+            message = f"{listed([site.path for site in moved])}: frozen, and the rule moves W"
+            notes = [Note("the rule", program.rules[moved[0].rule].method_span)]
+            diagnostics.error("SURG032", message, item.span, notes=notes, help="subtract them with `except`")
+
+
+def check_length(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
+    """Rows must fit the model's table of positions: a longer one would fail in the middle of a run."""
+    positions = skeleton.positions
+    if program.data is None or positions is None or program.data.max_length <= positions:
+        return
+    settings = [setting for item in program.tree.items if isinstance(item, nodes.Data) for setting in item.settings]
+    written = next((setting for setting in settings if setting.name == "max_length"), None)
+    if written is not None:  # else the default is cut to the table
+        message = f"`max_length` is {program.data.max_length}, the model has {positions} positions"
+        help_text = f"write `max_length = {positions}` or less"
+        diagnostics.error("SURG031", message, written.span, help=help_text)
+
+
+def check_packed(program: Program, skeleton: Skeleton, diagnostics: Diagnostics) -> None:
+    """Positions are what tells the documents of a row apart."""
+    if program.data is None or not program.data.pack:
+        return
+    if "position_ids" not in inspect.signature(skeleton.model.forward).parameters:
+        settings = [setting for item in program.tree.items if isinstance(item, nodes.Data) for setting in item.settings]
+        written = next(setting for setting in settings if setting.name == "pack")
+        message = f"{type(skeleton.model).__name__} takes no `position_ids`, which tell the documents of a row apart"
+        diagnostics.error("SURG031", message, written.span, help="leave `pack = true` out")
+
+
+def check_half(
+    program: Program,
+    skeleton: Skeleton,
+    sites: list[Site],
+    trained: tuple[WholeParameter, ...],
+    diagnostics: Diagnostics,
+) -> None:
+    """AdamW divides by sqrt(v) + eps, and both are 0 in float16: what it trains there is NaN after two steps."""
+    if program.step.optimizer.base != "adamw":
+        return
+    whole = [entry.name for entry in trained if skeleton.parameters[entry.name].dtype is torch.float16]
+    own = [
+        tensor.key for site in sites for tensor in site.tensors if tensor.role == "train" and tensor.dtype == "float16"
+    ]
+    for name, advice in ((whole[:1], "dtype = float32 with precision = float16"), (own[:1], "adapter_dtype = float32")):
+        if name:
+            span = next((item.span for item in program.tree.items if isinstance(item, nodes.Step)), program.tree.span)
+            message = f"`{name[0]}` is float16, where AdamW's eps is 0 and its steps are not numbers"
+            diagnostics.error("SURG032", message, span, help=f"write `{advice}`, or train with sgd")
