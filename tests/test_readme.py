@@ -50,9 +50,9 @@ def test_the_method_of_the_guide_is_a_method() -> None:
 
 
 def test_the_blocks_of_the_language_page_are_checked_and_planned() -> None:
-    spec, data, method, composed = blocks("surg", "docs/language.md")
+    spec, data, *others = blocks("surg", "docs/language.md")
     assert [site.update for site in surgery.plan(surgery.parse(spec)).sites] == ["literal"] * 10
     found = surgery.parse(data).data
     assert found is not None and found.pack and found.template == "llama-3"
-    surgery.parse(method)
-    surgery.parse(composed)
+    for text in others:
+        surgery.parse(text)
