@@ -58,10 +58,10 @@ def run(
     """
     from surgery.runtime import distributed
 
-    with distributed.joined(), distributed.heard_once(), reporting(format):
+    with distributed.joined(device), distributed.heard_once(), reporting(format):
         folder = output or (spec if spec.is_dir() else Path("runs") / spec.stem)
         check_output(folder)
-        _train(spec, folder, resume, scope, _own(device), format, allow_code)
+        _train(spec, folder, resume, scope, own_device(device), format, allow_code)
 
 
 def _train(
@@ -103,16 +103,23 @@ def _train(
         raise typer.Exit(130)
 
 
-def _own(device: str | None) -> str | None:
+def own_device(device: str | None) -> str | None:
     """The device of this process; of several processes each has the GPU of its number on its machine."""
     from surgery.runtime import distributed
+    from surgery.runtime.devices import why_not
 
     if distributed.processes() == 1:
         return device
     if device not in (None, "cpu", "cuda"):
         message = f"`{device}` is one device, and the launcher started {distributed.processes()} processes"
         raise typer.BadParameter(f"{message}; leave it out, or say cuda or cpu", param_hint="--device")
-    return distributed.local_device() if device is None or device == "cuda" else device
+    if device == "cpu":
+        return device
+    own = distributed.local_device()
+    if reason := why_not(own):
+        help = "start as many processes on a machine as it has GPUs, or say --device cpu"
+        raise fail("SURG072", f"process {distributed.number()} has no GPU of its own: {reason}", help=help)
+    return own
 
 
 def _start(

@@ -31,7 +31,7 @@ def main(path: str, arguments: Sequence[str] | None = None) -> int:
     if options.device is not None and (reason := why_not(options.device)):
         parser.error(f"argument --device: {reason}")
     try:
-        with distributed.joined(), distributed.heard_once():
+        with distributed.joined(options.device), distributed.heard_once():
             own = distributed.local_device() if distributed.processes() > 1 else None
             _run(Path(path).resolve().parent, options.data, options.output, options.device or own)
     except SurgError as error:

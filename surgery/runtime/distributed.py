@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from surgery.compiler.kernels.over_processes import is_spread, several
+from surgery.runtime.devices import why_not
 
 Value = TypeVar("Value")
 _INTERRUPTED = 130  # the exit status of a run that all processes have ended together
@@ -26,14 +27,18 @@ _PATIENCE = 10.0  # seconds in which a launcher ends all processes after one has
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Inside, the processes that a launcher started are one group; its default device is this process's own GPU."""
+def joined(device: str | None = None) -> Iterator[None]:
+    """Inside, the processes that a launcher started are one group; its default device is this process's own GPU.
+
+    On the `device` "cpu" no GPU is touched, and there may be more processes than GPUs.
+    """
     if launched() == 1 or (distributed.is_available() and distributed.is_initialized()):
         yield
         return
     backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
+    if torch.cuda.is_available() and device != "cpu":
+        if why_not(local_device()) is None:  # who asks for a GPU that is not there says so, once there is a group
+            torch.cuda.set_device(local_device())
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend)
     try:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.cli.train import own_device
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.kernels import over_processes
 from surgery.compiler.memory_spread import of_processes
 from surgery.compiler.plan import Plan
-from surgery.runtime import distributed_checks
+from surgery.runtime import distributed, distributed_checks
 from surgery.runtime.data import Examples, Stream
 from surgery.runtime.distributed_checks import check_model, check_spread
 from surgery.runtime.mapped import mapped_model
@@ -74,6 +75,16 @@ def test_running_statistics_are_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(distributed_checks, "processes", lambda: 2)
     (found,) = check_model(plan, model).errors
     assert found.code == "SURG072" and "`1`" in found.message and found.span is not None and found.span.line == 1
+
+
+def test_each_process_has_a_gpu_of_its_own_or_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "local_device", lambda: "cuda:99")
+    with pytest.raises(SurgError) as refused:
+        own_device(None)
+    (found,) = refused.value.diagnostics
+    assert found.code == "SURG072" and "`cuda:99`" in found.message and found.help
+    assert own_device("cpu") == "cpu"
 
 
 def test_earlier_blocks_are_unknown_in_module_scope() -> None:
