@@ -76,7 +76,7 @@ def run(
     diagnostics.raise_errors()
     plan = resolver.plan(trained, quantized)
     found = factors.factors(program, plan, diagnostics)
-    plan_checks.check_resets(program, plan, diagnostics)
+    plan_checks.check_events(program, plan, diagnostics)
     plan_checks.check_frozen(program, skeleton, plan, diagnostics)
     resting = active.active(program, plan, diagnostics)
     diagnostics.raise_errors()

@@ -8,6 +8,7 @@ import torch
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra import instance
+from surgery.compiler.algebra.event import reads_gradient
 from surgery.compiler.diagnostics import Diagnostics, Note
 from surgery.compiler.plan import Plan, Site, WholeParameter
 from surgery.compiler.program import Program
@@ -17,18 +18,27 @@ from surgery.optimizers import OPTIMIZERS
 from surgery.optimizers.factors import FactorOptimizer
 
 
-def check_resets(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
-    """An optimizer whose moments are those of a whole product cannot begin anew with a factor of it."""
-    made = OPTIMIZERS[plan.step.optimizer.name].made
-    if not (isinstance(made, type) and issubclass(made, FactorOptimizer) and made.start is not FactorOptimizer.start):
+def check_events(program: Program, plan: Plan, diagnostics: Diagnostics) -> None:
+    """What events read of an optimizer, or want of it, that this one does not have."""
+    kind = OPTIMIZERS[plan.step.optimizer.name]
+    if kind.needs is None or not isinstance(kind.made, type):
         return
+    whole = issubclass(kind.made, FactorOptimizer) and kind.made.start is not FactorOptimizer.start
     for rule in dict.fromkeys(site.rule for site in plan.sites):
+        name, where = program.rules[rule].method.name, program.rules[rule].method_span
         formulas = (instance.instance(plan, site.formula) for site in plan.sites if site.rule == rule)
-        if any(change.operator == "reset" for one in formulas for event in one.events for change in event.changes):
-            name = program.rules[rule].method.name
-            message = f"`{name}` resets a factor, and `{plan.step.optimizer.name}` cannot forget it"
+        changes = [(event.phase, change) for one in formulas for event in one.events for change in event.changes]
+        if whole and any(change.operator == "reset" for _, change in changes):
+            message = f"`{name}` resets a factor, and `{kind.name}` cannot forget it"
             help_text = "its state is that of the whole product: take riemannian, lora_plus, adamw or sgd"
-            diagnostics.error("SURG032", message, program.rules[rule].method_span, help=help_text)
+            diagnostics.error("SURG032", message, where, help=help_text)
+        phases = {phase for phase, change in changes if reads_gradient(change.value)}
+        if kind.needs == "jacobian" and phases:
+            message = f"`{name}` reads gradients of the loss, and `{kind.name}` has none"
+            diagnostics.error("SURG039", message, where, help="take adamw or sgd")
+        elif "after step" in phases:
+            message = f"`{name}` reads gradients after the step, where `{kind.name}` has put others in their place"
+            diagnostics.error("SURG032", message, where, help="read them `after backward`, or take adamw or sgd")
 
 
 def check_frozen(program: Program, skeleton: Skeleton, plan: Plan, diagnostics: Diagnostics) -> None:

@@ -93,6 +93,7 @@ NOT_YET: dict[str, tuple[str, ...]] = {  # what the page says, and texts of it
         METHOD.replace("zeros[rank, in]", "zeros[rank, in] shared by model") + "after step { A += A }",
     ),
     "`at start` over an earlier block": (METHOD + "at start { W -= previous(B @ A) }",),
+    "`hidden_dimension_gain`": ("adapt lm_head { with lora(rank = hidden_dimension_gain()) }",),
     "several `step` blocks": ("step { steps = 1 } step { steps = 2 }",),
     "`train` and `freeze` in a step": ("step { train lm_head }", "step { freeze lm_head }"),
 }
