@@ -18,8 +18,8 @@ def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostic
     count = processes() if count is None else count
     found, several, step = Diagnostics(), count > 1, plan.step
     if several and step.batch < count:
-        message = f"a batch of {step.batch} rows for {count} processes: some would have nothing to do"
-        help = f"a larger `batch`, or at most {step.batch} processes"
+        message = f"`batch = {step.batch}` for {count} processes: some would have no row to work on"
+        help = f"write `batch = {count}` or more, or start fewer processes"
         found.error("SURG072", message, _setting(plan, nodes.Step, "batch"), help=help)
     if several and step.compile == "reduce_overhead":
         message = "one CUDA graph cannot hold the sums over processes"
