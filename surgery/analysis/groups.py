@@ -68,7 +68,7 @@ def _parts(group: Group, matrices: Sequence[Tensor], heads: int | None) -> list[
         for first, second in zip(matrices, matrices[1:], strict=False):
             if second.shape[1] != first.shape[0]:
                 message = f"{list(second.shape)} @ {list(first.shape)} do not fit in `{group.name}`"
-                help = "the last weight to be applied comes first, as in `B @ A`; `.T` transposes one; heads: --per-head"
+                help = "what is applied last comes first, as in `B @ A`; `.T` transposes; --per-head goes by heads"
                 raise fail("SURG005", message, span, help=help)
         return list(matrices)
     if len(matrices) != 2:
