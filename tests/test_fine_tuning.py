@@ -1,4 +1,4 @@
-"""An epoch of `sft.surg` by the command line, from plan to what others load; then on folders of a model and of data."""
+"""`sft.surg` on the command line, from the plan to what others load; then on folders of a model and of data."""
 
 from __future__ import annotations
 
@@ -41,15 +41,10 @@ def answer(capsys: pytest.CaptureFixture[str], verb: str, *arguments: str) -> di
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one_epoch.surg`, `run`, trained once, and `merged`."""
+    """`run`, trained once, and `merged`."""
     folder = tmp_path_factory.mktemp("sft")
-    text = (SPECS / "sft.surg").read_text()
-    for name in ("configs/", "data/"):
-        text = text.replace(f'"{name}', f'"{SPECS / name}/')
-    assert "epochs = 3" in text
-    (folder / "one_epoch.surg").write_text(text.replace("epochs = 3", "epochs = 1"))
     for verb in (
-        ["train", str(folder / "one_epoch.surg"), "-o", str(folder / "run"), "--device", "cpu"],
+        ["train", str(SPECS / "sft.surg"), "-o", str(folder / "run"), "--device", "cpu"],
         ["merge", str(folder / "run"), "-o", str(folder / "merged")],
     ):
         with pytest.raises(SystemExit) as ended:
@@ -60,12 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_learns_as_planned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan counts its steps, and plain transformers says of the merged model what the run says."""
-    planned = answer(capsys, "plan", str(folder / "one_epoch.surg"))["sample"]
+    planned = answer(capsys, "plan", str(SPECS / "sft.surg"))["sample"]
     held_out = answer(capsys, "eval", str(folder / "run"), "--device", "cpu")
     rows = [json.loads(row) for row in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert planned["steps_per_epoch"] == len(rows) and planned["padding"] < 0.03
+    assert planned["steps_per_epoch"] * 3 == len(rows) and planned["padding"] < 0.03
     assert planned["example"]["parts"][1]["learned"] and planned["example"]["parts"][1]["text"].endswith("<|im_end|>\n")
-    assert rows[0]["loss"] > 6.8 and held_out["perplexity"] < 250  # of 1,024 tokens
+    assert rows[0]["loss"] > 6.8 and held_out["perplexity"] < 150  # of 1,024 tokens
     assert held_out["loss"] == rows[-1]["eval_loss"]
 
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -118,7 +113,7 @@ def test_a_model_and_data_in_folders(folder: Path, capsys: pytest.CaptureFixture
     before = answer(capsys, "eval", str(folder / "run"), "--device", "cpu")["loss"]
     trained = answer(capsys, "train", str(folder / "folders.surg"), "-o", str(folder / "again"), "--device", "cpu")
     losses = [json.loads(row)["loss"] for row in (folder / "again" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == trained["steps"] == 12 and losses[0] < 5.8  # it goes on where the merged model stood
+    assert len(losses) == trained["steps"] == 12 and losses[0] < 5  # it goes on where the merged model stood
     assert trained["evaluation"]["loss"] == pytest.approx(before, abs=0.2)
     answer(capsys, "merge", str(folder / "again"), "-o", str(folder / "twice"))
     found = answer(capsys, "generate", str(folder / "again"), "--messages", ASKED, "--max-new-tokens", "20")
