@@ -232,13 +232,11 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     if statistics:
         lines += ["", "    # a step that is not taken leaves the running statistics alone too"]
         lines.append("    running = {name: weights[name].clone() for name in STATISTICS}")
+    extra = ", scaler" if scaled else ", optimizer" if observes else ""
     lines += [
         "",
-        "    # 3. forward and backward",
-        f"    loss = gradients(weights, batch{', scaler' if scaled else ', optimizer' if observes else ''})",
-        "",
-        "    # 4. sum over the processes of the run",
-        "    loss = step_over_processes(loss, optimizer)",
+        "    # 3. forward and backward, 4. summed over the processes of the run",
+        f"    loss = step_over_processes(gradients(weights, batch{extra}), optimizer)",
         *(_penalty(scaled) if added else []),
         f"    if not loss.is_cuda and not torch.isfinite(loss{' + added' if added else ''}):",
         "        optimizer.zero_grad()",
