@@ -18,6 +18,7 @@ from surgery.compiler.factors import setting
 from surgery.compiler.graph import TRAINING, called_modules, put, tensors
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
+from surgery.optimizers import OPTIMIZERS
 from surgery.runtime import clock
 from surgery.runtime.correct import corrected, corrected_sites
 from surgery.runtime.initialise import Sources, initialise
@@ -96,7 +97,7 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
     _reads_across(plan).raise_errors()
-    if plan.factors:
+    if OPTIMIZERS[plan.step.optimizer.name].needs is not None:
         message = f"the optimizer is the trainer's here, and the spec's {plan.step.optimizer.name} would not run"
         help_text = "use surgery.compile, or name adamw or sgd in the spec"
         raise fail("SURG060", message, setting(program, "optimizer"), help=help_text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -95,8 +96,14 @@ def step_of(kind: str, compiled: str, method: str = LORA, drop: float = 0.1, mor
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
+    """Nothing compiled before, and reductions in the same order in two compilations of one step.
+
+    Inductor times several forms of a reduction on the device and keeps the quickest, on disk too: what another process
+    writes there in between would give the second step other kernels than the first has.
+    """
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(deterministic=True):
+        yield
     torch.cuda.set_sync_debug_mode("default")
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import surgery
+from surgery.optimizers import OPTIMIZERS
+from surgery.runtime.modules import Adapted
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -143,6 +145,26 @@ def test_nothing_is_changed_by_a_program_that_does_not_fit(rule: str, code: str)
         surgery.apply(surgery.parse(rule), model)
     assert {found.code for found in raised.value.diagnostics} == {code}
     assert str(model) == str(before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+OF_ITS_OWN = {"loko": "loko(tokens = [3, 4])", "lora_rite": "lora_rite(lr = 1e-3)"}
+METHODS = {"geolora": "geolora(rank = 4)", "lora_fa": "lora_fa(rank = 4)"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in OPTIMIZERS.items() if kind.needs is not None))
+def test_an_optimizer_that_another_trainer_has_not_is_refused(name: str) -> None:
+    """Whatever it needs: factors, or outputs of the model; and nothing is changed."""
+    optimizer = OF_ITS_OWN.get(name, f"{name}(adamw(lr = 1e-3))")
+    text = f"adapt **.q_proj {{ with {METHODS.get(name, 'lora(rank = 4)')} }}\n"
+    program = surgery.parse(text + f"step {{ optimizer = {optimizer}  loss = causal_lm }}")
+    model = llama()
+    with pytest.raises(surgery.SurgError, match=f"the spec's {name} would not run") as raised:
+        surgery.apply(program, model)
+    (found,) = raised.value.diagnostics
+    assert found.code == "SURG060" and found.span is not None
+    assert found.span.source.text[found.span.start : found.span.end] == optimizer
+    assert not any(isinstance(module, Adapted) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
