@@ -343,6 +343,17 @@ def test_lora2_is_scored_by_the_small_matrices_alone() -> None:
     assert sum(int(tensors["E"].count_nonzero()) for tensors in step.parameters_by_site.values()) == 2 * 3
 
 
+def test_the_planes_of_lora2_are_weighed_by_their_product() -> None:
+    """The root of the rank where all factors are orthonormal, so this term and `orth` are in balance, not both 0."""
+    step = compiled("with lora2(rank = 2, width = 4, orth = 0, cross = 0.3)", optimizer="sgd(lr = 0.1)")
+    planes = [t[name] for t in step.parameters_by_site.values() for name in ("P1", "Q1", "P2", "Q2")]
+    for number, tensor in enumerate(planes):
+        nn.init.orthogonal_(tensor, generator=torch.Generator().manual_seed(number))
+    penalties = [float(step(batch(number)).penalty) for number in range(STEPS)]
+    assert penalties[0] == pytest.approx(0.3 * 2**0.5, rel=1e-12)
+    assert penalties == sorted(penalties, reverse=True)
+
+
 def test_delta_lora_with_a_scheduled_ratio_does_not_telescope() -> None:
     """The compiler says so, and the literal reading moves W by each step's own ratio."""
     events = "after step { W += cosine_up(step, steps) * (delta - prev(delta)) }"

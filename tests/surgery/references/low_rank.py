@@ -144,10 +144,11 @@ def lora2(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
 
 
 def lora2_penalty(t: Tensors, p: Parameters) -> Tensor:
-    """The mean over all factors of how far each is from orthonormal."""
+    """The mean over all factors of how far each is from orthonormal, and the product of the two planes, without E."""
     grams = [t["P1"] @ t["P1"].T, t["Q1"] @ t["Q1"].T, t["P2"].T @ t["P2"], t["Q2"].T @ t["Q2"]]
     apart = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=torch.float64)) for gram in grams]
-    return p["orth"] * torch.stack(apart).mean() / p["sites"]
+    across = torch.linalg.matrix_norm(t["Q2"] @ t["P2"] @ t["Q1"] @ t["P1"])
+    return (p["orth"] * torch.stack(apart).mean() + p["cross"] * across) / p["sites"]
 
 
 def flat_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
