@@ -44,6 +44,7 @@ class MethodInfo:
     needs_dense_weight: bool
     needs_calibration: bool
     merge_reason: str = ""  # why it does not merge
+    open_reason: str | None = None  # why the steps that move W have no sum in closed form; empty: they have one
     tensors: tuple[TensorInfo, ...] = ()
 
     @property
@@ -74,6 +75,7 @@ def _info(node: nodes.Method) -> MethodInfo:
     from surgery.compiler.algebra.method import elaborate
     from surgery.compiler.algebra.proved import prove
     from surgery.compiler.algebra.quantity import Quantity
+    from surgery.compiler.algebra.telescope import why_not
     from surgery.compiler.p2_check import SYMBOLIC
     from surgery.compiler.printer import show
 
@@ -88,6 +90,7 @@ def _info(node: nodes.Method) -> MethodInfo:
         equation="; ".join(show(statement) for statement in node.statements if _computes(statement)),
         source=" ".join(line.lstrip("# ") for line in node.comments if line),
         text=show(nodes.Tree((node,))),
+        open_reason=(why_not(formula) or "") if formula.moves_base else None,
         tensors=_tensors(node),
         **{**vars(facts), "rank_bound": None if facts.rank_bound is None else str(facts.rank_bound)},
     )

@@ -12,6 +12,7 @@ from surgery.compiler.algebra.low_rank import factor
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.rank import bounded_rank
 from surgery.compiler.algebra.sources import calibrated
+from surgery.compiler.algebra.telescope import why_not
 
 PLAIN = Affine(None, None)  # x itself, as it is in evaluation
 
@@ -34,15 +35,17 @@ class Proved:
 def prove(formula: MethodFormula) -> Proved:
     """Everything the compiler states about a method."""
     dense = needs_dense_weight(formula.expression)
+    unbounded = formula.moves_base and why_not(formula) is not None  # the rank of what W gains grows with the steps
     formula = at_rest(formula)
     rank, reason = bounded_rank(formula), why_not_merged(formula)
-    meets_x = all(affine(term.input, formula.shape) == PLAIN for term in formula.terms) if not reason else False
+    meets_x = not reason and all(affine(term.input, formula.shape) == PLAIN for term in formula.terms)
+    factored = rank is not None and not unbounded and factor(formula.expression) is not None
     kept = formula.expression if formula.form != "output" else None if reason else effective(formula).matrix
     return Proved(
         identity_at_start=identity_at_start(formula),
         rank_bound=rank,
         merges=not reason,
-        exports_as_lora=meets_x and rank is not None and factor(formula.expression) is not None,
+        exports_as_lora=meets_x and factored,
         keeps_zeros=kept is not None and keeps_zeros(kept),
         moves_base=formula.moves_base or bool(formula.corrections),
         needs_dense_weight=dense,

@@ -16,6 +16,7 @@ from surgery.compiler.algebra.formula import EventFormula, MethodFormula, Start,
 from surgery.compiler.algebra.low_rank import factor, structure
 from surgery.compiler.algebra.narrow import without_numbers
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.algebra.schedule import reads_clock
 
 SWITCH = "telescope"  # 0 until the snapshot is taken, then the ratio
 
@@ -45,11 +46,13 @@ def why_not(formula: MethodFormula) -> str | None:
     if len(moving) != 1:
         return "several events move W"
     (event,) = moving
+    if event.from_start:  # it is that closed form
+        return None
     found = summed(event)
     if found is None:
         return "the event is not `W += ratio * (delta - prev(delta))`"
     ratio, moved = found
-    if ratio.constant is None:
+    if reads_clock(ratio):
         return "the ratio is not constant"
     if not event.when.stays_true:
         return "its condition can become false again"

@@ -41,11 +41,19 @@ def sentences(method: MethodInfo) -> list[str]:
         "merges into W exactly" if method.merges else f"does not merge into W: {method.merge_reason}",
         "exports as an ordinary LoRA" if method.exports_as_lora else "",
         "zeros of W stay zeros" if method.keeps_zeros else "",
-        "moves W itself" if method.moves_base else "",
+        f"moves W itself{_sum(method)}" if method.moves_base else "",
         "reads W as a dense matrix: no quantized base" if method.needs_dense_weight else "",
         "needs calibration data" if method.needs_calibration else "",
     ]
     return [f"{fact[0].upper()}{fact[1:]}." for fact in facts if fact]
+
+
+def _sum(method: MethodInfo) -> str:
+    """What is known of the sum of the steps that move W; nothing where only the start does."""
+    if method.open_reason is None:
+        return ""
+    reason = f"does not telescope: {method.open_reason}" if method.open_reason else "telescopes"
+    return f", by steps whose sum {reason}"
 
 
 def pages(methods: Sequence[MethodInfo], folder: Path, specs: Path) -> dict[str, str]:

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.data_table import print_sample
+from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.telescope import why_not
 from surgery.compiler.plan import EventPlan, Facts, Plan, QuantizedPlan, Site, StepPlan, WholeParameter, way_text
 from surgery.optimizers import OPTIMIZERS
 
@@ -79,6 +81,8 @@ def _event(plan: Plan, event: EventPlan) -> str:
     more = ""
     if event.update == "literal" and plan.formulas[event.formula].from_start:
         more = ", each time from W at the start of the run, which stays in memory"
+    elif event.update == "literal" and (reason := why_not(instance(plan, event.formula))):
+        more = f": its sum does not telescope, {reason}"
     if event.update == "mask":
         more = ": tensors keep their largest shape, and what scales them"
     return f"{event.text}  ({event.update}{more})"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import surgery
+from surgery.cli.plan_table import lists
 from surgery.compiler.kernels.across_sites import keep_top, quantile
 from surgery.compiler.kernels.active import chosen
 from surgery.compiler.kernels.noise import bernoulli, gaussian
@@ -225,6 +226,7 @@ RULES = {
     "flat_lora": "flat_lora(rank = 2, rho = 0.5)",
     "rm_lora": "rm_lora(rank = 4)",
     "delta_lora": "delta_lora(rank = 2, ratio = 0.5, start = 3)  update = literal",
+    "delta_lora_scheduled": "delta_lora_scheduled(rank = 2, alpha = 6, ratio = 1.5)",
 }
 
 
@@ -356,18 +358,21 @@ def test_the_planes_of_lora2_are_weighed_by_their_product() -> None:
 
 def test_delta_lora_with_a_scheduled_ratio_does_not_telescope() -> None:
     """The compiler says so, and the literal reading moves W by each step's own ratio."""
-    events = "after step { W += cosine_up(step, steps) * (delta - prev(delta)) }"
     with pytest.raises(surgery.SurgError, match="the ratio is not constant"):
-        compiled("with m()  update = telescope", method(events))
-    step = compiled("with m()", method(events))
+        compiled(f"with {RULES['delta_lora_scheduled']}  update = telescope")
+    step = compiled(f"with {RULES['delta_lora_scheduled']}")
     assert {site.update for site in step.plan.sites} == {"literal"}
+    (said,) = lists(step.plan)["events"]
+    assert said.endswith("(literal: its sum does not telescope, the ratio is not constant)")
+    (said,) = lists(compiled(f"with {RULES['delta_lora']}").plan)["events"]
+    assert said.endswith("(literal)")
     expected = {path: getattr(Net(), path).weight.detach().clone() for path in ("first", "second", "third")}
     for number in range(STEPS):
-        old = {path: (t["B"] @ t["A"]).detach() for path, t in step.parameters_by_site.items()}
+        old = {path: 3 * (t["B"] @ t["A"]).detach() for path, t in step.parameters_by_site.items()}
         step(batch(number))
-        ratio = 0.5 * (1 - np.cos(np.pi * number / STEPS))
+        ratio = 1.5 * 0.5 * (1 - np.cos(np.pi * number / STEPS))
         for path, t in step.parameters_by_site.items():
-            expected[path] += ratio * ((t["B"] @ t["A"]).detach() - old[path])
+            expected[path] += ratio * (3 * (t["B"] @ t["A"]).detach() - old[path])
             torch.testing.assert_close(step.weights[f"{path}.weight"].detach(), expected[path], rtol=1e-12, atol=1e-13)
 
 

@@ -89,6 +89,9 @@ def facts(body: str) -> dict[str, Any]:
         (f"{LOW_RANK}s = train ones[out, 1]\ndelta = s * (B @ A)", "needs_dense_weight", False),
         (f"{LOW_RANK}delta = B @ A\nafter step {{ A *= 0.9 }}", "moves_base", False),
         (f"{LOW_RANK}delta = B @ A\nafter step {{ W += delta }}", "moves_base", True),
+        (f"{LOW_RANK}delta = B @ A\nafter step {{ W += delta }}", "exports_as_lora", False),
+        (f"{LOW_RANK}delta = B @ A\nafter step {{ W += rank * (delta - prev(delta)) }}", "exports_as_lora", True),
+        (f"{LOW_RANK}delta = B @ A\nafter step {{ W += step * (delta - prev(delta)) }}", "exports_as_lora", False),
     ],
 )
 def test_facts_by_induction(body: str, name: str, value: object) -> None:

@@ -151,6 +151,10 @@ def lora2_penalty(t: Tensors, p: Parameters) -> Tensor:
     return (p["orth"] * torch.stack(apart).mean() + p["cross"] * across) / p["sites"]
 
 
+def delta_lora_scheduled(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # as lora, beside the W that moves; the first ratio is 0
+
+
 def flat_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # the noise is 0 in evaluation, and in the first step
 
