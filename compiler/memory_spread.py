@@ -12,8 +12,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from surgery.compiler.built_again import built_again
 from surgery.compiler.memory import of_plan
-from surgery.compiler.plan import MemoryPlan, Plan
+from surgery.compiler.plan import MemoryPlan, Plan, Site
 
 Scope = Literal["graph", "module"]
 
@@ -27,8 +28,22 @@ def of_processes(plan: Plan, model: nn.Module, processes: int, scope: Scope) -> 
     if scope == "module":
         changed["compile"] = "off"
     one = plan.model_copy(update={"step": plan.step.model_copy(update=changed)})
+    if scope == "module" and processes > 1:
+        one = _with_built_again(one)
     found = of_plan(one, model, whole_logits=scope == "module").model_copy(update={"processes": processes})
     return _spread(found, plan, model, processes) if scope == "module" and processes > 1 else found
+
+
+def _with_built_again(plan: Plan) -> Plan:
+    """With matrices of W's size built in the backward again; what no strategy does so is counted as if it were kept."""
+    again = {site.path for site in built_again(plan)}
+
+    def way(site: Site) -> Site:
+        legal = any(found.strategy == "recompute" and found.legal for found in site.candidates)
+        changes = legal and site.path in again
+        return site.model_copy(update={"strategy": "recompute", "operation": ""}) if changes else site
+
+    return plan.model_copy(update={"sites": tuple(map(way, plan.sites))})
 
 
 def _spread(memory: MemoryPlan, plan: Plan, model: nn.Module, processes: int) -> MemoryPlan:

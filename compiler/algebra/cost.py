@@ -193,9 +193,7 @@ def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
 
     `planned` tokens decide the order of its products; what is looked at is a run on a few rows.
     """
-    sides = _sides(formula)
-    sizes = {whole_of(size) for tensor in formula.tensors for size in tensor.shape} | set(sides)
-    rows = next(number for number in range(2, len(sizes) + 3) if number not in sizes)
+    sides, rows = _sides(formula), _free_rows(formula)
     tensors = _tensors(formula, torch.float32, rows, torch.float32)
     base, x = _site("Linear", rows, sides, torch.float32)
     adaptation = Adaptation(formula, "branch", planned, torch.float32, dict.fromkeys(tensors, torch.float32))
@@ -203,3 +201,26 @@ def branch_is_dense(formula: MethodFormula, planned: int) -> bool:
         adaptation(x, base, None, tensors, True)
     found: bool = seen.found
     return found
+
+
+def keeps_matrix(
+    formula: MethodFormula, strategy: str, planned: int, dtype: torch.dtype, kind: str = "Linear", operation: str = "",
+) -> bool:  # fmt: skip
+    """Whether a site run so keeps a matrix of W's size for its backward that is neither W nor a tensor of the method.
+
+    `planned` tokens decide the order of its products; `kind` and `operation` are as `measure` has them.
+    """
+    sides, rows = _sides(formula), _free_rows(formula)
+    tensors = _tensors(formula, dtype, rows, dtype)
+    base, x = _site(kind, rows, sides, dtype)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    kept = Kept([base.stored, *tensors.values()])
+    with kept:
+        Adaptation(formula, strategy, planned, dtype, dtypes, operation=operation)(x, base, None, tensors, True)
+    return any(tensor.numel() >= math.prod(sides) and rows not in tensor.shape for tensor in kept.tensors)
+
+
+def _free_rows(formula: MethodFormula) -> int:
+    """A few rows, as many as no axis of the method's tensors has, so that activations are known by their shapes."""
+    sizes = {whole_of(size) for tensor in formula.tensors for size in tensor.shape} | set(_sides(formula))
+    return next(number for number in range(2, len(sizes) + 3) if number not in sizes)

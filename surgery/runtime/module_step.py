@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from surgery.compiler import p9_emit, pipeline
+from surgery.compiler.built_again import built_again
 from surgery.compiler.diagnostics import Diagnostic, fail, render
 from surgery.compiler.emit.whole_model import whole_model
 from surgery.compiler.events import KEPT, START, EventProgram, programs
@@ -30,9 +31,12 @@ from surgery.runtime.clock import stored
 from surgery.runtime.distributed_checks import check_spread
 from surgery.runtime.initialise import Sources
 from surgery.runtime.mapped import mapped_model
+from surgery.runtime.measure import Batches, measurements
 from surgery.runtime.models import load_model
-from surgery.runtime.modules import adapt
+from surgery.runtime.modules import Adapted, adapt
+from surgery.runtime.owners import AdaptedOwner
 from surgery.runtime.ownership import written_names
+from surgery.runtime.run_folder import RunState
 from surgery.runtime.sharded import shard
 from surgery.runtime.step import TrainingStep
 
@@ -55,6 +59,8 @@ class ModuleStep(TrainingStep):
         for path in plan.recomputed:
             _run_again(model.get_submodule(path))
         if distributed.processes() > 1:
+            for module in _modules_of(model, {id(stored(model, site.parameter)) for site in built_again(plan)}):
+                _run_again(module)
             for parameter in whole:  # it may be a mapped file, which nothing writes to
                 parameter.data = parameter.data.clone()
             shard(model, set(whole), device)
@@ -84,19 +90,21 @@ class ModuleStep(TrainingStep):
 
 
 def module_step(
-    program: Program, device: str | None = None, saved: Mapping[str, Tensor] | None = None, *, allow_code: bool = False
+    program: Program, device: str | None = None, *, state: RunState | None = None, calibration: Batches | None = None,
+    allow_code: bool = False,
 ) -> ModuleStep:  # fmt: skip
-    """The step of a program in module scope, on `device` (default: a GPU if there is one), or that of a run's tensors.
+    """The step of a program in module scope, on `device` (default: a GPU if there is one), or that of a run's state.
 
-    Over several processes each reads its own rows of the checkpoint. Raises SURG036 for starts that read data, SURG060
+    `calibration` batches are for numbers of the data, which a run has. Over several processes each reads its own rows
+    of the checkpoint, but for these numbers all of it. Raises SURG036 for starts that read data, SURG060
     where modules cannot be replaced, SURG072 for what cannot be spread.
     """
     from surgery.api import plan as planned
 
     place = torch.device(device or distributed.local_device())
-    made = planned(program, allow_code=allow_code)
+    made = planned(program, allow_code=allow_code, numbers=state.plan.measured if state else "draft")
     check_spread(made, "module").raise_errors()
-    if saved is None and any(site.facts.needs_calibration for site in made.sites):
+    if state is None and any(site.facts.needs_calibration for site in made.sites):
         raise missing(made)
     if not made.totals.trainable:
         raise fail("SURG020", "the program trains nothing", made.span(made.sites[0].place))
@@ -109,7 +117,9 @@ def module_step(
     if model is None:
         first = "cpu" if distributed.processes() > 1 else place  # rows of it go on from there
         model = load_model(made.model, program.folder, first, seed=made.step.seed, allow_code=allow_code)
-    plan = pipeline.resolve(program, model)
+    measured = state.plan.measured if state else measurements(program, model, calibration)
+    plan = pipeline.resolve(program, model, measured=measured)
+    saved = state.state["weights"] if state else None
     return ModuleStep(plan, model, Sources(program.folder, saved=saved), place, program.folder)
 
 
@@ -129,8 +139,14 @@ def _names(event: EventProgram) -> set[str]:
     return {name for site in event.sites for name in site.values()}
 
 
+def _modules_of(model: nn.Module, weights: set[int]) -> list[nn.Module]:
+    """The adapted modules of some weights, tied ones too."""
+    adapted = [module for module in model.modules() if isinstance(module, Adapted | AdaptedOwner)]
+    return [module for module in adapted if not weights.isdisjoint(map(id, module.parameters(recurse=False)))]
+
+
 def _run_again(block: nn.Module) -> None:
-    """Let the backward run a block's forward again: nothing inside it is kept."""
+    """Let the backward run a module's forward again: nothing inside it is kept."""
     own: Callable[..., Any] = block.forward
 
     def forward(*given: Any, **named: Any) -> Any:
