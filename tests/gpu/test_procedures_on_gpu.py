@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import surgery
 from surgery.compiler.kernels.noise import bernoulli, gaussian
+from tests.surgery import three_layers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,6 +18,7 @@ pytestmark = [
 ]
 
 DEVICE, STEPS = "cuda" if torch.cuda.is_available() else "cpu", 12
+SIZES = (48, 64, 56, 40)
 RULES = [
     "with adalora(rank = 4, target = 2, warmup = 2, cooldown = 3, interval = 2)",
     "with sora(rank = 4, threshold = 0.05, l1 = 0.1)",
@@ -29,22 +31,9 @@ RULES = [
 ]
 
 
-class Net(nn.Module):
-    """Three linears of different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(48, 64), nn.Linear(64, 56), nn.Linear(56, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
-        return found
-
-
 def batch(number: int, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(number)
-    return {name: torch.randn(16, size, generator=generator).to(device) for name, size in (("x", 48), ("labels", 40))}
+    """16 rows on the device."""
+    return {name: tensor.to(device) for name, tensor in three_layers.batch(number, 16, SIZES, torch.float32).items()}
 
 
 def compiled(rule: str, device: str, how: str) -> Any:
@@ -52,9 +41,8 @@ def compiled(rule: str, device: str, how: str) -> Any:
     text += (
         f"step {{ optimizer = adamw(lr = 0.01)  loss = mse  batch = 16  steps = {STEPS}  clip = 1.0  compile = {how} }}"
     )
-    return surgery.compile(
-        surgery.parse(text), model=Net().to(device), example_inputs={"x": batch(0, device)["x"]}, device=device
-    )
+    model = three_layers.ThreeLayers(SIZES, torch.float32).to(device)
+    return surgery.compile(surgery.parse(text), model, {"x": batch(0, device)["x"]}, device=device)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -5,33 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import surgery
+from tests.surgery import three_layers
+from tests.surgery.three_layers import SITES as SITES
 
-SITES = ("first", "second", "third")
+SIZES = (8, 8, 8, 6)
 RANK = 3
 
 
-class Network(nn.Module):
+class Network(three_layers.ThreeLayers):
     """Three layers, of which two have one shape: `[rows, 8]` to `[rows, 6]`."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(8, 8, dtype=dtype), nn.Linear(8, 8, dtype=dtype)
-        self.third = nn.Linear(8, 6, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[rows, 8]` to `[rows, 6]`."""
-        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+        super().__init__(SIZES, dtype)
 
 
 def batch(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
     """16 rows and their targets."""
-    draw = torch.Generator().manual_seed(seed)
-    x, labels = (torch.randn(16, size, generator=draw, dtype=torch.float64) for size in (8, 6))
-    return {"x": x.to(dtype), "labels": labels.to(dtype)}
+    return three_layers.batch(seed, 16, SIZES, dtype)
 
 
 def step_of(

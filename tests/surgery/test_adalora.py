@@ -10,33 +10,24 @@ import peft
 import pytest
 import torch
 from peft.tuners.adalora.layer import RankAllocator
-from torch import Tensor, nn
+from torch import Tensor
 
 import surgery
 from surgery.compiler.kernels.schedules import cubic_budget
+from tests.surgery.three_layers import ThreeLayers, batch
 
 RATE, STEPS, WARMUP, COOLDOWN, INTERVAL = 0.05, 24, 4, 6, 3
 
 
-class Net(nn.Module):
-    """Three linears of different sizes, with a loss that peft finds."""
+class WithLoss(ThreeLayers):
+    """What peft asks of a model: a config, and a loss where there are labels."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
-        self.double()
-        self.config = SimpleNamespace(model_type="custom", use_return_dict=True)
+    config = SimpleNamespace(model_type="custom", use_return_dict=True)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        found = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        """Outputs, or with `labels` the loss of them too."""
+        found = super().forward(x)
         return found if labels is None else SimpleNamespace(loss=(found - labels).square().mean(), logits=found)
-
-
-def batch(number: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(number)
-    sizes = {"x": (8, 6), "labels": (8, 5)}
-    return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
 
 
 def ours(optimizer: str = f"adamw(lr = {RATE})", **settings: Any) -> Any:
@@ -46,7 +37,7 @@ def ours(optimizer: str = f"adamw(lr = {RATE})", **settings: Any) -> Any:
                                          cooldown = {COOLDOWN}, interval = {INTERVAL}{more}) }}
         step {{ optimizer = {optimizer}  loss = mse  batch = 8  steps = {STEPS} }}
     """
-    return surgery.compile(surgery.parse(text), model=Net(), example_inputs={"x": batch(0)["x"]})
+    return surgery.compile(surgery.parse(text), model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
 
 
 def test_every_step_is_that_of_peft() -> None:
@@ -56,7 +47,7 @@ def test_every_step_is_that_of_peft() -> None:
         target_r=2, init_r=5, lora_alpha=4, tinit=WARMUP, tfinal=COOLDOWN, deltaT=INTERVAL, beta1=0.85, beta2=0.85,
         orth_reg_weight=0.5, total_step=STEPS, target_modules=["first", "second", "third"],
     )  # fmt: skip
-    model: Any = peft.get_peft_model(Net(), config)
+    model: Any = peft.get_peft_model(WithLoss(), config)
     layers = {path: getattr(model.base_model.model, path) for path in step.parameters_by_site}
     names = {"Q": "lora_A", "P": "lora_B", "E": "lora_E"}
 
@@ -105,7 +96,7 @@ def test_what_is_masked_leaves_the_change_by_just_that_triple() -> None:
     for path, tensors in step.parameters_by_site.items():
         kept = tensors["E"] != 0
         change = 4 / (5 + 1e-5) * (tensors["P"][:, kept] * tensors["E"][kept]) @ tensors["Q"][kept]
-        weight = getattr(Net(), path).weight + change
+        weight = getattr(ThreeLayers(), path).weight + change
         torch.testing.assert_close(step.effective_weight(path), weight.detach(), rtol=1e-12, atol=1e-12)
         assert torch.equal(kept.double(), tensors["kept"])
 
@@ -118,7 +109,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(interrupted: int, tmp_pat
     for number in range(interrupted):
         broken(batch(number))
     broken.save(tmp_path / "run")
-    loaded = surgery.load(tmp_path / "run", model=Net(), example_inputs={"x": batch(0)["x"]})
+    loaded = surgery.load(tmp_path / "run", model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
     loaded.steps = STEPS
     for number in range(interrupted, STEPS):
         loaded(batch(number))

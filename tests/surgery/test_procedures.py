@@ -18,35 +18,16 @@ from surgery.compiler.kernels.across_sites import keep_top, quantile
 from surgery.compiler.kernels.active import chosen
 from surgery.compiler.kernels.noise import bernoulli, gaussian
 from surgery.compiler.kernels.schedules import late_budget
+from tests.surgery.three_layers import SITES, ThreeLayers, batch
 
 STEPS = 12
 LOW_RANK = "A = train normal(0.5)[rank, in]\nB = train normal(0.5)[out, rank]\ndelta = B @ A\n"
 
 
-class Net(nn.Module):
-    """Three linears of different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
-        return found
-
-
-def batch(number: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(number)
-    sizes = {"x": (8, 6), "labels": (8, 5)}
-    return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
-
-
 def compiled(rule: str, methods: str = "", optimizer: str = "adamw(lr = 0.05)", settings: str = "") -> Any:
     text = f"{methods}\nadapt * : Linear {{ {rule} }}\n"
     text += f"step {{ optimizer = {optimizer}  loss = mse  batch = 8  steps = {STEPS}  {settings} }}"
-    return surgery.compile(surgery.parse(text), model=Net(), example_inputs={"x": batch(0)["x"]})
+    return surgery.compile(surgery.parse(text), model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
 
 
 def method(statements: str, tensors: str = LOW_RANK) -> str:
@@ -74,7 +55,7 @@ def test_points_of_a_step_are_in_their_order() -> None:
         norm = float(step(batch(number)).gradient_norm)
         now = copied(step)
         scale = min(0.01 / (norm + 1e-6), 1)
-        for path in ("first", "second", "third"):
+        for path in SITES:
             assert torch.equal(now[f"{path}.first"], before[f"{path}.A"])
             torch.testing.assert_close(now[f"{path}.raw"] * scale, now[f"{path}.cut"], rtol=1e-9, atol=1e-15)
             moved = before[f"{path}.A"] - 0.1 * now[f"{path}.cut"]
@@ -174,9 +155,9 @@ def test_a_threshold_of_the_rule_cuts_at_each_site() -> None:
         adapt first {{ with m() }}
         adapt {{second,third}} {{ with m() }}
         step {{ optimizer = sgd(lr = 0.1)  loss = mse  batch = 8  steps = 9 }}"""
-    step = surgery.compile(surgery.parse(text), model=Net(), example_inputs={"x": batch(0)["x"]})
+    step = surgery.compile(surgery.parse(text), model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
     step(batch(0))
-    left = {path: int(step.weights[f"{path}.A"].count_nonzero()) for path in ("first", "second", "third")}
+    left = {path: int(step.weights[f"{path}.A"].count_nonzero()) for path in SITES}
     assert left["first"] == 3 and left["second"] + left["third"] == pytest.approx(30 / 4, abs=1)
 
 
@@ -201,14 +182,14 @@ def test_a_start_from_the_weight_is_computed_again() -> None:
     step = compiled("with m()", method("every 2 steps { reset m }", tensors))
     for number in range(4):
         step(batch(number))
-    expected = torch.linalg.vector_norm(Net().first.weight.detach(), dim=1)
+    expected = torch.linalg.vector_norm(ThreeLayers().first.weight.detach(), dim=1)
     torch.testing.assert_close(step.weights["first.m"].detach(), expected, rtol=1e-12, atol=0.0)
 
 
 def test_what_reads_the_number_of_steps_needs_it() -> None:
     text = method("after step when step < steps - 1 { A *= 0.9 }")
     text += "adapt * : Linear { with m() }  step { optimizer = sgd(lr = 0.1)  loss = mse }"
-    step = surgery.compile(surgery.parse(text), model=Net(), example_inputs={"x": batch(0)["x"]})
+    step = surgery.compile(surgery.parse(text), model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
     with pytest.raises(surgery.SurgError, match="SURG044"):
         step(batch(0))
 
@@ -240,7 +221,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(name: str, tmp_path: Path
     for number in range(interrupted):
         broken(batch(number))
     broken.save(tmp_path / "run")
-    loaded = surgery.load(tmp_path / "run", model=Net(), example_inputs={"x": batch(0)["x"]})
+    loaded = surgery.load(tmp_path / "run", model=ThreeLayers(), example_inputs={"x": batch(0)["x"]})
     losses = [float(loaded(batch(number)).loss) for number in range(interrupted, STEPS)]
     assert all(map(np.isfinite, losses))
     expected = copied(whole)
@@ -250,7 +231,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_model_that_was_given_never_moves(name: str) -> None:
-    model = Net()
+    model = ThreeLayers()
     before = copy.deepcopy(model.state_dict())
     text = f"adapt * : Linear {{ with {RULES[name]} }}\n"
     text += f"step {{ optimizer = adamw(lr = 0.05)  loss = mse  batch = 8  steps = {STEPS} }}"
@@ -268,7 +249,7 @@ def test_the_gates_of_sora_are_the_exact_prox(released: bool) -> None:
     step(batch(0))
     plain(batch(0))
     grid = torch.linspace(-4, 4, 800_001, dtype=torch.float64)
-    for path in ("first", "second", "third"):
+    for path in SITES:
         for z, found in zip(plain.weights[f"{path}.g"].tolist(), step.weights[f"{path}.g"].tolist(), strict=True):
             best = float(grid[(0.5 * (grid - z).square() + 0.2 * grid.abs()).argmin()])
             if released and abs(z) < 0.4:
@@ -281,7 +262,7 @@ def test_the_dead_zone_of_the_released_code_is_twice_as_wide() -> None:
     for released in ("false", "true"):
         step = compiled(f"with sora(rank = 5, threshold = 0.5, released = {released})")
         step(batch(0))
-        counts.append(sum(int((step.weights[f"{path}.g"] == 0).sum()) for path in ("first", "second", "third")))
+        counts.append(sum(int((step.weights[f"{path}.g"] == 0).sum()) for path in SITES))
     assert counts[0] < counts[1]
 
 
@@ -289,7 +270,7 @@ def test_the_dead_zone_of_the_released_code_is_twice_as_wide() -> None:
 def test_a_change_that_goes_into_the_weight_changes_nothing(name: str, scale: float, period: int) -> None:
     """The function is the same before and behind a merge, and W is the sum of all that was merged."""
     step = compiled(f"with {RULES[name]}")
-    inputs, merged = {"x": batch(50)["x"]}, {path: torch.zeros(()) for path in ("first", "second", "third")}
+    inputs, merged = {"x": batch(50)["x"]}, {path: torch.zeros(()) for path in SITES}
     rate = step.optimizer.param_groups[0]
     for number in range(STEPS):
         twin = compiled(f"with {RULES[name]}".replace(f"period = {period}", "period = 1000"))
@@ -305,7 +286,7 @@ def test_a_change_that_goes_into_the_weight_changes_nothing(name: str, scale: fl
             assert not any(step.weights[f"{path}.B"].any() for path in merged)
     assert rate["lr"] == 0.05
     for path, change in merged.items():
-        moved = step.weights[f"{path}.weight"].detach() - getattr(Net(), path).weight.detach()
+        moved = step.weights[f"{path}.weight"].detach() - getattr(ThreeLayers(), path).weight.detach()
         torch.testing.assert_close(moved, change, rtol=1e-10, atol=1e-12)
         boosters = STEPS // period
         assert int(torch.linalg.matrix_rank(moved)) <= boosters * (2 if name == "relora" else 1)
@@ -314,7 +295,7 @@ def test_a_change_that_goes_into_the_weight_changes_nothing(name: str, scale: fl
 def test_scores_of_dynamic_dora_equal_those_of_the_whole_tensor() -> None:
     """`|c| |b| |a| / |sum c b a|` in closed form, against the `[rank, out, in]` tensor of the released code."""
     step = compiled("with dora_dynamic(rank = 4, target = 2, begin = 0.9, end = 1)")
-    mean = {path: torch.zeros(4, dtype=torch.float64) for path in ("first", "second", "third")}
+    mean = {path: torch.zeros(4, dtype=torch.float64) for path in SITES}
     for number in range(6):
         step(batch(number))
         for path in mean:
@@ -366,7 +347,7 @@ def test_delta_lora_with_a_scheduled_ratio_does_not_telescope() -> None:
     assert said.endswith("(literal: its sum does not telescope, the ratio is not constant)")
     (said,) = lists(compiled(f"with {RULES['delta_lora']}").plan)["events"]
     assert said.endswith("(literal)")
-    expected = {path: getattr(Net(), path).weight.detach().clone() for path in ("first", "second", "third")}
+    expected = {path: getattr(ThreeLayers(), path).weight.detach().clone() for path in SITES}
     for number in range(STEPS):
         old = {path: 3 * (t["B"] @ t["A"]).detach() for path, t in step.parameters_by_site.items()}
         step(batch(number))
@@ -395,12 +376,12 @@ def test_noise_is_normal_and_depends_on_key_step_and_place() -> None:
 
 def test_the_noise_of_flat_lora() -> None:
     """sigma of a row is f * rho / sqrt(in) of its norm, f from 0 up; W stays, and evaluation is without noise."""
-    rho, model = 0.5, Net()
+    rho, model = 0.5, ThreeLayers()
     step = compiled(f"with flat_lora(rank = 2, alpha = 4, rho = {rho})", optimizer="sgd(lr = 0.05)")
     for number in range(STEPS):
         own, leaves = batch(number), {}
         x = own["x"]
-        for path in ("first", "second", "third"):
+        for path in SITES:
             layer, t = getattr(model, path), step.parameters_by_site[path]
             A, B = (t[name].detach().clone().requires_grad_() for name in "AB")
             leaves[path] = (A, B)
@@ -452,7 +433,7 @@ def test_masked_entries_do_not_move() -> None:
         before = copied(step)
         step(batch(number))
         now = copied(step)
-        for path in ("first", "second", "third"):
+        for path in SITES:
             for place, name in enumerate("AB"):
                 key = now[f"{path}.bernoulli_key" + ("_2" if place else "")]
                 mask = bernoulli(now[f"{path}.A"], key, number, 0.5, list(now[f"{path}.{name}"].shape))
@@ -471,7 +452,7 @@ def test_masked_entries_do_not_move() -> None:
 def test_only_some_weights_learn_at_a_time(optimizer: str) -> None:
     """Two of three for four steps each; the third does not move, by momentum or weight decay neither."""
     step = compiled("with lora(rank = 2)  active = random(2, every = 4)", optimizer=optimizer)
-    paths, learned = ("first", "second", "third"), []
+    paths, learned = SITES, []
     for number in range(STEPS):
         before = copied(step)
         step(batch(number))
@@ -495,7 +476,7 @@ def test_all_weights_have_their_turn() -> None:
 def test_boosters_of_chosen_weights_leave_the_others_as_they_are() -> None:
     """Over one period W of the others stays to the bit; in the end each W has a rank of at most its boosters."""
     step = compiled("with xgblora(period = 4)  active = random(1, every = 4)")
-    paths = ("first", "second", "third")
+    paths = SITES
     before, boosters = copied(step), dict.fromkeys(paths, 0)
     for number in range(STEPS):
         step(batch(number))
@@ -506,5 +487,5 @@ def test_boosters_of_chosen_weights_leave_the_others_as_they_are() -> None:
             boosters[moved[0]] += 1
             before = now
     for path, count in boosters.items():
-        change = step.weights[f"{path}.weight"].detach() - getattr(Net(), path).weight.detach()
+        change = step.weights[f"{path}.weight"].detach() - getattr(ThreeLayers(), path).weight.detach()
         assert int(torch.linalg.matrix_rank(change)) == count
