@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.measured import Gain
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
@@ -12,10 +15,13 @@ from surgery.compiler.printer import show
 KINDS = ("int", "real", "text", "bool")
 
 
-def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, Value]:
+def bind_arguments(
+    method: nodes.Method, call: nodes.Call | None, measured: Callable[[Gain], Quantity] | None = None
+) -> dict[str, Value]:
     """The values of a method's parameters: those given in the call, else the defaults, checked by kind.
 
-    Without a call, a parameter is a symbol of its own name. Raises `SurgError` with all that is wrong.
+    Without a call, a parameter is a symbol of its own name. `measured` tells numbers of the data. Raises `SurgError`
+    with all that is wrong.
     """
     diagnostics = Diagnostics()
     given: dict[str, nodes.Argument] = {}
@@ -52,7 +58,7 @@ def bind_arguments(method: nodes.Method, call: nodes.Call | None) -> dict[str, V
             values[parameter.name] = number(Quantity.symbol(parameter.name))  # defaults may read it
             continue
         try:
-            values[parameter.name] = _of_kind(parameter, node, Builder(dict(values)))
+            values[parameter.name] = _of_kind(parameter, node, Builder(dict(values), measured=measured))
         except SurgError as error:
             diagnostics.found += error.diagnostics
             values[parameter.name] = number(Quantity.symbol(parameter.name))

@@ -15,7 +15,8 @@ from surgery.compiler.algebra.condition import COMPARE, Condition
 from surgery.compiler.algebra.expression import GRADIENT, Expression, Range, negated, transposed
 from surgery.compiler.algebra.facts import tensors_read
 from surgery.compiler.algebra.in_time import IN_TIME, NOISE, Occasion, noise
-from surgery.compiler.algebra.names import COORDINATES, LATER, STARTS
+from surgery.compiler.algebra.measured import Gain, read_gain
+from surgery.compiler.algebra.names import COORDINATES, MEASURED, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
 from surgery.compiler.algebra.schedule import SCHEDULES, scheduled
@@ -52,6 +53,7 @@ class Builder:
     earlier: Callable[[Quantity], bool] | None = None  # whether there is a site so many blocks earlier
     most_terms: int = MAXIMUM_TERMS
     tensors: dict[str, TensorFormula] | None = None  # where tensors that no statement names are entered
+    measured: Callable[[Gain], Quantity] | None = None  # numbers of the data, where a rule gives its parameters
 
     def number(self, node: nodes.Expr, what: str = "a number") -> Quantity:
         """The expression's value where only a number will do."""
@@ -257,8 +259,8 @@ class Builder:
         if function in NOISE:
             message = f"`{function}` is drawn in a shape: `{show(node)}[out, in]`"
             raise fail("SURG004", message, node.span)
-        if function in LATER:
-            raise fail("SURG008", f"`{function}` is not built yet", node.span)
+        if function in MEASURED:
+            return self._measured(node)
         if function in IN_TIME and (function != "grad" or self.occasion is not None):
             return self._in_time(node)
         if function in SCHEDULES:
@@ -298,6 +300,14 @@ class Builder:
         read, count = IN_TIME[node.function]
         self._check_count(node, count)
         return read(self, node)
+
+    def _measured(self, node: nodes.Call) -> Expression:
+        """A number that the data tell, of the block of a site."""
+        if self.measured is None:
+            message = f"`{node.function}` is known only where a rule gives the parameters of its method"
+            help_text = f"give it to one: `with lora(rank = {show(node)})`"
+            raise fail("SURG004", message, node.span, help=help_text)
+        return number(self.measured(read_gain(node)), node.span)
 
     def _scheduled(self, node: nodes.Call) -> Expression:
         """A number that follows the clock."""

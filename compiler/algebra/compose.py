@@ -12,14 +12,17 @@ from surgery.compiler.algebra.build import Builder, Value, number
 from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
+from surgery.compiler.algebra.measured import Gain
 from surgery.compiler.algebra.method import elaborate, is_square
-from surgery.compiler.algebra.names import FUNCTIONS_IN_TIME, LATER, names_in, taken
+from surgery.compiler.algebra.names import FUNCTIONS_IN_TIME, MEASURED, names_in, taken
 from surgery.compiler.algebra.narrow import total
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import spelt
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
+
+Measured = Callable[[Gain], Quantity] | None
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,11 @@ class Composed(nodes.Method):
     parts: tuple[Part, ...] = ()
 
 
-def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
-    """The method that a `with` expression stands for; raises `SurgError` with all that is wrong in its calls."""
+def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method], measured: Measured = None) -> Composed:
+    """The method that a `with` expression stands for; raises `SurgError` with all that is wrong in its calls.
+
+    `measured` tells numbers of the data, as for `bind_arguments`.
+    """
     diagnostics = Diagnostics()
     parts: list[Part] = []
 
@@ -49,7 +55,7 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
         call = nodes.Call(node.name, (), span=node.span) if isinstance(node, nodes.Name) else node
         if isinstance(call, nodes.Call) and call.function in methods:
             try:
-                parts.append(_part(call, methods[call.function], parts))
+                parts.append(_part(call, methods[call.function], parts, measured))
             except SurgError as error:
                 diagnostics.found += error.diagnostics
                 return node
@@ -57,7 +63,7 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
         return _rebuilt(node, replaced)
 
     expression = replaced(value)
-    known_functions = methods.keys() | STRUCTURES.keys() | Quantity.FUNCTIONS.keys() | LATER | FUNCTIONS_IN_TIME
+    known_functions = methods.keys() | STRUCTURES.keys() | Quantity.FUNCTIONS.keys() | MEASURED | FUNCTIONS_IN_TIME
     for call in calls(value):
         if call.function not in known_functions:
             known = did_you_mean(call.function, methods)
@@ -70,7 +76,7 @@ def compose(value: nodes.Expr, methods: Mapping[str, nodes.Method]) -> Composed:
     return Composed(text, (), statements, span=value.span, expression=expression, parts=tuple(parts))
 
 
-def _part(call: nodes.Call, method: nodes.Method, before: Sequence[Part]) -> Part:
+def _part(call: nodes.Call, method: nodes.Method, before: Sequence[Part], measured: Measured) -> Part:
     if why := taken(method.name):
         message = f"tensors cannot stand below `{method.name}`, {why}"
         raise fail("SURG035", message, call.span, help="give the method another name")
@@ -78,7 +84,7 @@ def _part(call: nodes.Call, method: nodes.Method, before: Sequence[Part]) -> Par
     while name in others:
         count += 1
         name = f"{method.name}_{count}"
-    return Part(name, method, call, bind_arguments(method, call))
+    return Part(name, method, call, bind_arguments(method, call, measured))
 
 
 def calls(node: nodes.Node) -> list[nodes.Call]:
@@ -95,8 +101,11 @@ def _written_out(part: Part) -> nodes.Call:
     arguments = []
     for name, value in part.arguments.items():
         if isinstance(value, Expression):
-            assert value.value is not None and value.value.constant is not None
+            assert value.value is not None
             constant = value.value.constant
+            if constant is None:  # the data will tell
+                arguments.append(nodes.Argument(nodes.Name(str(value.value)), name))
+                continue
             text = nodes.Number(repr(abs(constant if isinstance(constant, int) else float(constant))))
             node: nodes.Expr = nodes.Unary("-", text) if constant < 0 else text
         else:

@@ -26,7 +26,7 @@ from surgery.compiler.algebra.names import (
     COORDINATES,
     FORMS,
     FUNCTIONS_IN_TIME,
-    LATER,
+    MEASURED,
     RESERVED,
     SPECIAL,
     STARTS,
@@ -156,7 +156,7 @@ class _Reader:
             raise fail("SURG003", f"`{name}` is how a run calls what an event at the start reads", span)
         if name.endswith(GRADIENT):
             raise fail("SURG003", f"`{name}` is how the step calls a gradient, and cannot be bound", span)
-        if name in (*STRUCTURES, *LATER, *STARTS, *SOURCES, *FUNCTIONS_IN_TIME):
+        if name in (*STRUCTURES, *MEASURED, *STARTS, *SOURCES, *FUNCTIONS_IN_TIME):
             raise fail("SURG003", f"`{name}` is a function of the language and cannot be bound", span)
 
     def skips(self, *parts: nodes.Node | None) -> bool:

@@ -13,12 +13,7 @@ COORDINATES = frozenset(_COORDINATES.split())  # numbers of a site beside its si
 RESERVED = COORDINATES | frozenset(["W", "x", "y", "in", "out", "kind", "step", "steps", "training"])
 FORMS = ("delta", "weight", "output")
 SPECIAL = (*FORMS, "input", "penalty")
-# Names of the language page that later work brings: known, so that the answer is "not yet" and not "unknown".
-_LATER = """
-    hidden_dimension_gain
-"""
-LATER = frozenset(_LATER.split())
-
+MEASURED = frozenset({"hidden_dimension_gain"})  # numbers of the data, which a rule gives to its method
 FUNCTIONS_IN_TIME = frozenset(
     ["ema", "sensitivity", "keep_top", "quantile", "cosine_up", "cubic_budget", "late_budget", "gaussian", "bernoulli"]
 )

@@ -6,7 +6,7 @@ from surgery.compiler import nodes
 from surgery.compiler.algebra.build import Builder
 from surgery.compiler.algebra.expression import Expression
 from surgery.compiler.algebra.formula import Start, TensorFormula
-from surgery.compiler.algebra.names import LATER, STARTS
+from surgery.compiler.algebra.names import STARTS
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.shapes import check_extent, spelt
 from surgery.compiler.algebra.sources import SOURCES, check_start
@@ -67,8 +67,6 @@ def read_start(node: nodes.Tensor, builder: Builder) -> tuple[Start, Expression]
             wanted, limit = (_product(shape), numbers[0]) if name == "choice" else (shape[-2], shape[-1])
             _check_distinct(start, wanted, limit)
         return Start(name, numbers, None, show(base)), placeholder
-    if name in LATER:
-        raise fail("SURG008", f"the start `{name}` is not built yet", base.span)
     if isinstance(base, nodes.Name) and base.name not in builder.names:
         raise fail("SURG002", f"there is no start `{base.name}`", base.span, help=did_you_mean(base.name, STARTS))
     if isinstance(base, nodes.Call) and base.function not in (*STRUCTURES, *SOURCES):
