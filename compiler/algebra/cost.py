@@ -214,10 +214,16 @@ def keeps_matrix(
     tensors = _tensors(formula, dtype, rows, dtype)
     base, x = _site(kind, rows, sides, dtype)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    kept = Kept([base.stored, *tensors.values()])
-    with kept:
+    known, kept = {_storage(tensor) for tensor in (base.stored, *tensors.values())}, list[torch.Size]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in known:
+            kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         Adaptation(formula, strategy, planned, dtype, dtypes, operation=operation)(x, base, None, tensors, True)
-    return any(tensor.numel() >= math.prod(sides) and rows not in tensor.shape for tensor in kept.tensors)
+    return any(shape.numel() >= math.prod(sides) and rows not in shape for shape in kept)
 
 
 def _free_rows(formula: MethodFormula) -> int:

@@ -23,8 +23,8 @@ SPECS = {
     # the last batch of an epoch has one row, and one process then none
     "literal": spec(LITERAL, step="batch = 13  micro_batch = 2", more="train model.norm"),
     "packed": spec("lora(rank = 2)", data="max_length = 48  pack = true", step="batch = 2"),
-    "dora": spec("dora(rank = 2)", step="batch = 4  micro_batch = 2  recompute = blocks"),
-    "masked": spec("sqft(rank = 2)"),
+    "dora": spec("dora(rank = 2)", step="batch = 4  micro_batch = 2"),
+    "masked": spec("sqft(rank = 2)", step="batch = 4  recompute = blocks"),
     "transposed": spec(LITERAL, "transformer.h.*.mlp.c_fc", "gpt2"),
 }
 GRAPH = ("literal", "packed")

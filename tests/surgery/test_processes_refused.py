@@ -160,7 +160,7 @@ def test_a_mapped_checkpoint_is_the_loaded_one(tmp_path: Path) -> None:
 
 
 def test_memory_on_each_of_several() -> None:
-    """Frozen weights are divided, what is trained is not; what is whole for a while are two pieces in a row."""
+    """Frozen weights are divided, what is trained is not; a piece of the model and its buffer are whole for a while."""
     text = LORA + "step { optimizer = adamw(lr = 1)  batch = 8  micro_batch = 2  compile = off }"
     program = surgery.parse(MODEL.replace("MORE", "dtype = float32") + text, CONFIGS)
     plan = surgery.plan(program)
