@@ -1,17 +1,19 @@
 """How much memory a step takes on each of several processes, from what it takes on one.
 
 The step's text is run for the rows of one process, as `memory.py` does. In graph scope that is the answer: a process
-has the whole model. In module scope the frozen weights are spread by rows, and whole are, for a while, those of the
-block that runs and of the one that is gathered meanwhile; the loss is that of whole logits.
+has the whole model. In module scope the model is changed in place, its frozen weights are spread by rows, and whole
+are, for a while, those that are being gathered; the loss is that of whole logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
+from surgery.compiler.algebra.instance import instance
 from surgery.compiler.built_again import built_again
 from surgery.compiler.memory import of_plan
 from surgery.compiler.plan import MemoryPlan, Plan, Site
@@ -31,7 +33,20 @@ def of_processes(plan: Plan, model: nn.Module, processes: int, scope: Scope) -> 
     if scope == "module" and processes > 1:
         one = _with_built_again(one)
     found = of_plan(one, model, whole_logits=scope == "module").model_copy(update={"processes": processes})
-    return _spread(found, plan, model, processes) if scope == "module" and processes > 1 else found
+    if scope == "graph":
+        return found
+    copied = _bytes(_changed(plan, model))
+    found = found.model_copy(update={"weights": found.weights - copied, "peak": found.peak - copied})
+    return _spread(found, one, model, processes) if processes > 1 else found
+
+
+def _changed(plan: Plan, model: nn.Module) -> set[nn.Parameter]:
+    """What a step in graph scope has copies of, since it writes to them: in module scope there is one of each."""
+    formulas = {key: instance(plan, key) for key in plan.formulas}
+    written = {key for key, formula in formulas.items() if formula.moves_base or formula.corrections}
+    names = {site.parameter for site in plan.sites if site.formula in written and not site.untied}
+    names |= {whole.name for whole in plan.trained}
+    return {parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name in names}
 
 
 def _with_built_again(plan: Plan) -> Plan:
@@ -47,22 +62,30 @@ def _with_built_again(plan: Plan) -> Plan:
 
 
 def _spread(memory: MemoryPlan, plan: Plan, model: nn.Module, processes: int) -> MemoryPlan:
-    """With the frozen weights spread by rows, and two pieces of the model whole that follow one another."""
+    """With the frozen weights spread by rows, and at the peak what of them is whole.
+
+    A piece of the model is gathered into one buffer and copied from there into its weights. In the forward that buffer
+    stays until the next piece has been copied, in the backward it goes at once, and the piece before is being gathered.
+    """
     from surgery.runtime.sharded import pieces_of
 
     trained = {whole.name for whole in plan.trained}
     whole = {parameter for name, parameter in model.named_parameters() if name in trained}
     frozen = [parameter for parameter in model.parameters() if parameter not in whole]
-    sizes = [_bytes(one for one in piece if one not in whole) for piece in pieces_of(model, whole)]
-    gathered = max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
     spared = _bytes(frozen) - sum(
         _bytes([one]) // max(len(one), 1) * -(-len(one) // processes) if one.dim() else _bytes([one]) for one in frozen
     )
-    return memory.model_copy(
-        update={
-            "weights": memory.weights - spared, "gathered": gathered, "peak": memory.peak - spared + gathered,
-        }
-    )  # fmt: skip
+    always, *sizes = [_bytes(one for one in piece if one not in whole) for piece in pieces_of(model, whole)]
+    forward = always + max((before + 2 * size for before, size in pairwise([always, *sizes])), default=always)
+    backward = always + max((size + max(size, before) for before, size in pairwise([0, *sizes])), default=always)
+    accumulates = plan.step.micro_batch is not None and plan.step.micro_batch < plan.step.batch
+    gradients = memory.trained if accumulates else 0
+    early = memory.weights - spared + forward + memory.trained + gradients + memory.optimizer + memory.kept
+    late = memory.peak - spared + backward
+    changes = {"weights": memory.weights - spared, "gathered": backward, "peak": late}
+    if early > late:  # in the forward of the last block
+        changes |= {"gathered": forward, "peak": early, "gradients": gradients, "outputs": 0, "backward": 0}
+    return memory.model_copy(update=changes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
