@@ -8,7 +8,7 @@ from surgery.compiler import nodes
 from surgery.compiler.diagnostics import Diagnostics, fail
 from surgery.compiler.plan import ActivePlan, Plan
 from surgery.compiler.printer import show
-from surgery.compiler.program import Program
+from surgery.compiler.program import Program, Rule
 from surgery.compiler.settings import arguments, place, whole
 from surgery.optimizers import OPTIMIZERS
 
@@ -31,15 +31,26 @@ def active(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[Acti
         if rule.active is None:
             continue
         sites = sum(site.rule == number for site in plan.sites)
-        setting = next(line for line in rule.node.clauses if getattr(line, "name", "") == "active")
+        setting = _setting(rule)
         count, every = rule.active["count"], rule.active["every"]
         if count > sites:
             message = f"the rule adapts {sites} weight{'s' * (sites != 1)}, so {count} of them cannot learn at a time"
             diagnostics.error("SURG026", message, setting.span)
-        kind = OPTIMIZERS[plan.step.optimizer.name]
-        if kind.needs is not None and isinstance(kind.made, type):
-            message = f"`{plan.step.optimizer.name}` moves the factors of all weights together, and some would rest"
-            help_text = "take lora_plus, adamw or sgd, which know each tensor by itself"
-            diagnostics.error("SURG032", message, setting.span, help=help_text)
         found.append(ActivePlan(rule=number, count=count, sites=sites, every=every, place=place(setting.span)))
     return tuple(found)
+
+
+def check_optimizer(program: Program, block: Plan, diagnostics: Diagnostics) -> None:
+    """The optimizer of a `step` block has to know each tensor by itself."""
+    kind = OPTIMIZERS[block.step.optimizer.name]
+    if kind.needs is None or not isinstance(kind.made, type):
+        return
+    for rule in program.rules:
+        if rule.active is not None:
+            message = f"`{kind.name}` moves the factors of all weights together, and some would rest"
+            help_text = "take lora_plus, adamw or sgd, which know each tensor by itself"
+            diagnostics.error("SURG032", message, _setting(rule).span, help=help_text)
+
+
+def _setting(rule: Rule) -> nodes.Line:
+    return next(line for line in rule.node.clauses if getattr(line, "name", "") == "active")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from surgery.compiler import nodes
@@ -71,7 +71,10 @@ class Products:
 
 
 def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[FactorsPlan, ...]:
-    """The factors that the step's optimizer moves, each product once; SURG039 at rules whose method has none."""
+    """The factors that the optimizer of a plan's `step` moves, each product once.
+
+    SURG039 at rules whose method has none; those at rest in a block need none.
+    """
     kind = OPTIMIZERS[plan.step.optimizer.name]
     if kind.needs == "jacobian":
         _check_outputs(program, plan, diagnostics)
@@ -81,19 +84,25 @@ def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[Fac
     products = Products(plan)
     found: dict[tuple[str, ...], FactorsPlan] = {}
     refused: dict[int, None] = {}
-    for site in plan.sites:
+    rests = set(plan.step.frozen)
+    moving = [
+        site for site in plan.sites
+        if any(one.role == "train" for one in site.tensors) or not any(one.key in rests for one in site.tensors)
+    ]  # fmt: skip
+    for site in moving:
         of_site = list(products.of(site, kind.needs))
         found |= {one.tensors: found.get(one.tensors, one) for one in of_site}
         if not of_site:
             refused[site.rule] = None
-    where = setting(program, "optimizer")
+    where = setting(program, "optimizer", plan.step.number)
     notes = [Note("the optimizer", where)] if where is not None else []
     for rule in refused:
         message = f"`{kind.name}` needs {NEEDS[kind.needs]}; `{program.rules[rule].method.name}` has none"
-        fits = f"these fit all rules: {', '.join(fitting(plan, products))}"
+        fits = f"these fit all rules: {', '.join(fitting(moving, products))}"
         diagnostics.error("SURG039", message, program.rules[rule].method_span, notes=notes, help=fits)
-    if not plan.sites:
-        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; no rule adapts anything"
+    if not moving:
+        none = "what rules adapt rests in this block" if plan.sites else "no rule adapts anything"
+        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; {none}"
         diagnostics.error("SURG039", message, where, help="adapt some weights, or take adamw or sgd")
     return tuple(found.values())
 
@@ -102,7 +111,7 @@ def _check_outputs(program: Program, plan: Plan, diagnostics: Diagnostics) -> No
     """Each output of a row is a backward pass: as many as a vocabulary has are out of the question."""
     name, tokens = plan.step.optimizer.name, plan.step.optimizer.options["tokens"]
     task = plan.model.task if plan.step.loss == "auto" else plan.step.loss
-    where = setting(program, "optimizer")
+    where = setting(program, "optimizer", plan.step.number)
     if task == "causal_lm" and not tokens:
         message = f"`{name}` needs {NEEDS['jacobian']}; a language model's are as many as its tokens are"
         help_text = f"name the tokens that are labels, by their numbers: {name}(tokens = [3, 17])"
@@ -119,19 +128,21 @@ def _check_penalties(program: Program, plan: Plan, diagnostics: Diagnostics) -> 
     """What such an optimizer reads are outputs: a penalty would move nothing."""
     for rule in {site.rule: None for site in plan.sites if instance(plan, site.formula).penalty is not None}:
         message = f"`{plan.step.optimizer.name}` reads outputs and no loss, so the `penalty` would do nothing"
-        notes = [Note("the optimizer", where)] if (where := setting(program, "optimizer")) is not None else []
+        where = setting(program, "optimizer", plan.step.number)
+        notes = [Note("the optimizer", where)] if where is not None else []
         diagnostics.error("SURG039", message, program.rules[rule].method_span, notes=notes, help="take adamw or sgd")
 
 
-def fitting(plan: Plan, products: Products) -> list[str]:
-    """The optimizers whose needs every site of the plan meets."""
+def fitting(sites: Sequence[Site], products: Products) -> list[str]:
+    """The optimizers whose needs each of these sites meets."""
     fits: dict[Need | None, bool] = {None: True, "jacobian": False}  # whose outputs are few, its own check says
     for need in COUNTS:
-        fits[need] = all(any(True for _ in products.of(site, need)) for site in plan.sites)
+        fits[need] = all(any(True for _ in products.of(site, need)) for site in sites)
     return sorted(name for name, kind in OPTIMIZERS.items() if fits[kind.needs])
 
 
-def setting(program: Program, name: str) -> Span | None:
-    """Where the step block sets something."""
-    lines = [line for item in program.tree.items if isinstance(item, nodes.Step) for line in item.settings]
+def setting(program: Program, name: str, number: int = 0) -> Span | None:
+    """Where a `step` block sets something, or the block before it from which it is taken."""
+    blocks = [said.node for said in program.moving[: number + 1] if said.node is not None]
+    lines = [line for block in reversed(blocks) for line in block.settings]
     return next((line.value.span for line in lines if isinstance(line, nodes.Setting) and line.name == name), None)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from surgery.compiler.emit.blocks import of_block
 from surgery.compiler.fused import fused
 from surgery.compiler.graph import tensors
-from surgery.compiler.plan import MemoryPlan, Plan
+from surgery.compiler.plan import MemoryPlan, Plan, StepPlan
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.storages import BACKWARD, GRADIENTS, OPTIMIZER, OUTPUTS, TRAINED, WEIGHTS, Storages
 
@@ -94,30 +95,35 @@ def planned_length(plan: Plan, model: nn.Module) -> int:
 
 
 def predicted(step: TrainingStep, length: int, device: str = "cuda") -> MemoryPlan:
-    """The memory of `step`, which may be on meta, at the spec's batch of rows of `length`.
+    """The memory of `step`, which may be on meta, at the spec's batch of rows of `length`: of its largest `step` block.
 
     On "cuda" what the spec lets torch compile is counted as that; on "cpu" nothing is compiled, and attention is as the
     CPU's kernels do it.
     """
+    blocks = [_of_block(step, block.step, length, device) for block in step.plan.blocks]
+    return max(blocks, key=lambda found: found.peak)
+
+
+def _of_block(step: TrainingStep, settings: StepPlan, length: int, device: str) -> MemoryPlan:
     with FakeTensorMode():
         weights, model = without_storage(step)
-        batch = _batch(step, weights, length)
+        batch = _batch(step, weights, settings.batch, length)
         replaced: dict[str, Any] = {"without_padding": lambda part: part}  # at most all is real
         if device == "cuda":
             replaced["F"] = _OfAGPU()
         if device == "cuda" and step.plan.step.compile != "off":
             try:
-                return measured(step, weights, model, batch, replaced, compiled=True)
+                return measured(step, weights, model, batch, replaced, compiled=True, block=settings.number)
             except Exception:  # torch's tracing may raise anything; the record says that nothing was compiled
                 weights, model = without_storage(step)
-        return measured(step, weights, model, batch, replaced)
+        return measured(step, weights, model, batch, replaced, block=settings.number)
 
 
 def measured(
     step: TrainingStep, weights: Mapping[str, Tensor], model: list[Tensor], batch: Mapping[str, Tensor],
-    replaced: Mapping[str, Any] = MappingProxyType({}), compiled: bool = False,
+    replaced: Mapping[str, Any] = MappingProxyType({}), compiled: bool = False, block: int = 0,
 ) -> MemoryPlan:  # fmt: skip
-    """The memory of two steps over these weights, beside which the `model`'s other tensors stay.
+    """The memory of two steps of a `block` over these weights, beside which the `model`'s other tensors stay.
 
     The second is the first one with the state of the optimizer. `replaced` are names of step.py. `compiled`: with what
     torch's compiler would keep and store, which takes tensors without storage.
@@ -128,6 +134,8 @@ def measured(
     if compiled:
         namespace["compiled"] = lambda function: fused(function, storages)
         namespace["compile_forward"]()
+    make, _, take = of_block(namespace, block)
+    optimizer = make(weights)  # from here on the block's own tensors alone require gradients
     for tensor in weights.values():
         storages.add(tensor, TRAINED if tensor.requires_grad else WEIGHTS)
     for tensor in model:
@@ -142,13 +150,14 @@ def measured(
         if tensor.requires_grad
     ]
     _label_blocks(namespace, weights, storages)
-    optimizer = namespace["make_optimizer"](weights)
     optimizer.step = _labelled(optimizer.step, storages, OPTIMIZER)
+    settings = step.plan.step_blocks
+    where = (0, 2) if len(settings) > 1 else ()
     scaler = (torch.amp.GradScaler(enabled=False),) if step.plan.step.precision == "float16" else ()
     try:
         with storages:
             for number in range(2):
-                namespace["train_step"](weights, optimizer, dict(batch), number, 2, *scaler)
+                take(weights, optimizer, dict(batch), number, 2, *where, *scaler)
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,7 +166,7 @@ def measured(
     sums = {name: parts.pop(name, 0) for name in (WEIGHTS, TRAINED, GRADIENTS, OPTIMIZER, OUTPUTS, BACKWARD)}
     return MemoryPlan(
         compiled=compiled,
-        rows=min(step.plan.step.micro_batch or len(first), len(first)),
+        rows=min(settings[block].micro_batch or len(first), len(first)),
         length=first.shape[1] if first.ndim > 1 else 1,
         kept=sum(parts.values()), peak=storages.most, blocks=parts, **sums,
     )  # fmt: skip
@@ -216,11 +225,11 @@ def without_storage(step: TrainingStep) -> tuple[dict[str, Tensor], list[Tensor]
     return weights, [fake(tensor) for tensor in others]
 
 
-def _batch(step: TrainingStep, weights: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """A batch of the spec's size: `[rows, length]` for what has a length, else the captured sizes."""
+def _batch(step: TrainingStep, weights: Mapping[str, Tensor], rows: int, length: int) -> dict[str, Tensor]:
+    """A batch of that many rows: `[rows, length]` for what has a length, else the captured sizes."""
     from surgery.compiler.p9_emit import chosen_loss
 
-    rows, batch = step.plan.step.batch, dict[str, Tensor]()
+    batch: dict[str, Tensor] = {}
     for node in step.graph.module.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor):

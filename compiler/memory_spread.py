@@ -16,20 +16,16 @@ from torch import Tensor, nn
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.built_again import built_again
 from surgery.compiler.memory import of_plan
-from surgery.compiler.plan import MemoryPlan, Plan, Site
+from surgery.compiler.plan import MemoryPlan, Plan, Site, StepPlan
 
 Scope = Literal["graph", "module"]
 
 
 def of_processes(plan: Plan, model: nn.Module, processes: int, scope: Scope) -> MemoryPlan:
     """The memory of a plan's step on one of its processes, the first, which has most rows. Errors as `of_plan`."""
-    rows = -(-plan.step.batch // processes)
-    changed: dict[str, object] = {"batch": rows}
-    if plan.step.micro_batch is not None:
-        changed["micro_batch"] = min(plan.step.micro_batch, rows)
-    if scope == "module":
-        changed["compile"] = "off"
-    one = plan.model_copy(update={"step": plan.step.model_copy(update=changed)})
+    first, *others = (_of_one(step, processes, scope) for step in plan.step_blocks)
+    later = (block.model_copy(update={"step": own}) for block, own in zip(plan.later, others, strict=True))
+    one = plan.model_copy(update={"step": first, "later": tuple(later)})
     if scope == "module" and processes > 1:
         one = _with_built_again(one)
     found = of_plan(one, model, whole_logits=scope == "module").model_copy(update={"processes": processes})
@@ -47,6 +43,17 @@ def _changed(plan: Plan, model: nn.Module) -> set[nn.Parameter]:
     names = {site.parameter for site in plan.sites if site.formula in written and not site.untied}
     names |= {whole.name for whole in plan.trained}
     return {parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name in names}
+
+
+def _of_one(step: StepPlan, processes: int, scope: Scope) -> StepPlan:
+    """A `step` block as one of the processes runs it."""
+    rows = -(-step.batch // processes)
+    changed: dict[str, object] = {"batch": rows}
+    if step.micro_batch is not None:
+        changed["micro_batch"] = min(step.micro_batch, rows)
+    if scope == "module":
+        changed["compile"] = "off"
+    return step.model_copy(update=changed)
 
 
 def _with_built_again(plan: Plan) -> Plan:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.active import read_active
 from surgery.compiler.algebra.arguments import bind_arguments
-from surgery.compiler.algebra.build import Value
-from surgery.compiler.algebra.compose import calls, compose, formula_of
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.compose import calls, formula_of
+from surgery.compiler.algebra.measured import Gain
 from surgery.compiler.algebra.method import elaborate
 from surgery.compiler.algebra.names import COORDINATES, names_in
 from surgery.compiler.algebra.quantity import Quantity
+from surgery.compiler.bound import arguments_of, bound
 from surgery.compiler.data_settings import check_data, read_data
-from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, fail
+from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, fail
 from surgery.compiler.library import library
 from surgery.compiler.pattern import parse_pattern
 from surgery.compiler.printer import show
-from surgery.compiler.program import Program, Rule, TrainRule
+from surgery.compiler.program import Moving, Program, Rule, TrainRule
 from surgery.compiler.settings import TRAIN, read_model, read_settings, word
 from surgery.compiler.source import read
 from surgery.compiler.span import Source
-from surgery.compiler.step_settings import check_step, read_step
+from surgery.compiler.step_settings import check_step, read_steps
 
 SYMBOLIC = ("in", "out", *sorted(COORDINATES))
 RULE_SETTINGS = {
@@ -53,21 +52,35 @@ def run(tree: nodes.Tree, folder: Path | None = None) -> Program:
                 if rule := _rule(item, methods, broken, diagnostics):
                     rules.append(rule)
             case nodes.Train():
-                _pattern(item.pattern, diagnostics)
-                trained.append(TrainRule(item, **read_settings(item.settings, TRAIN, "train", diagnostics)))
+                trained.append(_train(item, diagnostics))
             case nodes.Freeze():
                 _pattern(item.pattern, diagnostics)
                 frozen.append(item)
-    step = read_step([item for item in tree.items if isinstance(item, nodes.Step)], diagnostics)
+    blocks = [item for item in tree.items if isinstance(item, nodes.Step)]
+    steps = read_steps(blocks, diagnostics)
+    moving = tuple(_moving(block, diagnostics) for block in blocks) or (Moving(),)
     if data is not None and not diagnostics.errors:
         check_data(model, data, next(item for item in tree.items if isinstance(item, nodes.Data)), diagnostics)
-    check_step(tree, model, data, step, diagnostics)
+    check_step(tree, model, data, steps[0], diagnostics)
     diagnostics.raise_errors()
     source = tree.span.source if tree.span else Source("<program>", show(tree))
     return Program.of(
         source=source, tree=tree, folder=folder, model=model, rules=tuple(rules), trained=tuple(trained),
-        frozen=tuple(frozen), step=step, data=data, methods=methods, warnings=tuple(diagnostics.warnings),
+        frozen=tuple(frozen), steps=steps, moving=moving, data=data, methods=methods, warnings=tuple(diagnostics.warnings),
     )  # fmt: skip
+
+
+def _train(item: nodes.Train, diagnostics: Diagnostics) -> TrainRule:
+    _pattern(item.pattern, diagnostics)
+    return TrainRule(item, **read_settings(item.settings, TRAIN, "train", diagnostics))
+
+
+def _moving(item: nodes.Step, diagnostics: Diagnostics) -> Moving:
+    frozen = tuple(line for line in item.settings if isinstance(line, nodes.Freeze))
+    for line in frozen:
+        _pattern(line.pattern, diagnostics)
+    trained = (_train(line, diagnostics) for line in item.settings if isinstance(line, nodes.Train))
+    return Moving(item, tuple(trained), frozen)
 
 
 def _reject_repeated(tree: nodes.Tree, diagnostics: Diagnostics) -> None:
@@ -158,7 +171,8 @@ def _rule(
         assert isinstance(clause, nodes.With)
         if _broken(clause.value, broken):
             return None
-        method, values = _method(clause.value, methods)
+        asked: list[Gain] = []
+        method, values = bound(clause.value, methods, asked)
         formula, problems = formula_of(method, values, {name: Quantity.symbol(name) for name in SYMBOLIC})
         if formula is None:
             used = Note("used by this rule", clause.value.span)
@@ -171,46 +185,13 @@ def _rule(
     if settings.get("update") and not formula.moves_base:
         diagnostics.error("SURG032", f"`{method.name}` does not move W, so there is no update to choose", item.span)
     return Rule(
-        item, method, {name: plain(value) for name, value in values.items()},
+        item, method, arguments_of(values),
         expects[0] if expects else None, aliases[0] if aliases else None,
         settings.get("strategy") or "auto", settings.get("update") or "auto", settings.get("active"),
+        tuple(dict.fromkeys(asked)),
     )  # fmt: skip
-
-
-def _check_rank(values: Mapping[str, Value], call: nodes.Call) -> None:
-    """A rank below 1 is said at the rule; how large it may be is known at a site."""
-    rank = values.get("rank")
-    number = rank.value.whole if isinstance(rank, Expression) and rank.value is not None else None
-    if number is not None and number < 1:
-        where = next((argument.span for argument in call.arguments if argument.name == "rank"), call.span)
-        raise fail("SURG026", f"rank {number} is out of range: it is at least 1", where)
 
 
 def _broken(node: nodes.Expr, broken: set[str]) -> bool:
     """Whether a `with` expression uses a method that is wrong in itself, which is said already."""
     return bool(broken & ({call.function for call in calls(node)} | names_in(node)))
-
-
-def _method(node: nodes.Expr, methods: Mapping[str, nodes.Method]) -> tuple[nodes.Method, dict[str, Value]]:
-    """The method that a rule applies, with its parameters' values; those of a composition are in its parts."""
-    call = nodes.Call(node.name, (), span=node.span) if isinstance(node, nodes.Name) else node
-    if not isinstance(call, nodes.Call) or (call.function not in methods and calls(call)[1:]):
-        composed = compose(node, methods)
-        for part in composed.parts:
-            _check_rank(part.arguments, part.call)
-        return composed, {}
-    if call.function not in methods:
-        known = did_you_mean(call.function, methods)
-        raise fail("SURG002", f"there is no method `{call.function}`", call.span, help=known)
-    values = bind_arguments(methods[call.function], call)
-    _check_rank(values, call)
-    return methods[call.function], values
-
-
-def plain(value: Value) -> int | float | str | bool:
-    """A parameter's value as JSON has it."""
-    if not isinstance(value, Expression):
-        return value
-    assert value.value is not None and value.value.constant is not None
-    constant = value.value.constant
-    return constant if isinstance(constant, int) else float(constant)

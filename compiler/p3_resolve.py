@@ -18,26 +18,29 @@ from surgery.compiler.algebra.proved import prove
 from surgery.compiler.algebra.quantity import Quantity, whole_of
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError
 from surgery.compiler.fits import why_unfit
+from surgery.compiler.numbers import Numbers
 from surgery.compiler.plan import (
     HALF,
     EventPlan,
     Facts,
     Formula,
+    LaterPlan,
+    MeasuredPlan,
     ModelPlan,
     Plan,
     QuantizedPlan,
     Site,
     TensorPlan,
     Totals,
-    WholeParameter,
 )  # fmt: skip
 from surgery.compiler.printer import show
 from surgery.compiler.program import Program, Rule
 from surgery.compiler.quantize import candidates, quantized_plan, why_refused
-from surgery.compiler.select import Selection, listed, select_parameters, select_sites
+from surgery.compiler.select import Selection, listed, select_sites
 from surgery.compiler.settings import place
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.span import Span
+from surgery.compiler.trained import Trained, trained
 from surgery.compiler.weights import Weight
 
 Update = Literal["none", "literal", "telescope"]
@@ -46,41 +49,52 @@ UNKNOWN_TOKENS = 4096  # planned tokens where neither the data nor the batch say
 
 
 def run(
-    program: Program, model: nn.Module, examples: Mapping[str, Tensor] | None = None, saved: Plan | None = None
-) -> Plan:
+    program: Program, model: nn.Module, examples: Mapping[str, Tensor] | None = None, saved: Plan | None = None,
+    measured: tuple[MeasuredPlan, ...] | None = (),
+) -> Plan:  # fmt: skip
     """Resolve a program against a model (on any device, also meta); raises `SurgError` with all that does not fit.
 
     `examples` are inputs of the model's forward: they tell the sizes of outputs where the model itself does not; so
-    does the `saved` plan of a run of it.
+    does the `saved` plan of a run of it. `measured` are numbers of the data, also those of the `saved` plan; None: a
+    draft, in which each is 1, and which says what is to be measured.
     """
     known = {site.path: site.shape[0] for site in saved.sites if not site.parameter} if saved else {}
     skeleton = Skeleton(model, examples, program.model.task if program.model else None, known)
     diagnostics = Diagnostics()
     claimed: dict[int, Selection] = {}
     resolver = _Resolver(program, skeleton, diagnostics, frozenset(candidates(program, skeleton)))
+    numbers = Numbers(program, skeleton, diagnostics, saved.measured if saved else measured)
     selections = [select_sites(rule, skeleton, diagnostics) for rule in program.rules]
     for selection in selections:
         _reject_overlap(selection, claimed, diagnostics)
     groups = position.joined(program.rules)
     for index, (rule, selection) in enumerate(zip(program.rules, selections, strict=True)):
         joined = [weight for other in groups[index] for weight in selections[other].weights]
-        resolver.rule(index, rule, selection.weights, joined)
-    trained = _trained(program, skeleton, claimed, diagnostics)
-    if not program.rules and not trained and not diagnostics.errors:
+        resolver.rule(index, rule, selection.weights, joined, numbers)
+    found = trained(program, skeleton, claimed, resolver.sites, diagnostics)
+    if not program.rules and not found.whole and not diagnostics.errors:
         diagnostics.error("SURG020", "the program adapts nothing and trains nothing", program.tree.span)
     plan_checks.check_length(program, skeleton, diagnostics)
     plan_checks.check_packed(program, skeleton, diagnostics)
-    plan_checks.check_half(program, skeleton, resolver.sites, trained, diagnostics)
     diagnostics.raise_errors()
-    quantized = quantized_plan(program, skeleton, trained, diagnostics)
+    quantized = quantized_plan(program, skeleton, found.whole, diagnostics)
     diagnostics.raise_errors()
-    plan = resolver.plan(trained, quantized)
-    found = factors.factors(program, plan, diagnostics)
-    plan_checks.check_events(program, plan, diagnostics)
+    plan = resolver.plan(found, quantized)
+    known = []
+    for block in plan.blocks:
+        plan_checks.check_half(program, block, diagnostics)
+        known.append(factors.factors(program, block, diagnostics))
+        plan_checks.check_events(program, block, diagnostics)
+        plan_checks.check_resting(program, block, diagnostics)
+        active.check_optimizer(program, block, diagnostics)
     plan_checks.check_frozen(program, skeleton, plan, diagnostics)
     resting = active.active(program, plan, diagnostics)
     diagnostics.raise_errors()
-    more = {"recomputed": blocks.recomputed(plan, skeleton), "factors": found, "active": resting}
+    later = tuple(LaterPlan(step=step, factors=own) for step, own in zip(found.steps, known, strict=True))[1:]
+    more = {
+        "recomputed": blocks.recomputed(plan, skeleton), "factors": known[0], "later": later, "active": resting,
+        "measured": numbers.plans,
+    }  # fmt: skip
     return plan.model_copy(update=more)
 
 
@@ -94,30 +108,6 @@ def _reject_overlap(selection: Selection, claimed: dict[int, Selection], diagnos
                 "SURG023", message, selection.rule.node.pattern.span, notes=[other], help="subtract it with `except`"
             )
             return
-
-
-def _trained(
-    program: Program, skeleton: Skeleton, claimed: dict[int, Selection], diagnostics: Diagnostics
-) -> tuple[WholeParameter, ...]:
-    frozen = {  # by identity: a tied parameter is frozen under all its names
-        id(skeleton.parameters[name])
-        for item in program.frozen
-        for name in select_parameters(item.pattern, skeleton, diagnostics)
-    }
-    found: dict[int, WholeParameter] = {}
-    for rule in program.trained:
-        for name in select_parameters(rule.node.pattern, skeleton, diagnostics):
-            parameter = skeleton.parameters[name]
-            if id(parameter) in claimed:
-                other = Note("the rule that adapts it", claimed[id(parameter)].rule.node.pattern.span)
-                message = f"`{name}` is adapted and trained whole"
-                diagnostics.error("SURG023", message, rule.node.pattern.span, notes=[other])
-            elif id(parameter) not in frozen and id(parameter) not in found:
-                found[id(parameter)] = WholeParameter(
-                    name=name, shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."),
-                    numbers=parameter.numel(), lr=rule.lr, weight_decay=rule.weight_decay, place=place(rule.node.span),
-                )  # fmt: skip
-    return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -146,12 +136,12 @@ class _Resolver:
     _unfit: dict[str, _Unfit] = field(default_factory=dict)  # why a formula does not fit its kind of weight
     _refused: dict[tuple[int, _Unfit], list[str]] = field(default_factory=dict)  # by rule and reason, the paths
 
-    def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight]) -> None:
+    def rule(self, index: int, rule: Rule, weights: list[Weight], joined: list[Weight], numbers: Numbers) -> None:
         """Add the sites of one rule; coordinates count over `joined`, the weights of all rules that share with it."""
         positions = position.positions(joined, self.skeleton)
         before = earlier.earlier_paths(rule, weights, self.skeleton)
-        for weight in weights:
-            self.site(index, rule, weight, positions[weight.identity], before.get(weight.path, {}))
+        for weight, known in numbers.rules(rule, weights):
+            self.site(index, known, weight, positions[weight.identity], before.get(weight.path, {}))
         for (number, unfit), paths in self._refused.items():
             if number == index:
                 message = f"`{rule.method.name}` cannot adapt {listed(paths)}: {unfit.reason}"
@@ -360,17 +350,17 @@ class _Resolver:
         wider = torch.promote_types(torch.float32, getattr(torch, weight.dtype))
         return asked or str(wider).removeprefix("torch.")
 
-    def plan(self, trained: tuple[WholeParameter, ...], quantized: QuantizedPlan | None) -> Plan:
+    def plan(self, found: Trained, quantized: QuantizedPlan | None) -> Plan:
         """Everything that was found, with its totals."""
         program, skeleton = self.program, self.skeleton
-        trainable = sum(site.trainable for site in self.sites) + sum(entry.numbers for entry in trained)
+        trainable = sum(site.trainable for site in found.sites) + sum(entry.numbers for entry in found.whole)
         model = program.model or ModelPlan(source="given", name=type(skeleton.model).__name__)
         if model.task is None and skeleton.task is not None:
             task, labels = skeleton.task
             model = model.model_copy(update={"task": task, "labels": labels})
         own = {item.name for item in program.tree.items if isinstance(item, nodes.Method)}
         borrowed = [method for rule in program.rules for method in rule.methods if method.name not in own]
-        step, data = program.step, program.data
+        step, data = found.steps[0], program.data
         if data is not None and skeleton.positions is not None:
             data = data.model_copy(update={"max_length": min(data.max_length, skeleton.positions)})
         rows = step.micro_batch or step.batch
@@ -383,11 +373,12 @@ class _Resolver:
                     "fingerprint": skeleton.fingerprint,
                 }
             ),
-            sites=tuple(self.sites), formulas=self.formulas, trained=trained, step=step, data=data,
+            sites=found.sites, formulas=self.formulas, trained=found.whole, step=step, data=data,
+            later=tuple(LaterPlan(step=one) for one in found.steps[1:]),
             events=tuple(self.events), tokens=rows * data.max_length if data else UNKNOWN_TOKENS,
             quantized=quantized,
             totals=Totals(
-                sites=len(self.sites), trainable=trainable, frozen=sum(site.frozen for site in self.sites),
+                sites=len(found.sites), trainable=trainable, frozen=sum(site.frozen for site in found.sites),
                 model=skeleton.numbers, share=trainable / max(1, skeleton.numbers),
             ),
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.active import IMPORTS as IMPORTS_OF_ACTIVE
 from surgery.compiler.emit.active import active_source
 from surgery.compiler.emit.again import Again
+from surgery.compiler.emit.blocks import LEARN, Functions, blocks_source
 from surgery.compiler.emit.body import wrapped
 from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
 from surgery.compiler.emit.events import event_source
@@ -31,6 +33,7 @@ from surgery.compiler.emit.template import (
     MAIN,
     gradients_source,
     schedule_source,
+    statistics_source,
     step_source,
 )  # fmt: skip
 from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_STEPS
@@ -61,48 +64,59 @@ def run(
     loss takes no chunks of them.
 
     It needs torch, and of surgery the kernels alone; it defines `forward`, the loss, `make_optimizer`, `schedule`,
-    `gradients` and `train_step`. Raises SurgError: SURG031 if nothing says what the loss is, SURG040 if the graph
-    holds what is no Python.
+    `gradients` and `train_step`, and what `emit.blocks` says of several `step` blocks. Raises SurgError: SURG031 if
+    nothing says what the loss is, SURG040 if the graph holds what is no Python.
     """
     again = Again.of(plan)
     chosen = chosen_loss(plan, graph)
-    outputs = observed(plan.step.optimizer, chosen.loss.name)
-    by_rows = chosen.output is None and not (outputs or whole_logits) and is_by_rows(chosen.loss, graph)
+    blocks = plan.blocks
+    outputs = [observed(block.step.optimizer, chosen.loss.name) for block in blocks]
+    by_rows = chosen.output is None and not (any(outputs) or whole_logits) and is_by_rows(chosen.loss, graph)
     forward = model or forward_source(graph, plan.step.precision != "model", again, by_rows)
     loss = loss_text(chosen.loss, chosen.output, chosen.labels, forward.head)
     happenings = event_source(programs(plan) if events is None else events)
-    tables, resting = active_source(plan)
-    happenings.definitions += tables
-    happenings.calls["after backward"][:0] = resting
+    resting = [active_source(block) for block in blocks]
+    happenings.definitions += dict.fromkeys(table for tables, _ in resting for table in tables)
+    statistics, several = running_statistics(graph), len(blocks) > 1
+    optimizers, steps = Functions(), Functions()
+    for block, observes, (_, rests) in zip(blocks, outputs, resting, strict=True):
+        step, groups, rates = block.step, _groups(block, graph), bool(block.active)
+        optimizers.add("make_optimizer", step.number, partial(
+            optimizer_source, step.optimizer, groups, block.factors, block.rounds, rates, several,
+        ))  # fmt: skip
+        rate = optimizers.add("schedule", step.number, partial(schedule_source, step.schedule))
+        gradients = steps.add("gradients", step.number, partial(
+            gradients_source, step, graph.inputs, loss, _cuts_padding(block, graph), bool(again and statistics),
+            bool(model), observes,
+        ))  # fmt: skip
+        steps.add("train_step", step.number, partial(
+            step_source, step, happenings.behind(rests), statistics, bool(observes), (gradients, rate), several,
+        ))  # fmt: skip
+    before = [CUT_PADDING] if any(_cuts_padding(block, graph) for block in blocks) else []
+    if statistics:
+        steps.texts.insert(1, statistics_source(statistics))
     parts = [
         _title("Forward") + forward.source,
-        *([] if model else [_compile_source(forward, bool(outputs))]),
+        *([] if model else [_compile_source(forward, any(outputs))]),
         _title("Loss") + loss.source,
-        _title("Optimizer and schedule")
-        + optimizer_source(plan.step.optimizer, _groups(plan, graph), plan.factors, plan.rounds, bool(plan.active)),
-        schedule_source(plan.step.schedule),
-        *([_title("Events")] if happenings.definitions else []),
-    ]
-    if happenings.definitions:
-        parts[-1] += "\n\n".join(happenings.definitions)
-    # Elsewhere a later position may count: labels per token, images, a mask that was dropped.
-    cuts = (
-        plan.step.micro_batch is not None
-        and plan.model.task == "sequence_classification"
-        and "attention_mask" in graph.inputs
-    )
-    parts += [
-        _title("The step")
-        + (f"{CUT_PADDING}\n\n" if cuts else "")
-        + gradients_source(
-            plan.step, graph.inputs, loss, cuts, bool(again and running_statistics(graph)), bool(model), outputs
-        ),
-        step_source(plan.step, happenings, running_statistics(graph), bool(outputs)),
+        _title("Optimizer and schedule") + "\n\n".join([*([LEARN] if several else []), *optimizers.texts]),
+        *([_title("Events") + "\n\n".join(happenings.definitions)] if happenings.definitions else []),
+        _title("The step") + "\n\n".join([*before, *steps.texts]),
+        *([blocks_source(plan, optimizers, steps)] if several else []),
         *([] if model else [MAIN]),
     ]
     body = "\n\n".join(parts)
     text = f'"""{_documentation(plan, alone=model is None)}"""\n\n{_header(graph, body)}\n\n{body}'
     return text if "math." in text else text.replace("import math\n", "", 1)
+
+
+def _cuts_padding(plan: Plan, graph: Graph) -> bool:
+    """Whether micro-batches end at their last token. Elsewhere a later position may count: labels per token, images."""
+    return (
+        plan.step.micro_batch is not None
+        and plan.model.task == "sequence_classification"
+        and "attention_mask" in graph.inputs  # a mask may have been dropped
+    )
 
 
 def graph_source(plan: Plan, graph: Graph) -> str:

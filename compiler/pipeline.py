@@ -26,7 +26,7 @@ from surgery.compiler import p1_parse, p2_check, p3_resolve, p4_choose, p5_captu
 from surgery.compiler import p6_rewrite, p7_lower, p8_optimize, p9_emit  # isort: skip
 from surgery.compiler.graph import Graph
 from surgery.compiler.pass_log import logged
-from surgery.compiler.plan import Plan
+from surgery.compiler.plan import MeasuredPlan, Plan
 from surgery.compiler.program import Program
 
 Examples = Mapping[str, Tensor] | None  # inputs of a model's forward
@@ -35,9 +35,15 @@ PASSES: tuple[ModuleType, ...] = (
 )  # fmt: skip
 
 
-def resolve(program: Program, skeleton: nn.Module, examples: Examples = None, saved: Plan | None = None) -> Plan:
-    """A program to its plan for one model, reading no weights; `examples` or a run's `saved` plan tell output sizes."""
-    plan: Plan = logged(p4_choose, logged(p3_resolve, program, skeleton, examples, saved))
+def resolve(
+    program: Program, skeleton: nn.Module, examples: Examples = None, saved: Plan | None = None,
+    measured: tuple[MeasuredPlan, ...] | None = (),
+) -> Plan:  # fmt: skip
+    """A program to its plan for one model, reading no weights; `examples` or a run's `saved` plan tell output sizes.
+
+    `measured` are the numbers of the data that rules ask for; None: a draft, in which each of them is 1.
+    """
+    plan: Plan = logged(p4_choose, logged(p3_resolve, program, skeleton, examples, saved, measured))
     return plan
 
 

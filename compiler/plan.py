@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgery.compiler.algebra.measured import Estimator, Pooling
 from surgery.compiler.span import Source, Span
 
 HALF = ("bfloat16", "float16")  # the dtypes of two bytes, as a plan names them
@@ -187,8 +188,12 @@ class ReportPlan(Record):
 
 
 class StepPlan(Record):
-    """The `step` block with its defaults filled in."""
+    """A `step` block with its defaults filled in.
 
+    `frozen` and `rates` go by the keys of tensors and the names of whole parameters.
+    """
+
+    number: int = 0  # of the block in the spec
     optimizer: OptimizerPlan = OptimizerPlan()
     schedule: SchedulePlan = SchedulePlan()
     batch: int = 8  # sequences per optimizer step
@@ -209,6 +214,8 @@ class StepPlan(Record):
     best: str | None = None  # the score whose best state is kept
     stop: int | None = None  # after so many evaluations in a row without a better one
     report: ReportPlan | None = None
+    frozen: tuple[str, ...] = ()  # what other blocks train, and this one does not move
+    rates: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)  # own lr, weight decay: `train`
 
 
 Quantized = Literal["nf4", "int8"]  # how a weight is kept in few bits
@@ -314,6 +321,17 @@ class ActivePlan(Record):
     place: Place  # of the setting in the spec
 
 
+class MeasuredPlan(Record):
+    """A number of the data for each block: `max(round(d_out - d_in), 0) + 1`, d the dimension of its hidden states."""
+
+    call: str  # as it is spelt: hidden_dimension_gain()
+    pooling: Pooling
+    estimator: Estimator
+    rows: int = 0  # different rows of the data; 0: not measured, as in a draft, where each number is 1
+    blocks: dict[str, tuple[float, float]]  # d_in and d_out by the block's path
+    place: Place  # of the method that takes it
+
+
 class MemoryPlan(Record):
     """Bytes at the peak of a training step on a GPU, each of several: `peak` is the sum of the parts."""
 
@@ -355,6 +373,13 @@ class Totals(Record):
     share: float  # trainable / model
 
 
+class LaterPlan(Record):
+    """A `step` block behind the first one, and the factors that its optimizer needs to know of."""
+
+    step: StepPlan
+    factors: tuple[FactorsPlan, ...] = ()
+
+
 class Plan(Record):
     """What `surgery plan` prints and everything after it reads."""
 
@@ -366,17 +391,45 @@ class Plan(Record):
     sites: tuple[Site, ...]
     formulas: dict[str, Formula]
     trained: tuple[WholeParameter, ...] = ()
-    step: StepPlan = StepPlan()
+    step: StepPlan = StepPlan()  # the first block, or the only one
+    later: tuple[LaterPlan, ...] = ()  # the blocks that run behind it
     data: DataPlan | None = None
     events: tuple[EventPlan, ...] = ()
     active: tuple[ActivePlan, ...] = ()  # rules of which some sites learn at a time
-    factors: tuple[FactorsPlan, ...] = ()  # what the optimizer needs to know of them
+    measured: tuple[MeasuredPlan, ...] = ()  # numbers of the data that rules give to their methods
+    factors: tuple[FactorsPlan, ...] = ()  # what the first block's optimizer needs to know of them
     recomputed: tuple[str, ...] = ()  # paths of the blocks whose forward the backward runs again
     tokens: int  # planned tokens per micro-batch
     quantized: QuantizedPlan | None = None
     totals: Totals
     memory: MemoryPlan | None = None  # where it was asked for
     sample: SamplePlan | None = None  # where `surgery plan` could read the data
+
+    @property
+    def step_blocks(self) -> tuple[StepPlan, ...]:
+        """All `step` blocks, in the order in which they run."""
+        return (self.step, *(block.step for block in self.later))
+
+    @property
+    def blocks(self) -> tuple[Plan, ...]:
+        """A plan for each `step` block: its step is the block's, and what does not move in it is frozen."""
+        factors = (self.factors, *(block.factors for block in self.later))
+        return tuple(map(self._during, self.step_blocks, factors))
+
+    def _during(self, step: StepPlan, factors: tuple[FactorsPlan, ...]) -> Plan:
+        rests = set(step.frozen)
+
+        def rates(key: str) -> dict[str, Any]:
+            said = zip(("lr", "weight_decay"), step.rates.get(key, ()), strict=False)
+            return {name: value for name, value in said if value is not None}
+
+        def tensor(one: TensorPlan) -> TensorPlan:
+            return one.model_copy(update=rates(one.key) | ({"role": "frozen"} if one.key in rests else {}))
+
+        sites = (site.model_copy(update={"tensors": tuple(map(tensor, site.tensors))}) for site in self.sites)
+        trained = (whole.model_copy(update=rates(whole.name)) for whole in self.trained if whole.name not in rests)
+        update = {"step": step, "later": (), "factors": factors, "sites": tuple(sites), "trained": tuple(trained)}
+        return self.model_copy(update=update)
 
     @property
     def rounds(self) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-
-import torch
+from collections.abc import Iterator
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra import instance
-from surgery.compiler.algebra.event import reads_gradient
+from surgery.compiler.algebra.event import gradients_read, reads_gradient
 from surgery.compiler.diagnostics import Diagnostics, Note
-from surgery.compiler.plan import Plan, Site, WholeParameter
+from surgery.compiler.events import AT_START
+from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
 from surgery.compiler.select import listed, select_parameters
 from surgery.compiler.skeleton import Skeleton
@@ -76,22 +76,39 @@ def check_packed(program: Program, skeleton: Skeleton, diagnostics: Diagnostics)
         diagnostics.error("SURG031", message, written.span, help="leave `pack = true` out")
 
 
-def check_half(
-    program: Program,
-    skeleton: Skeleton,
-    sites: list[Site],
-    trained: tuple[WholeParameter, ...],
-    diagnostics: Diagnostics,
-) -> None:
+def check_half(program: Program, block: Plan, diagnostics: Diagnostics) -> None:
     """AdamW divides by sqrt(v) + eps, and both are 0 in float16: what it trains there is NaN after two steps."""
-    if program.step.optimizer.base != "adamw":
+    if block.step.optimizer.base != "adamw":
         return
-    whole = [entry.name for entry in trained if skeleton.parameters[entry.name].dtype is torch.float16]
-    own = [
-        tensor.key for site in sites for tensor in site.tensors if tensor.role == "train" and tensor.dtype == "float16"
-    ]
+    whole = [entry.name for entry in block.trained if entry.dtype == "float16"]
+    tensors = [tensor for site in block.sites for tensor in site.tensors]
+    own = [tensor.key for tensor in tensors if tensor.role == "train" and tensor.dtype == "float16"]
     for name, advice in ((whole[:1], "dtype = float32 with precision = float16"), (own[:1], "adapter_dtype = float32")):
         if name:
-            span = next((item.span for item in program.tree.items if isinstance(item, nodes.Step)), program.tree.span)
+            node = program.moving[block.step.number].node
             message = f"`{name[0]}` is float16, where AdamW's eps is 0 and its steps are not numbers"
+            span = (node or program.tree).span
             diagnostics.error("SURG032", message, span, help=f"write `{advice}`, or train with sgd")
+
+
+def check_resting(program: Program, block: Plan, diagnostics: Diagnostics) -> None:
+    """What events write, or read the gradient of, moves in every `step` block: they run in all of them."""
+    node = program.moving[block.step.number].node
+    for rule in dict.fromkeys(site.rule for site in block.sites):
+        found = {name: what for site in block.sites if site.rule == rule for name, what in _resting(block, site)}
+        for name, what in found.items():
+            message = f"an event of `{program.rules[rule].method.name}` {what} `{name}`, which this block freezes"
+            notes = [] if node is None else [Note("the block", node.span)]
+            where = program.rules[rule].method_span
+            diagnostics.error("SURG032", message, where, notes=notes, help="let it move there")
+
+
+def _resting(block: Plan, site: Site) -> Iterator[tuple[str, str]]:
+    """Trained tensors of a site's method that rest in a block, which events need to move, and why."""
+    formula = instance.instance(block, site.formula)
+    rests = {tensor.name for tensor in site.tensors if tensor.role == "frozen"} & formula.trained
+    changes = [change for event in formula.events if event.phase != AT_START for change in event.changes]
+    for change in changes if rests else ():
+        if change.target in rests:
+            yield change.target, "writes"
+        yield from ((name, "reads the gradient of") for name in sorted(rests & gradients_read(change.value)))

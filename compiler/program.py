@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.compose import Composed
+from surgery.compiler.algebra.measured import Gain
 from surgery.compiler.diagnostics import Diagnostic
 from surgery.compiler.plan import DataPlan, ModelPlan, StepPlan
 from surgery.compiler.printer import show
@@ -29,6 +30,7 @@ class Rule:
     active: Mapping[str, int] | None = (
         None  # how many of its sites learn at a time (`count`), and for how long (`every`)
     )
+    asks: tuple[Gain, ...] = ()  # numbers of the data; the parameters made of them are missing in `arguments`
 
     @property
     def methods(self) -> tuple[nodes.Method, ...]:
@@ -50,6 +52,15 @@ class TrainRule:
     weight_decay: float | None = None
 
 
+@dataclass(frozen=True)
+class Moving:
+    """What a `step` block says of what moves in it: `train` and `freeze`."""
+
+    node: nodes.Step | None = None
+    trained: tuple[TrainRule, ...] = ()
+    frozen: tuple[nodes.Freeze, ...] = ()
+
+
 @dataclass(frozen=True, init=False)
 class Program:
     """A program whose names, kinds, shapes and settings are checked; it knows no model yet.
@@ -67,7 +78,8 @@ class Program:
     rules: tuple[Rule, ...]
     trained: tuple[TrainRule, ...]
     frozen: tuple[nodes.Freeze, ...]
-    step: StepPlan
+    steps: tuple[StepPlan, ...]  # the `step` blocks, in order; one of defaults where there is none
+    moving: tuple[Moving, ...]  # what each of them says of what moves
     data: DataPlan | None
     methods: Mapping[str, nodes.Method]
     warnings: tuple[Diagnostic, ...]
@@ -88,8 +100,18 @@ class Program:
             object.__setattr__(program, name, fields[name])
         return program
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether some numbers of its rules are those of the data (`rank = hidden_dimension_gain()`)."""
+        return any(rule.asks for rule in self.rules)
+
     def __str__(self) -> str:
         return show(self.tree)
+
+    @property
+    def step(self) -> StepPlan:
+        """The first `step` block, whose settings of the whole run are those of all blocks."""
+        return self.steps[0]
 
 
 def _flat(items: Iterable[Any]) -> Iterable[nodes.Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -36,7 +37,7 @@ def listed(names: list[str]) -> str:
 def select_sites(rule: Rule, skeleton: Skeleton, diagnostics: Diagnostics) -> Selection:
     """The weights that a rule's pattern, classes, condition and exceptions leave."""
     selection = Selection(rule)
-    found = _matched(rule.node.pattern, skeleton, diagnostics)
+    found = matched(rule.node.pattern, skeleton.aliases, diagnostics)
     if not found:
         return selection
     found = _of_class(rule, found, skeleton, diagnostics)
@@ -58,20 +59,25 @@ def select_sites(rule: Rule, skeleton: Skeleton, diagnostics: Diagnostics) -> Se
 
 def select_parameters(pattern: nodes.Pattern, skeleton: Skeleton, diagnostics: Diagnostics) -> list[str]:
     """Full names of all parameters in the modules (or with the names) that a pattern matches."""
-    paths = _matched(pattern, skeleton, diagnostics)
-    prefixes = tuple(f"{path}." for path in paths)
-    exact = set(paths)
-    found = [name for name in skeleton.parameters if name in exact or name.startswith(prefixes)]
+    paths = matched(pattern, skeleton.aliases, diagnostics)
+    found = within(paths, skeleton.parameters)
     if paths and not found:
         diagnostics.error("SURG020", f"`{pattern.text}` has no parameters", pattern.span)
     return found
 
 
-def _matched(pattern: nodes.Pattern, skeleton: Skeleton, diagnostics: Diagnostics) -> list[str]:
+def within(paths: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of some names that are among the paths, or below one of them."""
+    prefixes, exact = tuple(f"{path}." for path in paths), set(paths)
+    return [name for name in names if name in exact or name.startswith(prefixes)]
+
+
+def matched(pattern: nodes.Pattern, aliases: Mapping[str, str], diagnostics: Diagnostics) -> list[str]:
+    """The real paths of all that a pattern matches among `aliases`, which name them."""
     parts = parse_pattern(pattern)
-    paths = list(skeleton.aliases)
-    wanted = {skeleton.aliases[path] for path in paths if matches(parts, path)}
-    found = [path for path in dict.fromkeys(skeleton.aliases.values()) if path in wanted]
+    paths = list(aliases)
+    wanted = {aliases[path] for path in paths if matches(parts, path)}
+    found = [path for path in dict.fromkeys(aliases.values()) if path in wanted]
     if not found:
         _report_nothing(pattern, parts, paths, diagnostics)
     elif missing := unmatched(parts, paths):

@@ -1,4 +1,4 @@
-"""The `step` block: settings by name, each with its kind, to the plan's record; and what it says against the rest."""
+"""The `step` blocks: settings by name, each with its kind, to the plan's record; and what it says against the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.quantity import LARGEST
-from surgery.compiler.diagnostics import Diagnostics, did_you_mean, fail
+from surgery.compiler.diagnostics import Diagnostics, Note, did_you_mean, fail
 from surgery.compiler.plan import (
     DataPlan,
     ModelPlan,
@@ -147,47 +147,54 @@ STEP: dict[str, Reader] = {
 }
 
 
-def read_step(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> StepPlan:
-    """The `step` block; several are not built yet."""
-    if not items:
-        return StepPlan()
-    if len(items) > 1:
-        diagnostics.error("SURG008", "several `step` blocks are not built yet", items[1].span)
-    (item, *_) = items
-    for setting in item.settings:
-        if not isinstance(setting, nodes.Setting):
-            word_ = "train" if isinstance(setting, nodes.Train) else "freeze"
-            message = f"`{word_}` inside `step` is not built yet"
-            diagnostics.error("SURG008", message, setting.span, help=f"put `{word_}` beside the `adapt` rules")
-    values = {
-        name: value
-        for name, value in read_settings(item.settings, STEP, "step", diagnostics).items()
-        if value is not None
-    }
-    spans = {setting.name: setting.span for setting in item.settings if isinstance(setting, nodes.Setting)}
+# Settings of the whole run: one graph, one set of tensors, one loss, one folder.
+WHOLE_RUN = ("precision", "adapter_dtype", "seed", "compile", "loss", "recompute", "best", "stop", "report")
+OWN = ("steps", "epochs")  # what a later block does not take from the one before it
+
+
+def read_steps(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> tuple[StepPlan, ...]:
+    """The `step` blocks; what a later one leaves out is as in the one before it."""
+    blocks: list[StepPlan] = []
+    values: dict[str, Any] = {}
+    for number, item in enumerate(items or [nodes.Step()]):
+        read = read_settings(item.settings, STEP, "step", diagnostics)
+        spans = {line.name: line.span for line in item.settings if isinstance(line, nodes.Setting)}
+        for name in WHOLE_RUN if number else ():
+            if name in read:
+                message = f"`{name}` is a setting of the whole run, and not of one block"
+                notes = [Note("the first block", items[0].span)]
+                diagnostics.error("SURG004", message, spans[name], notes=notes, help="write it in the first block")
+        values = {name: value for name, value in values.items() if name not in OWN}
+        values |= {name: value for name, value in read.items() if value is not None}
+        _check(values, spans, item.span, diagnostics)
+        save = values.get("save", {})
+        intervals = {name: values[name]["every"] for name in ("evaluate", "log") if name in values}
+        kept = {"save": save.get("every"), "keep": save.get("keep"), "number": number}
+        blocks.append(StepPlan(**{**values, **intervals, **kept}))
+    return tuple(blocks)
+
+
+def _check(values: dict[str, Any], spans: Mapping[str, Span | None], block: Span | None, found: Diagnostics) -> None:
+    """What the settings of a block say against each other, at the line of the block that does, or at the block."""
     if "steps" in values and "epochs" in values:
-        diagnostics.error(
-            "SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them"
-        )
+        found.error("SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them")
     if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
-        diagnostics.error("SURG004", "a micro-batch is a part of the batch, this one is larger", spans["micro_batch"])
+        where = spans.get("micro_batch", spans.get("batch", block))
+        found.error("SURG004", "a micro-batch is a part of the batch, this one is larger", where)
     if "optimizer" in values:
-        _check_optimizer(values, spans, diagnostics)
+        _check_optimizer(values, spans, block, found)
     if "evaluate" not in values:
         for name in ("best", "stop"):
-            if name in values:
+            if name in spans:
                 message = f"`{name}` chooses among evaluations during the run, and there are none"
-                diagnostics.error("SURG004", message, spans[name], help="evaluate = every(100)")
+                found.error("SURG004", message, spans[name], help="evaluate = every(100)")
     if "stop" in values:
         values.setdefault("best", "loss")
-    save = values.pop("save", {})
-    for name in ("evaluate", "log"):
-        if name in values:
-            values[name] = values[name]["every"]
-    return StepPlan(**values, save=save.get("every"), keep=save.get("keep"))
 
 
-def _check_optimizer(values: dict[str, Any], spans: Mapping[str, Span | None], diagnostics: Diagnostics) -> None:
+def _check_optimizer(
+    values: dict[str, Any], spans: Mapping[str, Span | None], block: Span | None, diagnostics: Diagnostics
+) -> None:
     """An optimizer that reads a Jacobian sees no gradients that could be clipped, scaled or recorded."""
     optimizer: OptimizerPlan = values["optimizer"]
     if OPTIMIZERS[optimizer.name].needs != "jacobian":
@@ -195,7 +202,8 @@ def _check_optimizer(values: dict[str, Any], spans: Mapping[str, Span | None], d
     for name, refused in (("clip", None), ("precision", "float16"), ("compile", "reduce_overhead")):
         if name in values and refused in (None, values[name]):
             message = f"`{optimizer.name}` reads how outputs depend on what is trained, and no gradients of a loss"
-            diagnostics.error("SURG004", message, spans[name], help=f"leave `{name}` out")
+            where = spans.get(name, spans.get("optimizer", block))
+            diagnostics.error("SURG004", message, where, help=f"leave `{name}` out")
 
 
 def scores_of(model: ModelPlan | None) -> tuple[str, ...]:

@@ -95,9 +95,9 @@ def freeze(pattern: str) -> nodes.Freeze:
     return nodes.Freeze(nodes.Pattern(pattern))
 
 
-def step(**settings: Any) -> nodes.Step:
-    """`step { optimizer = ...  batch = ... }`."""
-    return nodes.Step(_settings(settings))
+def step(*lines: nodes.Train | nodes.Freeze, **settings: Any) -> nodes.Step:
+    """`step { train ...  optimizer = ...  batch = ... }`; `lines` are `train` and `freeze`."""
+    return nodes.Step((*lines, *_settings(settings)))
 
 
 def data(path: str, **settings: Any) -> nodes.Data:

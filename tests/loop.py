@@ -33,6 +33,10 @@ class FakeStep:
         self.learning_rate = 0.01
         self.hook: Any = None
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.steps,)
+
     def __call__(self, batch: dict[str, Tensor]) -> Any:
         if self.hook:
             self.hook(self)

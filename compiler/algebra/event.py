@@ -143,6 +143,12 @@ def _differs(value: Expression, target: Expression) -> bool:
     )
 
 
+def gradients_read(node: Expression) -> set[str]:
+    """Names of the tensors whose gradients occur in an expression."""
+    names = {part.name for part in walk(node) if part.operation == "tensor"}
+    return {name.removesuffix(GRADIENT) for name in names if name.endswith(GRADIENT)}
+
+
 def reads_gradient(node: Expression) -> bool:
     """Whether the gradient of a tensor occurs in an expression."""
-    return any(part.operation == "tensor" and part.name.endswith(GRADIENT) for part in walk(node))
+    return bool(gradients_read(node))

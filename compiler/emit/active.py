@@ -14,15 +14,18 @@ def active_source(plan: Plan) -> tuple[list[str], list[str]]:
     definitions, lines = [], []
     for number, rule in enumerate(plan.active):
         sites = [site for site in plan.sites if site.rule == rule.rule]
-        own = [tensor for tensor in sites[0].tensors if tensor.role == "train" and not tensor.key.startswith("shared.")]
+        moved = (tensor for site in sites for tensor in site.tensors if tensor.role == "train")
+        own = list(dict.fromkeys(tensor.name for tensor in moved if not tensor.key.startswith("shared.")))
+        if not own:  # in a `step` block where all of them rest
+            continue
         table = f"RESTING_{number + 1}" if len(plan.active) > 1 else "RESTING"
         homes = [
-            next(tensor.key for tensor in site.tensors if tensor.name == own[0].name).removesuffix(f".{own[0].name}")
+            next(tensor.key for tensor in site.tensors if tensor.name == own[0]).removesuffix(f".{own[0]}")
             for site in sites
         ]
         first, *more = names_list(homes)
         definitions.append("\n".join([f"{table} = {first}", *more]) + "\n")
-        tensors = ", ".join(f'weights[f"{{site}}.{tensor.name}"]' for tensor in own)
+        tensors = ", ".join(f'weights[f"{{site}}.{name}"]' for name in own)
         lines.append(f"# {rule.place.file}:{rule.place.line}: {rule.count} of {rule.sites} weights learn at a time")
         seed = f'"{plan.step.seed} {rule.rule}"'
         lines += wrapped(f"rest([[{tensors}] for site in {table}], {rule.count}, step // {rule.every}, {seed})")

@@ -55,6 +55,11 @@ class EventSource:
     calls: dict[str, list[str]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     last: tuple[str, str, str] | None = None  # phase, condition and comment of the last call
 
+    def behind(self, lines: Sequence[str]) -> EventSource:
+        """The same behind some statements after the backward."""
+        phase = "after backward"
+        return replace(self, calls={**self.calls, phase: [*lines, *self.calls[phase]]})
+
 
 @dataclass
 class _Call:
@@ -86,6 +91,7 @@ class _Call:
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
     taken = {"site", "keep", "penalty", "parts", "gradient", "gradients", "train_step", "weights", "key", *IMPORTS}
+    taken |= {"first", "count"}
     source, names = EventSource(), Names(frozenset(taken))
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}

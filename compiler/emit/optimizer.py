@@ -41,16 +41,16 @@ def rates(optimizer: OptimizerPlan, factors: Sequence[FactorsPlan]) -> dict[str,
 
 def optimizer_source(
     optimizer: OptimizerPlan, groups: Sequence[Group], factors: Sequence[FactorsPlan] = (), rounds: bool = False,
-    rests: bool = False,
+    rests: bool = False, several: bool = False, suffix: str = "",
 ) -> str:  # fmt: skip
     """`TRAINED` tables and `make_optimizer`; with `rounds`, bfloat16 is trained and rounded stochastically.
 
-    `rests`: some tensors have no gradients in some steps.
+    `rests`: some tensors have no gradients in some steps. With `several` blocks what others train has none in this one.
     """
     lines: list[str] = []
     tables = []
     for number, group in enumerate(groups):
-        table = "TRAINED" if len(groups) == 1 else f"TRAINED_{number + 1}"
+        table = f"TRAINED{suffix.upper()}" + (f"_{number + 1}" if len(groups) > 1 else "")
         first, *rest = names_list(group.names)
         lines += [f"{table} = {first}", *rest]
         tables.append((table, group))
@@ -58,20 +58,22 @@ def optimizer_source(
     needs = OPTIMIZERS[optimizer.name].needs
     around = made if inspect.isclass(made) and needs not in (None, "jacobian") else None
     if around is not None:
-        lines += ["", *_table(factors)]
+        lines += ["", *_table(factors, f"FACTORS{suffix.upper()}")]
     kind, options = _base(optimizer)
     rounded = ", bfloat16 rounded stochastically" if rounds else ""
     title = f"{kind} over what is trained{rounded}; `base_lr` is the rate that the schedule scales."
     if needs == "jacobian":
         title = f"{made.__name__} over what is trained; `base_lr` is what the schedule scales."
+    if several:
+        title = title.replace("is trained", "this block trains", 1)
     lines += [
-        "", "", "def make_optimizer(weights: Weights) -> torch.optim.Optimizer:", f'    """{title}"""',
+        "", "", f"def make_optimizer{suffix}(weights: Weights) -> torch.optim.Optimizer:", f'    """{title}"""',
         "    groups: list[dict[str, Any]] = [",
     ]  # fmt: skip
     for table, group in tables:
         rates = f'"lr": {group.lr}, "base_lr": {group.lr}, "weight_decay": {group.weight_decay}'
         lines.append(f'        {{"params": [weights[name] for name in {table}], {rates}}},')
-    lines.append("    ]")
+    lines += ["    ]", *(["    learn(weights, groups)"] if several else [])]
     own = "".join(f", {name}={value!r}" for name, value in optimizer.options.items())
     gives = "return" if around is None else "base ="
     if needs == "jacobian":
@@ -89,7 +91,7 @@ def optimizer_source(
         ]
     if around is not None:
         lines += [
-            "    factors = [Factors.of(weights, *entry) for entry in FACTORS]",
+            f"    factors = [Factors.of(weights, *entry) for entry in FACTORS{suffix.upper()}]",
             f"    return {around.__name__}(base, factors{own})",
         ]
     return "\n".join(lines) + "\n"
@@ -116,7 +118,7 @@ def _base(optimizer: OptimizerPlan) -> tuple[str, str]:
     return "AdamW", f"betas={optimizer.betas}, eps={optimizer.eps}"
 
 
-def _table(factors: Sequence[FactorsPlan]) -> list[str]:
+def _table(factors: Sequence[FactorsPlan], name: str) -> list[str]:
     """`FACTORS`: names of tensors that are read as one product, from left to right, and the number in front of it."""
     alike: dict[str, list[str]] = {}
     for product in factors:
@@ -126,7 +128,7 @@ def _table(factors: Sequence[FactorsPlan]) -> list[str]:
         ]
         turned = f", {product.turned}" if any(product.turned) else ""
         alike.setdefault(f"(({', '.join(names)}), {product.scale}{turned})", []).append(product.site)
-    lines = ["FACTORS = [  # tensors that are read only as their product, and what is in front of it"]
+    lines = [f"{name} = [  # tensors that are read only as their product, and what is in front of it"]
     for entry, sites in alike.items():
         first, *rest = names_list(sites)
         lines += [f"    *({entry} for site in {first}", *(f"    {line}" for line in rest[:-1]), f"    {rest[-1]}),"]

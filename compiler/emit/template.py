@@ -83,13 +83,13 @@ IMPORTS = {
 }
 
 
-def schedule_source(schedule: SchedulePlan) -> str:
+def schedule_source(schedule: SchedulePlan, suffix: str = "") -> str:
     """`schedule(step, steps)`: the factor on the learning rate, by transformers' formulas."""
     words = {"constant": "constant", "linear": "linear decay", "cosine": "half a cosine"}[schedule.name]
     warm = schedule.warmup > 0
     title = f"after a linear warmup, {words}" if warm else words
     lines = [
-        "def schedule(step: int, steps: int) -> float:",
+        f"def schedule{suffix}(step: int, steps: int) -> float:",
         f'    """Factor on the learning rate at a step: {title}."""',
     ]
     if warm:
@@ -135,7 +135,7 @@ PUT_BACK = """def put_back(weights: Weights, values: Weights) -> None:
 
 def gradients_source(
     plan: StepPlan, inputs: Sequence[str], loss: LossText, cuts_padding: bool = False, moves_twice: bool = False,
-    together: bool = False, observed: str = "",
+    together: bool = False, observed: str = "", suffix: str = "",
 ) -> str:  # fmt: skip
     """`gradients`: forward and backward of a step's batch, and nothing that the host must wait for or decide.
 
@@ -151,7 +151,7 @@ def gradients_source(
     more = ", scaler: torch.amp.GradScaler" if scaled else ", optimizer: Any" if observed else ""
     adds = "shows its outputs" if observed else "adds its gradients"
     lines = [
-        f"def gradients(weights: Weights, batch: dict[str, Tensor]{more}) -> Tensor:",
+        f"def gradients{suffix}(weights: Weights, batch: dict[str, Tensor]{more}) -> Tensor:",
         f'    """The loss of a step, summed over its labels and divided by the number of all; {adds}."""',
         f'    labels = batch["{loss.labels}"]',
         f"    count = over_processes({loss.count}(labels))",
@@ -195,28 +195,39 @@ def _rounds_for_others(forward: Sequence[str]) -> list[str]:
     ]
 
 
-def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] = (), observes: bool = False) -> str:
+def statistics_source(statistics: Sequence[str]) -> str:
+    """`STATISTICS`, what the forward itself writes, and what puts it back."""
+    first, *rest = names_list(statistics)
+    return "\n".join([f"STATISTICS = {first}", *rest, "", "", *PUT_BACK]).rstrip() + "\n"
+
+
+def step_source(
+    plan: StepPlan, events: EventSource, statistics: Sequence[str] = (), observes: bool = False,
+    functions: tuple[str, str] = ("gradients", "schedule"), several: bool = False, suffix: str = "",
+) -> str:  # fmt: skip
     """`train_step`, with a numbered comment for each mark of the step's clock that this program uses.
 
     `statistics` are what the forward itself writes; `observes`: the optimizer sees outputs in place of gradients.
+    `functions` are the names of those that it calls; with `several` blocks the rate is that of the step in its block.
     """
+    gradients, schedule = functions
     scaled, added = plan.precision == "float16", bool(events.calls["penalty"])
     more = ", added.detach()" if added else ""
-    table = names_list(statistics) if statistics else []
     put_back = ["        put_back(weights, running)"] if statistics else []
     head = [
-        *([f"STATISTICS = {table[0]}", *table[1:], "", "", *PUT_BACK] if statistics else []),
-        "def train_step(",
+        f"def train_step{suffix}(",
         "    weights: Weights,",
         "    optimizer: torch.optim.Optimizer,",
         "    batch: dict[str, Tensor],",
         "    step: int,",
         "    steps: int,",
+        *(["    first: int,", "    count: int,"] if several else []),
         *(["    scaler: torch.amp.GradScaler,"] if scaled else []),
         f") -> tuple[Tensor, Tensor | None, bool{', Tensor' if added else ''}]:",
         '    """Optimizer step number `step` (from 0) of `steps`: its loss, gradient norm, and whether it was taken'
         + ("; its penalty." if added else "."),
         "",
+        *(["    The `count` steps of the block begin with step `first`; its schedule counts them."] if several else []),
         *(["    Nobody asks for the norm without `clip`: it is None."] if plan.clip is None else []),
         "    A loss that is not finite changes nothing on the CPU; on a GPU the caller looks at it.",
         *(["    Gradients that overflow in float16 change nothing but the loss scale."] if scaled else []),
@@ -236,8 +247,8 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     lines += [
         "",
         "    # 3. forward and backward, 4. summed over the processes of the run",
-        f"    loss = step_over_processes(gradients(weights, batch{extra}), optimizer)",
-        *(_penalty(scaled) if added else []),
+        f"    loss = step_over_processes({gradients}(weights, batch{extra}), optimizer)",
+        *(_penalty(scaled, bool(plan.frozen)) if added else []),
         f"    if not loss.is_cuda and not torch.isfinite(loss{' + added' if added else ''}):",
         "        optimizer.zero_grad()",
         *put_back,
@@ -266,7 +277,7 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
         "",
         "    # 7. optimizer, at the scheduled rate",
         "    for group in optimizer.param_groups:",
-        '        group["lr"] = group["base_lr"] * schedule(step, steps)',
+        f'        group["lr"] = group["base_lr"] * {schedule}({"step - first, count" if several else "step, steps"})',
         *(["    scaler.step(optimizer)", "    scaler.update()"] if scaled else ["    optimizer.step()"]),
     ]
     lines += _phase(events, "after step", "8. after the step")
@@ -275,12 +286,11 @@ def step_source(plan: StepPlan, events: EventSource, statistics: Sequence[str] =
     return "\n".join([*head, *(lines if lines[0] else lines[1:])]) + "\n"
 
 
-def _penalty(scaled: bool) -> list[str]:
-    """Once per step, behind the sum over processes: each of them computes the same."""
-    return [
-        "    added = penalty(weights, step, steps)",
-        f"    {'scaler.scale(added)' if scaled else 'added'}.backward()",
-    ]
+def _penalty(scaled: bool, rests: bool) -> list[str]:
+    """Once per step, behind the sum over processes: each of them computes the same; `rests`: of what need not move."""
+    backward = f"{'scaler.scale(added)' if scaled else 'added'}.backward()"
+    moves = ["    if added.requires_grad:  # of tensors that rest here it has none", f"        {backward}"]
+    return ["    added = penalty(weights, step, steps)", *(moves if rests else [f"    {backward}"])]
 
 
 def _phase(events: EventSource, phase: str, title: str) -> list[str]:

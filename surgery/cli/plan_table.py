@@ -67,7 +67,7 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
     recompute = [_recompute(plan)] if plan.recomputed else []
     quantized = [_quantized(plan.quantized)] if plan.quantized else []
     return [
-        _step(plan.step),
+        *_steps(plan),
         *_active(plan),
         *_full_size(plan),
         *quantized,
@@ -284,6 +284,28 @@ def _ways(site: Site) -> list[tuple[str, list[str], str]]:
     return found
 
 
+def _steps(plan: Plan) -> list[str]:
+    """How the steps run; of several blocks also what each of them moves."""
+    if not plan.later:
+        return [f"step: {_step(plan.step)}"]
+    found = []
+    for block in plan.blocks:
+        number = block.step.number + 1
+        found.append(f"step {number} of {len(plan.later) + 1}: {_step(block.step)}")
+        names = [tensor.key for site in block.sites for tensor in site.tensors if tensor.role == "train"]
+        names += [whole.name for whole in block.trained]
+        found.append(f"  moves {_names(names)}" if block.step.frozen else "  moves all that is trained")
+    return found
+
+
+def _names(names: Iterable[str]) -> str:
+    """Names of tensors, those that differ in numbers folded into one."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(_without_numbers(name), []).append(name)
+    return ", ".join(map(folded_path, groups.values()))
+
+
 def _step(step: StepPlan) -> str:
     around = OPTIMIZERS[step.optimizer.name].around
     optimizer = f"{step.optimizer.base if around else step.optimizer.name}(lr = {step.optimizer.lr:g})"
@@ -291,7 +313,7 @@ def _step(step: StepPlan) -> str:
         optimizer = f"{step.optimizer.name} around {optimizer}"
     length = f"{step.steps} steps" if step.steps is not None else f"{step.epochs or 1:g} epochs"
     pieces = f" in micro-batches of {step.micro_batch}" if step.micro_batch else ""
-    return f"step: {length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
+    return f"{length} of batch {step.batch}{pieces}, {optimizer}, {step.schedule.name} schedule, seed {step.seed}"
 
 
 def _active(plan: Plan) -> list[str]:
@@ -303,7 +325,11 @@ def _active(plan: Plan) -> list[str]:
 
 
 def _full_size(plan: Plan) -> list[str]:
-    """What the optimizer keeps of the size of whole weights."""
+    """What optimizers keep of the size of whole weights."""
+    return list(dict.fromkeys(line for block in plan.blocks for line in _full_size_of(block)))
+
+
+def _full_size_of(plan: Plan) -> list[str]:
     optimizer = plan.step.optimizer
     count = OPTIMIZERS[optimizer.name].moments.get(optimizer.base, 0)
     if not count:

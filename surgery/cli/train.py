@@ -69,13 +69,13 @@ def _train(
 ) -> None:  # fmt: skip
     """Run and say how it ended."""
     from surgery.runtime.best import BEST
-    from surgery.runtime.data import steps_of
+    from surgery.runtime.data import lengths_of
     from surgery.runtime.distributed_checks import check_model
     from surgery.runtime.train import train
 
     step, data = _start(spec, folder, resume, scope, device, allow_code)
     check_model(step.plan, step.model).raise_errors()
-    step.steps = steps_of(step.plan, len(data.train))
+    step.lengths = lengths_of(step.plan, len(data.train))
     terminal = sys.stderr.isatty()
     _note_prediction(step)
     outcome = train(step, data, folder, resume=resume, log=None if terminal else note)

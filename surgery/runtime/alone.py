@@ -11,7 +11,7 @@ import surgery
 from surgery.compiler.diagnostics import SurgError, render
 from surgery.runtime import distributed
 from surgery.runtime.calibrate import calibration_batches
-from surgery.runtime.data import load_data, steps_of
+from surgery.runtime.data import lengths_of, load_data
 from surgery.runtime.devices import why_not
 from surgery.runtime.models import load_tokenizer
 from surgery.runtime.run_folder import load_state
@@ -54,7 +54,7 @@ def _run(folder: Path, file: str | None, output: str | None, device: str | None)
         step = surgery.compile(program, device=device, calibration=batches)
     # The file itself runs, also when somebody has edited it.
     step.use_source(state.source)
-    step.steps = steps_of(step.plan, len(data.train))
+    step.lengths = lengths_of(step.plan, len(data.train))
     run = None if output is None else Path(output)
     outcome = train(step, data, run, log=lambda text: print(text, flush=True))
     print(f"{outcome.done} of {outcome.steps} steps in {outcome.seconds:.0f} s", file=sys.stderr)

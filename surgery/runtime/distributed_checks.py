@@ -7,7 +7,7 @@ from torch import nn
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.diagnostics import Diagnostics
 from surgery.compiler.events import EventProgram, programs
-from surgery.compiler.plan import Plan
+from surgery.compiler.plan import Plan, StepPlan
 from surgery.compiler.span import Source, Span
 from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.distributed import processes
@@ -17,10 +17,8 @@ def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostic
     """What of a plan does not go with its scope, and with `count` processes (default: those that there are)."""
     count = processes() if count is None else count
     found, several, step = Diagnostics(), count > 1, plan.step
-    if several and step.batch < count:
-        message = f"`batch = {step.batch}` for {count} processes: some would have no row to work on"
-        help = f"write `batch = {count}` or more, or start fewer processes"
-        found.error("SURG072", message, _setting(plan, nodes.Step, "batch"), help=help)
+    for block in plan.step_blocks if several else ():
+        _check_rows(plan, block, count, found)
     if several and step.compile == "reduce_overhead":
         message = "one CUDA graph cannot hold the sums over processes"
         found.error("SURG072", message, _setting(plan, nodes.Step, "compile"), help="write `compile = on`")
@@ -28,9 +26,6 @@ def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostic
         message = "a model in module scope runs as it is, and is not compiled"
         help = "leave `compile` out, or train in graph scope"
         found.error("SURG072", message, _setting(plan, nodes.Step, "compile"), help=help)
-    if several and OPTIMIZERS[step.optimizer.name].needs == "jacobian":
-        message = f"`{step.optimizer.name}` reads the outputs of all rows, and no process has them"
-        found.error("SURG072", message, _setting(plan, nodes.Step, "optimizer"), help="train it with one process")
     if scope == "module" and plan.model.quantize is not None:
         message = "a quantized model is trained in graph scope"
         help = "leave `--scope module` out: a quantized model is small enough for each process"
@@ -39,6 +34,18 @@ def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostic
         for event in programs(plan):
             _check_event(plan, event, found)
     return found
+
+
+def _check_rows(plan: Plan, step: StepPlan, count: int, found: Diagnostics) -> None:
+    """Each process has rows of each batch, and no other ones."""
+    if step.batch < count:
+        message = f"`batch = {step.batch}` for {count} processes: some would have no row to work on"
+        help = f"write `batch = {count}` or more, or start fewer processes"
+        found.error("SURG072", message, _setting(plan, nodes.Step, "batch", step.number), help=help)
+    if OPTIMIZERS[step.optimizer.name].needs == "jacobian":
+        message = f"`{step.optimizer.name}` reads the outputs of all rows, and no process has them"
+        where = _setting(plan, nodes.Step, "optimizer", step.number)
+        found.error("SURG072", message, where, help="train it with one process")
 
 
 def check_model(plan: Plan, model: nn.Module) -> Diagnostics:
@@ -67,13 +74,12 @@ def _check_event(plan: Plan, event: EventProgram, found: Diagnostics) -> None:
             return
 
 
-def _setting(plan: Plan, block: type[nodes.Node], name: str) -> Span | None:
-    """Where a spec says a setting; the block if it leaves it out."""
-    for item in _items(plan):
-        if isinstance(item, block):
-            lines = [line for line in getattr(item, "settings", ()) if isinstance(line, nodes.Setting)]
-            return next((line.span for line in lines if line.name == name), item.span)
-    return None
+def _setting(plan: Plan, block: type[nodes.Node], name: str, number: int = 0) -> Span | None:
+    """Where a spec says a setting, in the block of that number or one before it; the block if all leave it out."""
+    items = [item for item in _items(plan) if isinstance(item, block)][: number + 1]
+    lines = [line for item in reversed(items) for line in getattr(item, "settings", ())]
+    named = (line.span for line in lines if isinstance(line, nodes.Setting) and line.name == name)
+    return next(named, items[-1].span if items else None)
 
 
 def _items(plan: Plan) -> tuple[nodes.Node, ...]:

@@ -50,8 +50,8 @@ class ModuleStep(TrainingStep):
     scope = "module"
 
     def __init__(self, plan: Plan, model: nn.Module, sources: Sources, device: torch.device, folder: Path) -> None:
-        self.plan, self.model, self.folder, self.device = plan, model, folder, device
-        self.step, self.steps = 0, plan.step.steps or 0
+        self._plan_run(plan)
+        self.model, self.folder, self.device = model, folder, device
         events = programs(plan)
         names = adapt(plan, model, sources)
         names |= {whole.name: whole.name for whole in plan.trained}

@@ -97,6 +97,11 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
     _reads_across(plan).raise_errors()
+    if plan.later:
+        message = "a trainer has one optimizer and one schedule, so it would run the first `step` block alone"
+        second = program.moving[1].node
+        help_text = "use surgery.compile or `surgery train`"
+        raise fail("SURG060", message, second.span if second else None, help=help_text)
     if OPTIMIZERS[plan.step.optimizer.name].needs is not None:
         message = f"the optimizer is the trainer's here, and the spec's {plan.step.optimizer.name} would not run"
         help_text = "use surgery.compile, or name adamw or sgd in the spec"

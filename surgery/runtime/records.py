@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from surgery.compiler.plan import Plan
+from surgery.compiler.plan import Plan, StepPlan
 from surgery.runtime.data import Examples, Stream
 from surgery.runtime.evaluate import Evaluable, evaluate
 from surgery.runtime.progress import Progress, line
@@ -26,7 +26,10 @@ class Steppable(Evaluable, Protocol):
     """What is read of a training step."""
 
     step: int  # optimizer steps done
-    steps: int  # optimizer steps of the whole run
+    lengths: tuple[int, ...]  # optimizer steps of each `step` block
+
+    @property
+    def steps(self) -> int: ...  # noqa: D102
 
     @property
     def plan(self) -> Plan: ...  # noqa: D102
@@ -38,10 +41,10 @@ class Steppable(Evaluable, Protocol):
 
 
 class Taken:
-    """A step that was taken, with a loss that nobody has read yet."""
+    """A step that was taken by the settings of its block, with a loss that nobody has read yet."""
 
-    def __init__(self, step: Steppable, stream: Stream) -> None:
-        self.number, self.rate = step.step, step.learning_rate
+    def __init__(self, step: Steppable, stream: Stream, settings: StepPlan) -> None:
+        self.number, self.rate, self.settings = step.step, step.learning_rate, settings
         self.tokens = sum(map(stream.examples.length, stream.rows(self.number)))
         batch = stream.batch(self.number)
         self.began = time.perf_counter()
@@ -74,7 +77,7 @@ class Rows:
         self.metrics.write(row)
         self.bar.advance(row)
         done = taken.number + 1
-        if due(self.step.plan.step.log, done) or done == self.step.steps or held_out:
+        if due(taken.settings.log, done) or done == self.step.steps or held_out:
             self.report.row(row)
             if self.log is not None:
                 self.log(line(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from surgery.compiler import p9_emit
 from surgery.compiler.diagnostics import did_you_mean, fail
+from surgery.compiler.emit.blocks import of_block
 from surgery.compiler.events import START, EventProgram
 from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
@@ -32,6 +34,7 @@ from surgery.runtime.sharded import fill
 _NUMBERS = itertools.count(1)
 # After so many steps in a row whose float16 gradients overflow, however small the loss scale, training is broken.
 _MOST_SKIPPED = 50
+_GRADIENTS = re.compile(r"gradients(_in_block_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,9 @@ class TrainingStep:
         source: str | None = None,
         events: Sequence[EventProgram] | None = None,
     ) -> None:
-        self.plan, self.model, self.folder = plan, model, folder
+        self._plan_run(plan)
+        self.model, self.folder = model, folder
         self.graph = graph
-        self.step = 0
-        self.steps = plan.step.steps or 0
         given = tensors(graph.module)
         self.device = _device(device, given)
         programs = events_of(plan) if events is None else tuple(events)
@@ -110,6 +112,23 @@ class TrainingStep:
         self.weights |= beside(programs, self.weights, given, {site.parameter for site in self._corrected})
         self.use_source(logged(p9_emit, plan, graph, programs) if source is None else source)
         self._ready_for_steps()
+
+    def _plan_run(self, plan: Plan) -> None:
+        """What a plan says of the steps, none of which is taken yet."""
+        self.plan, self.step, self.block = plan, 0, 0
+        self.lengths = tuple(step.steps or 0 for step in plan.step_blocks)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; 0 where nobody has said it."""
+        return sum(self.lengths) if all(self.lengths) else 0
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        if len(self.lengths) > 1:
+            message = f"the run has {len(self.lengths)} `step` blocks, and this does not say where they end"
+            raise fail("SURG044", message, help="set `step.lengths`, the steps of each of them")
+        self.lengths = (steps,)
 
     def _ready_for_steps(self) -> None:
         """What a new step begins with beside its tensors and its text."""
@@ -134,9 +153,16 @@ class TrainingStep:
         compiled = self.plan.step.compile
         if compiled in ("on", "reduce_overhead") or (compiled == "auto" and self.device.type == "cuda"):
             self._namespace["compile_forward"]()
-        if compiled == "reduce_overhead":
-            self._namespace["gradients"] = replayed(self._namespace["gradients"], self.device)
-        self.optimizer: torch.optim.Optimizer = self._namespace["make_optimizer"](self.weights)
+        self._gradients = {name: run for name, run in self._namespace.items() if _GRADIENTS.fullmatch(name)}
+        self._begin(self.block)
+
+    def _begin(self, block: int) -> None:
+        """Go on with a `step` block, counted from 0: with its optimizer, which lets what it trains have gradients."""
+        self.block = block
+        make, self._schedule, self._take = of_block(self._namespace, block)
+        self.optimizer: torch.optim.Optimizer = make(self.weights)
+        if self.plan.step.compile == "reduce_overhead":  # a recording is of the gradients of one block
+            self._namespace |= {name: replayed(run, self.device) for name, run in self._gradients.items()}
         if distributed.processes() > 1:
             self.optimizer.register_step_pre_hook(self._seed_optimizer)  # replicas round alike
 
@@ -145,26 +171,39 @@ class TrainingStep:
     def __call__(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Take one optimizer step on a batch: the graph's inputs and `labels`, each [rows, ...].
 
-        Raises SurgError: SURG043 or SURG044 for a batch that does not fit (nothing is changed), SURG053 if float16
-        gradients overflow at every loss scale.
+        The last step of a `step` block ends with the next one's optimizer. Raises SurgError: SURG043 or SURG044 for a
+        batch that does not fit (nothing is changed), SURG053 if float16 gradients overflow at every loss scale.
         """
-        scheduled = self.plan.step.schedule.name != "constant" or self.plan.step.schedule.warmup
-        if not self.steps and (scheduled or self._reads_steps):
-            what = f"the {self.plan.step.schedule.name} schedule" if scheduled else "an event or a penalty"
-            help_text = "write `steps = ...` in the step block, or set `step.steps`"
-            raise fail("SURG044", f"{what} needs the number of steps", help=help_text)
+        several = len(self.lengths) > 1
+        if not self.steps:
+            self._check_steps(several)
         ready = self._ready(batch, labels=True)
         scaler = () if self._scaler is None else (self._scaler,)
-        take = self._namespace["train_step"]
+        first = sum(self.lengths[: self.block])
+        where = (first, self.lengths[self.block]) if several else ()
         distributed.seed_step(self.plan.step.seed, self.step, own=True)
-        loss, norm, taken, *added = take(self.weights, self.optimizer, ready, self.step, self.steps, *scaler)
+        loss, norm, taken, *added = self._take(
+            self.weights, self.optimizer, ready, self.step, self.steps, *where, *scaler
+        )
         if taken:
             self.step += 1
+            if several and self.step == sum(self.lengths[: self.block + 1]) < self.steps:
+                self._begin(self.block + 1)
         self._skipped = 0 if taken else self._skipped + 1
         if self._scaler is not None and self._skipped > _MOST_SKIPPED:
             message = f"the float16 gradients of step {self.step} overflow at every loss scale"
             raise fail("SURG053", message, help="lower lr, or use `precision = bfloat16`")
         return StepResult(loss, added[0] if added else torch.zeros((), device=loss.device), taken, norm)
+
+    def _check_steps(self, several: bool) -> None:
+        """Nothing may read a number of steps that is not known."""
+        schedule = self.plan.step.schedule
+        what = "the end of a block" if several else "an event or a penalty" if self._reads_steps else ""
+        if not several and (schedule.name != "constant" or schedule.warmup):
+            what = f"the {schedule.name} schedule"
+        if what:
+            where = "each step block, or set `step.lengths`" if several else "the step block, or set `step.steps`"
+            raise fail("SURG044", f"{what} needs the number of steps", help=f"write `steps = ...` in {where}")
 
     def _seed_optimizer(self, *_: Any) -> None:
         distributed.seed_step(self.plan.step.seed, self.step, own=False)
@@ -172,8 +211,9 @@ class TrainingStep:
     @property
     def learning_rate(self) -> float:
         """The scheduled rate of the next step (of the optimizer's own `lr`; tensors may have theirs)."""
-        factor: float = self._namespace["schedule"](self.step, self.steps)
-        return self.plan.step.optimizer.lr * factor
+        first, count = sum(self.lengths[: self.block]), self.lengths[self.block]
+        factor: float = self._schedule(self.step - first, count)
+        return self.plan.step_blocks[self.block].optimizer.lr * factor
 
     def label_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many labels the loss of a batch is a mean over, 0-d int64."""
@@ -284,6 +324,7 @@ class TrainingStep:
             "weights": {key: self.weights[key].detach() for key in keys},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "block": self.block,
             "random": _random_state(self.device),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
@@ -308,6 +349,8 @@ class TrainingStep:
             name = start if start in self.weights else site.parameter
             if name not in self._written:
                 self._correct({name: site})
+        if (block := int(state.get("block", 0))) != self.block:
+            self._begin(block)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         if self._scaler is not None and state.get("scaler"):

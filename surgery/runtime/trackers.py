@@ -170,5 +170,7 @@ def _said(error: Exception) -> str:
 
 def _settings(plan: Plan) -> dict[str, Any]:
     """What a tracker shows beside the curves."""
-    step = plan.step.model_dump(exclude={"report", "recompute"}, exclude_none=True)
-    return {"spec": plan.spec, "model": plan.model.name, "trainable": plan.totals.trainable, **step}
+    without = {"report", "recompute", "number", "frozen", "rates"}
+    step, *later = (block.model_dump(exclude=without, exclude_none=True) for block in plan.step_blocks)
+    more = {f"block_{number + 2}": block for number, block in enumerate(later)}
+    return {"spec": plan.spec, "model": plan.model.name, "trainable": plan.totals.trainable, **step, **more}

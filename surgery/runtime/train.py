@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from surgery.compiler.diagnostics import Note, fail
+from surgery.compiler.plan import StepPlan
 from surgery.runtime import distributed
 from surgery.runtime.best import BEST, Best, best_of
-from surgery.runtime.data import Data, Stream
+from surgery.runtime.data import Data, block_of, streams_of
 from surgery.runtime.progress import Progress
 from surgery.runtime.records import Metrics, Rows, Steppable, Taken, due
 from surgery.runtime.run_folder import SAVES, Savable, all_finite, keep_save, load_state, save_step
@@ -60,7 +62,7 @@ def train(
     progress: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Take the optimizer steps from `step.step` to `step.steps` (both set by the caller).
+    """Take the optimizer steps from `step.step` to `step.steps` (the caller sets `step.lengths`).
 
     `run` is the run folder (None: nothing is written). `progress` shows a bar on standard error, where that is a
     terminal; `log` is called with one line per logged step. SIGINT ends the run after the present step, saved. Raises
@@ -70,7 +72,9 @@ def train(
     All processes of a run call it alike and take every step together; the first one writes, logs and tracks.
     """
     plan = step.plan.step
-    stream = Stream(data.train, plan.batch, plan.seed, distributed.number(), distributed.processes())
+    blocks = step.plan.step_blocks
+    streams = streams_of(step.plan, data.train, step.lengths, distributed.number(), distributed.processes())
+    ends = set(accumulate(step.lengths))
     extra: dict[str, Any] = {
         "steps": step.steps, "labels": list(data.names), "data": data.fingerprint(), "scope": step.scope,
     }  # fmt: skip
@@ -97,14 +101,15 @@ def train(
             lambda loss, number: _not_finite(step, loss, number, folder),
         )  # fmt: skip
         while step.step < step.steps and not distributed.anywhere(asked.is_set()) and not (best and best.over):
-            taken = Taken(step, stream)
+            block = block_of(step.step, step.lengths)
+            taken, settings = Taken(step, streams[block], blocks[block]), blocks[block]
             done = step.step
             if done == taken.number:  # skipped: float16 gradients overflowed; the same batch again, at a smaller scale
                 rows.read(taken)
                 continue
             rows.settle()
-            evaluates = data.held_out is not None and (done == step.steps or due(plan.evaluate, done))
-            saves = folder is not None and due(plan.save, done) and done < step.steps
+            evaluates = data.held_out is not None and (done in ends or due(settings.evaluate, done))
+            saves = folder is not None and due(settings.save, done) and done < step.steps
             rows.unread = taken
             # While a GPU computes a step, the host prepares the next one and only then reads the loss of the last.
             if taken.result.loss.is_cuda and not evaluates and not saves:
@@ -139,8 +144,13 @@ class _Folder:
             for name in (BEST, SAVES) if distributed.number() == 0 else ():
                 shutil.rmtree(self.run / name, ignore_errors=True)
             self.save()
-        elif due(self.step.plan.step.save, self.step.step) and 0 < self.step.step < self.step.steps:
+        elif due(self._settings.save, self.step.step) and 0 < self.step.step < self.step.steps:
             self._keep()
+
+    @property
+    def _settings(self) -> StepPlan:
+        """Those of the last step that was taken."""
+        return self.step.plan.step_blocks[block_of(self.step.step - 1, self.step.lengths)]
 
     def save(self, keeps: bool = False) -> None:
         """The state as it is; `keeps` it beside later ones, if the spec says so."""
@@ -153,8 +163,8 @@ class _Folder:
         save_step(self.step, self.run / BEST, self._extra())
 
     def _keep(self) -> None:
-        if self.step.plan.step.keep is not None and distributed.number() == 0:
-            keep_save(self.run, self.step.step, self.step.plan.step.keep)
+        if (keep := self._settings.keep) is not None and distributed.number() == 0:
+            keep_save(self.run, self.step.step, keep)
 
     def _extra(self) -> dict[str, Any]:
         return self.extra if self.best is None else {**self.extra, "best": self.best.record()}

@@ -12,5 +12,7 @@ from surgery.runtime.data.load import load_data as load_data
 from surgery.runtime.data.load import load_evaluation as load_evaluation
 from surgery.runtime.data.packing import Packed as Packed
 from surgery.runtime.data.stream import Stream as Stream
+from surgery.runtime.data.stream import block_of as block_of
+from surgery.runtime.data.stream import lengths_of as lengths_of
 from surgery.runtime.data.stream import seeded as seeded
-from surgery.runtime.data.stream import steps_of as steps_of
+from surgery.runtime.data.stream import streams_of as streams_of

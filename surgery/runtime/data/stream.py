@@ -1,14 +1,18 @@
 """The batches of a run by the number of their step.
 
 The batch of optimizer step t is a pure function of (rows, seed, t): epoch = t // batches, and an epoch's order is a
-permutation drawn from (seed, epoch). So a run is resumed inside an epoch by its step number alone.
+permutation drawn from (seed, epoch). So a run is resumed inside an epoch by its step number alone. Of several `step`
+blocks each begins with an epoch of its own, whose order no block before it has seen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +34,8 @@ class Stream:
     seed: int
     process: int = 0  # this one's number
     processes: int = 1
+    first: int = 0  # the step of the run that it begins with
+    epochs: int = 0  # those that were begun before it
     _orders: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -39,7 +45,8 @@ class Stream:
 
     def position(self, step: int) -> tuple[int, int]:
         """The epoch, and the number of the batch in it, of a step (all from 0)."""
-        return divmod(step, self.batches_per_epoch)
+        epoch, number = divmod(step - self.first, self.batches_per_epoch)
+        return epoch + self.epochs, number
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch in their order."""
@@ -62,12 +69,30 @@ class Stream:
         return {name: tensor[:0] for name, tensor in self.examples.batch(rows[:1]).items()}
 
 
-def steps_of(plan: Plan, rows: int) -> int:
-    """Optimizer steps of a run over `rows` rows: `steps`, else `epochs` (1 where the spec names neither)."""
-    if plan.step.steps is not None:
-        return plan.step.steps
-    epochs = 1.0 if plan.step.epochs is None else plan.step.epochs
-    return max(1, math.ceil(epochs * math.ceil(rows / plan.step.batch)))
+def lengths_of(plan: Plan, rows: int) -> tuple[int, ...]:
+    """Optimizer steps of each `step` block over `rows` rows: `steps`, else `epochs` (1 where it names neither)."""
+    return tuple(
+        max(1, math.ceil((1.0 if step.epochs is None else step.epochs) * math.ceil(rows / step.batch)))
+        if step.steps is None
+        else step.steps
+        for step in plan.step_blocks
+    )
+
+
+def block_of(step: int, lengths: Sequence[int]) -> int:
+    """The number of the `step` block, from 0, that a step is of; behind the last one it is the last."""
+    return min(bisect_right(list(accumulate(lengths)), step), len(lengths) - 1)
+
+
+def streams_of(
+    plan: Plan, examples: Examples | Packed, lengths: Sequence[int], process: int = 0, processes: int = 1
+) -> tuple[Stream, ...]:
+    """The batches of each `step` block, of so many steps."""
+    found, first, epochs = [], 0, 0
+    for step, length in zip(plan.step_blocks, lengths, strict=True):
+        found.append(Stream(examples, step.batch, step.seed, process, processes, first, epochs))
+        first, epochs = first + length, epochs + math.ceil(length / found[-1].batches_per_epoch)
+    return tuple(found)
 
 
 def seeded(seed: int, epoch: int) -> torch.Generator:

@@ -66,7 +66,8 @@ def gather(run: Path, kept: Path | None = None, *, allow_code: bool = False) -> 
     last = load_state(run)
     state = last if kept is None or kept == run else load_state(kept)
     series = read_series(run)
-    steps = last.extra.get("steps", last.plan.step.steps)
+    lengths = [step.steps for step in last.plan.step_blocks]
+    steps = last.extra.get("steps", None if None in lengths else sum(filter(None, lengths)))
     weights: dict[str, Tensor] = state.state["weights"]
     model, unreached = _model(state, allow_code)
     if model is None:

@@ -12,7 +12,7 @@ import torch
 
 from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import DataPlan, ModelPlan, Place, Plan, StepPlan, Totals
-from surgery.runtime.data import IGNORED, Stream, load_data, load_evaluation, steps_of
+from surgery.runtime.data import IGNORED, Stream, lengths_of, load_data, load_evaluation
 
 
 class Letters:
@@ -113,9 +113,9 @@ def test_labels_that_are_numbers_keep_their_order_and_one_label_is_a_regression(
 
 
 def test_steps_come_from_the_plan_or_the_epochs() -> None:
-    assert steps_of(plan({"path": "x"}, steps=225), 10) == 225
-    assert steps_of(plan({"path": "x"}, epochs=1.5, batch=4), 10) == 5
-    assert steps_of(plan({"path": "x"}, batch=4), 10) == 3
+    assert lengths_of(plan({"path": "x"}, steps=225), 10) == (225,)
+    assert lengths_of(plan({"path": "x"}, epochs=1.5, batch=4), 10) == (5,)
+    assert lengths_of(plan({"path": "x"}, batch=4), 10) == (3,)
 
 
 def test_rows_without_text_are_left_out_with_a_warning(tmp_path: Path) -> None:
