@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from surgery.compiler.plan import Plan
+    from surgery.compiler.plan import MeasuredPlan, Plan
     from surgery.runtime.step import TrainingStep
 
 
@@ -55,22 +55,43 @@ def _check_given(program: object, model: object) -> None:
 def plan(
     program: Program, model: nn.Module | None = None, *, memory: bool = False, processes: int = 1,
     scope: Literal["graph", "module"] = "graph", allow_code: bool = False,
+    calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    numbers: Literal["measured", "draft"] | tuple[MeasuredPlan, ...] = "measured",
 ) -> Plan:  # fmt: skip
     """What would be adapted, how, and at what cost; without `model` its skeleton is made from the config, on meta.
 
-    No weights are loaded. With `memory` the step is run on tensors without storage: the plan then says what memory it
-    takes. Raises `SurgError` with everything that does not fit the model.
+    No weights are loaded, unless a rule reads a number of the data (`rank = hidden_dimension_gain()`): this one is
+    measured with them on the `calibration` batches, or on rows of the spec's data. In a draft each such `number` is 1,
+    and those of another plan (`plan.measured`) are taken as they are. With `memory` the step is run on tensors without
+    storage: the plan then says what memory it takes. Raises `SurgError` with everything that does not fit the model.
     """
     from surgery.compiler import pipeline
     from surgery.compiler.memory_spread import of_processes
+    from surgery.runtime.measure import measurements
     from surgery.runtime.models import load_skeleton
 
     _check_given(program, model)
+    given = model
     if model is None:
         with at_model_line(program):
             model = load_skeleton(_model_of(program), program.folder, allow_code=allow_code)
-    made = pipeline.resolve(program, model)
+    known = None if numbers == "draft" else numbers
+    if known == "measured":
+        load = (lambda: _load(program, allow_code)) if given is None else None
+        known = measurements(program, model, calibration, load)
+    made = pipeline.resolve(program, model, measured=known)
     return made.model_copy(update={"memory": of_processes(made, model, processes, scope)}) if memory else made
+
+
+def _load(program: Program, allow_code: bool, device: str | torch.device | None = None) -> nn.Module:
+    """The spec's model with its weights, on a GPU where there is one and nothing else is said."""
+    import torch
+
+    from surgery.runtime.models import load_model
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with at_model_line(program):
+        return load_model(_model_of(program), program.folder, place, allow_code=allow_code, seed=program.step.seed)
 
 
 @contextmanager
@@ -99,8 +120,8 @@ def compile(
 
     `model` (any `nn.Module`) is left as it is, and stands for the spec's; else the spec's is loaded. `example_inputs`
     are made from the task and the config where they are left out. `device`: default the given model's, else a GPU if
-    there is one. `calibration` batches, as the step takes them, are for methods whose starts read data. Raises
-    `SurgError`.
+    there is one. `calibration` batches, as the step takes them, are for methods whose starts read data, and for numbers
+    of the data, which are else measured on rows of the spec's. Raises `SurgError`.
     """
     return _compile(program, model, example_inputs, device, calibration, allow_code=allow_code)
 
@@ -108,9 +129,10 @@ def compile(
 def _compile(
     program: Program, model: nn.Module | None, example_inputs: Mapping[str, torch.Tensor] | None,
     device: str | torch.device | None, calibration: Sequence[Mapping[str, torch.Tensor]] | None = None,
-    saved: Mapping[str, torch.Tensor] | None = None, *, allow_code: bool,
+    saved: Mapping[str, torch.Tensor] | None = None, measured: tuple[MeasuredPlan, ...] | None = None,
+    *, allow_code: bool,
 ) -> TrainingStep:  # fmt: skip
-    """`compile`, with the tensors of a run where there are some: their starts are not computed again."""
+    """`compile`, with the tensors and numbers of a run where there are some: these are not computed again."""
     import torch
 
     from surgery.compiler import p5_capture, pipeline
@@ -121,7 +143,7 @@ def _compile(
     from surgery.runtime.calibrate import calibrate, missing
     from surgery.runtime.devices import device_of
     from surgery.runtime.initialise import Sources, initialise
-    from surgery.runtime.models import load_model
+    from surgery.runtime.measure import measurements
     from surgery.runtime.quantize import quantize_model, quantized_copy
     from surgery.runtime.step import TrainingStep
 
@@ -129,10 +151,11 @@ def _compile(
     loaded, place = model is None, None if device is None else device_of(device)
     if model is None:
         line, place = _model_of(program), place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        first = "cpu" if line.quantize else place  # dense weights go there one by one, to be quantized
-        with at_model_line(program):
-            model = load_model(line, program.folder, first, allow_code=allow_code, seed=program.step.seed)
-    made = pipeline.resolve(program, model, example_inputs)
+        # dense weights go there one by one, to be quantized
+        model = _load(program, allow_code, "cpu" if line.quantize else place)
+    if measured is None:
+        measured = measurements(program, model, calibration, examples=example_inputs)
+    made = pipeline.resolve(program, model, example_inputs, measured=measured)
     if not made.totals.trainable:
         advice = "give a tensor of the method the role `train`, or add a rule such as `train classifier`"
         raise fail("SURG020", "the program trains nothing", made.span(made.sites[0].place), help=advice)
@@ -188,6 +211,7 @@ def load(
     state = load_state(directory)
     program = parse(state.spec, state.folder, state.plan.file)
     saved = state.state["weights"]
-    step = _compile(program, model, example_inputs, device, saved=saved, allow_code=allow_code)
+    measured = state.plan.measured
+    step = _compile(program, model, example_inputs, device, saved=saved, measured=measured, allow_code=allow_code)
     step.load_state_dict(state.state)
     return step

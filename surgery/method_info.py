@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
+
+if TYPE_CHECKING:
+    from surgery.compiler.algebra.build import Value
+    from surgery.compiler.algebra.measured import Gain
 
 SIZE = 4096  # rows and columns of the Linear at which methods are compared, the only site of its rule
 HEADS = 32
@@ -59,7 +64,7 @@ class MethodInfo:
 
     @property
     def trained(self) -> int:
-        """Numbers that it trains with its defaults at one Linear of 4096 x 4096."""
+        """Numbers that it trains with its defaults at one Linear of 4096 x 4096; what the data tell is 1."""
         return sum(tensor.numbers for tensor in self.tensors if tensor.role == "train")
 
 
@@ -92,7 +97,11 @@ def _info(node: nodes.Method) -> MethodInfo:
         text=show(nodes.Tree((node,))),
         open_reason=(why_not(formula) or "") if formula.moves_base else None,
         tensors=_tensors(node),
-        **{**vars(facts), "rank_bound": None if facts.rank_bound is None else str(facts.rank_bound)},
+        **{
+            **vars(facts),
+            "rank_bound": None if facts.rank_bound is None else str(facts.rank_bound),
+            "needs_calibration": facts.needs_calibration or _defaults(node)[1],
+        },
     )
 
 
@@ -104,20 +113,32 @@ def _computes(statement: nodes.Statement) -> bool:
     return isinstance(statement, nodes.Event)
 
 
-def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
+def _defaults(node: nodes.Method) -> tuple[dict[str, Value], bool]:
+    """The parameters' default values, a number of the data as 1, and whether there is such a number."""
     from surgery.compiler.algebra.arguments import bind_arguments
-    from surgery.compiler.algebra.method import elaborate
     from surgery.compiler.algebra.quantity import Quantity
-    from surgery.compiler.p2_check import SYMBOLIC
-    from surgery.compiler.printer import show
+
+    asked: list[Gain] = []
+
+    def least(gain: Gain) -> Quantity:
+        asked.append(gain)
+        return Quantity.of(1)
 
     given = [  # a text has no default where it names a checkpoint: any does
         nodes.Argument(nodes.String(parameter.name), parameter.name)
         for parameter in node.parameters
         if parameter.default is None
     ]
-    arguments = bind_arguments(node, nodes.Call(node.name, tuple(given)))
-    formula, problems = elaborate(node, arguments, {name: Quantity.of(REFERENCE[name]) for name in SYMBOLIC})
+    return bind_arguments(node, nodes.Call(node.name, tuple(given)), least), bool(asked)
+
+
+def _tensors(node: nodes.Method) -> tuple[TensorInfo, ...]:
+    from surgery.compiler.algebra.method import elaborate
+    from surgery.compiler.algebra.quantity import Quantity
+    from surgery.compiler.p2_check import SYMBOLIC
+    from surgery.compiler.printer import show
+
+    formula, problems = elaborate(node, _defaults(node)[0], {name: Quantity.of(REFERENCE[name]) for name in SYMBOLIC})
     problems.raise_errors()
     assert formula is not None
     shapes = {tensor.name: tensor.shape for tensor in formula.tensors}

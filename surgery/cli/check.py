@@ -25,7 +25,7 @@ def run(spec: SpecArgument, format: FormatOption = Format.text, allow_code: Code
         warnings = list(program.warnings)
         if program.model is not None:
             try:
-                surgery.plan(program, allow_code=allow_code)
+                surgery.plan(program, allow_code=allow_code, numbers="draft")
             except SurgError as error:
                 warnings += _unreachable(program.model.source, program.model.name, error)
     if format is Format.json:

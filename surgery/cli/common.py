@@ -254,9 +254,11 @@ def data_of(plan: Plan, folder: Path, labels: Iterable[str] = ()) -> Data:
 
 
 def calibration_of(plan: Plan, folder: Path, data: Data | None = None) -> list[dict[str, Tensor]] | None:
-    """The calibration batches of a plan whose starts read data, from the file that the spec names; None for others."""
+    """The calibration batches of a plan that reads data, from the file that the spec names; None for others."""
     from surgery.runtime.calibrate import calibration_batches
+    from surgery.runtime.measure import check_rows
 
-    if plan.data is None or not any(site.facts.needs_calibration for site in plan.sites):
+    if plan.data is None or not (plan.measured or any(site.facts.needs_calibration for site in plan.sites)):
         return None
+    check_rows(plan, plan.data.calibrate)
     return calibration_batches(plan, data_of(plan, folder) if data is None else data)

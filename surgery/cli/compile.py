@@ -52,7 +52,7 @@ def run(
         with pass_log(verbose):
             program = surgery.parse(spec)
         show(program.warnings)
-        batches = calibration_of(surgery.plan(program, allow_code=allow_code), program.folder)
+        batches = calibration_of(surgery.plan(program, allow_code=allow_code, numbers="draft"), program.folder)
         with pass_log(verbose):
             step = surgery.compile(program, device=device, calibration=batches, allow_code=allow_code)
         step.save(folder)

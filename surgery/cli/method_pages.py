@@ -14,7 +14,7 @@ from surgery.method_info import SIZE, MethodInfo
 HEAD = f"""# The method library
 
 Every file of `surgery/methods`, written by `make docs`. The last column counts the numbers trained at one Linear of
-{SIZE} x {SIZE} with the defaults; what many sites share counts whole.
+{SIZE} x {SIZE} with the defaults, a number that the data tell as 1; what many sites share counts whole.
 
 | method | what it is | equation | start | rank | merges | LoRA | trained |
 |---|---|---|---|---|---|---|---:|

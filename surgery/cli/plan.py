@@ -15,6 +15,7 @@ from surgery.cli.common import (
     FormatOption,
     Scope,
     ScopeOption,
+    calibration_of,
     output,
     pass_log,
     quiet,
@@ -54,8 +55,9 @@ def run(
 ) -> None:
     """Show the plan: each adapted weight, its method, the trained numbers, how it is run and why, and what is proved.
 
-    Only the model's config is read, never its weights: planning a 70B model takes seconds and little memory. Of the
-    data the first rows are, where they and the tokenizer can be.
+    Only the model's config is read, not its weights: planning a 70B model takes seconds and little memory. Of the
+    data the first rows are, where they and the tokenizer can be. A rank that is measured on the data
+    (`hidden_dimension_gain`) takes the weights, and the rows that `calibrate` says.
     """
     with reporting(format), pass_log(verbose):
         if schema:
@@ -69,9 +71,14 @@ def run(
 
         program = surgery.parse(spec)
         wanted: Literal["graph", "module"] = "module" if scope is Scope.module else "graph"
-        if processes > 1 or scope is not None:
-            check_spread(surgery.plan(program, allow_code=allow_code), wanted, processes).raise_errors()
-        plan = surgery.plan(program, memory=memory, processes=processes, scope=wanted, allow_code=allow_code)
+        batches = None
+        if processes > 1 or scope is not None or program.reads_data:
+            draft = surgery.plan(program, allow_code=allow_code, numbers="draft")
+            check_spread(draft, wanted, processes).raise_errors()
+            batches = calibration_of(draft, program.folder) if draft.measured else None
+        plan = surgery.plan(
+            program, memory=memory, processes=processes, scope=wanted, allow_code=allow_code, calibration=batches
+        )
         plan = plan.model_copy(update={"sample": _sample(plan, program.folder)})
         text = plan.model_dump_json(indent=2) + "\n"
         if write is not None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from surgery.cli.data_table import print_sample
 from surgery.compiler.algebra.instance import instance
+from surgery.compiler.algebra.measured import gain
 from surgery.compiler.algebra.telescope import why_not
 from surgery.compiler.plan import EventPlan, Facts, Plan, QuantizedPlan, Site, StepPlan, WholeParameter, way_text
 from surgery.optimizers import OPTIMIZERS
@@ -69,6 +70,7 @@ def lines(plan: Plan, verbose: bool = False) -> list[str]:
     return [
         *_steps(plan),
         *_active(plan),
+        *measured_lines(plan, verbose),
         *_full_size(plan),
         *quantized,
         *rounded,
@@ -322,6 +324,21 @@ def _active(plan: Plan) -> list[str]:
         f"others after every {one.every} steps"
         for one in plan.active
     ]
+
+
+def measured_lines(plan: Plan, verbose: bool = False) -> list[str]:
+    """The numbers of the data by the blocks that have them, and with `verbose` what they follow from."""
+    found = []
+    for one in plan.measured:
+        alike: dict[int, list[str]] = {}
+        for path, dimensions in one.blocks.items():
+            alike.setdefault(gain(*dimensions), []).append(path)
+        numbers = ", ".join(f"{number} in {_blocks(alike[number])}" for number in sorted(alike))
+        found.append(f"{one.call}, measured on {one.rows:,} rows: {numbers}")
+        if verbose:
+            found += [f"  {path}: hidden states of dimension {before:.1f}, behind it {after:.1f}"
+                      for path, (before, after) in one.blocks.items()]  # fmt: skip
+    return found
 
 
 def _full_size(plan: Plan) -> list[str]:

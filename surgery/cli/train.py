@@ -68,6 +68,7 @@ def _train(
     spec: Path, folder: Path, resume: bool, scope: Scope | None, device: str | None, format: Format, allow_code: bool
 ) -> None:  # fmt: skip
     """Run and say how it ended."""
+    from surgery.cli.plan_table import measured_lines
     from surgery.runtime.best import BEST
     from surgery.runtime.data import lengths_of
     from surgery.runtime.distributed_checks import check_model
@@ -77,6 +78,8 @@ def _train(
     check_model(step.plan, step.model).raise_errors()
     step.lengths = lengths_of(step.plan, len(data.train))
     terminal = sys.stderr.isatty()
+    for line in measured_lines(step.plan):
+        note(line)
     _note_prediction(step)
     outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
     if step.device.type == "cuda":
@@ -140,13 +143,13 @@ def _start(
     if not resume and not spec.is_dir():
         program = surgery.parse(spec)
         show(program.warnings)
-        plan = surgery.plan(program, allow_code=allow_code)
+        plan = surgery.plan(program, allow_code=allow_code, numbers="draft")
         check_spread(plan, scope or Scope.graph).raise_errors()
         check_installed(plan, program.folder)
         data = data_of(plan, program.folder)
-        if scope is Scope.module:
-            return module_step(program, device, allow_code=allow_code), data
         batches = calibration_of(plan, program.folder, data)
+        if scope is Scope.module:
+            return module_step(program, device, calibration=batches, allow_code=allow_code), data
         return surgery.compile(program, device=device, calibration=batches, allow_code=allow_code), data
     source = folder if resume else spec
     state = load_state(source, mapped=True)
@@ -158,12 +161,13 @@ def _start(
     if not resume and state.step > 0:
         raise typer.BadParameter(f"`{spec}` is a run with {state.step} steps done; continue it with --resume")
     if not spec.is_dir():
-        _check_same(surgery.plan(surgery.parse(spec), allow_code=allow_code), state.plan, folder)
+        again = surgery.plan(surgery.parse(spec), allow_code=allow_code, numbers=state.plan.measured)
+        _check_same(again, state.plan, folder)
     check_installed(state.plan, state.folder)
     data = data_of(state.plan, state.folder, state.extra.get("labels", ()))
     if scope is Scope.module:
         program = surgery.parse(state.spec, state.folder, state.plan.file)
-        step: TrainingStep = module_step(program, device, state.state["weights"], allow_code=allow_code)
+        step: TrainingStep = module_step(program, device, state=state, allow_code=allow_code)
         step.load_state_dict(state.state)
     else:
         step = load_run(source, device, allow_code)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import surgery
+from surgery.api import _compile
 from surgery.compiler.diagnostics import SurgError, render
 from surgery.runtime import distributed
 from surgery.runtime.calibrate import calibration_batches
@@ -51,7 +52,7 @@ def _run(folder: Path, file: str | None, output: str | None, device: str | None)
         program = surgery.parse(state.spec, state.folder, state.plan.file)
         reads_data = any(site.facts.needs_calibration for site in state.plan.sites)
         batches = calibration_batches(state.plan, data) if reads_data else None
-        step = surgery.compile(program, device=device, calibration=batches)
+        step = _compile(program, None, None, device, batches, measured=state.plan.measured, allow_code=False)
     # The file itself runs, also when somebody has edited it.
     step.use_source(state.source)
     step.lengths = lengths_of(step.plan, len(data.train))

@@ -25,10 +25,13 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.compiler import nodes, p1_parse
+from surgery.compiler.algebra.compose import calls
+from surgery.compiler.algebra.names import MEASURED
 from surgery.compiler.events import programs
 from surgery.compiler.library import library
 from surgery.compiler.printer import show
 from surgery.compiler.source import read
+from surgery.runtime.measure import FEW
 from surgery.runtime.ownership import written_names
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +81,10 @@ def _with(rule: nodes.Adapt) -> nodes.With:
     return next(clause for clause in rule.clauses if isinstance(clause, nodes.With))
 
 
+def _reads_data(node: nodes.Expr) -> bool:
+    return any(call.function in MEASURED for call in calls(node))
+
+
 def small(rule: nodes.Adapt, folder: Path, pattern: str | None = None) -> str:
     """A rule with small arguments; `pattern` replaces its own and everything that narrows it.
 
@@ -88,6 +95,8 @@ def small(rule: nodes.Adapt, folder: Path, pattern: str | None = None) -> str:
     given = {argument.name: argument for argument in call.arguments}
     arguments = []
     for parameter in library()[call.function].parameters:
+        if parameter.default is not None and _reads_data(parameter.default):
+            continue  # measured on the calibration rows
         if parameter.name in ARGUMENTS and parameter.kind in ("int", "real"):
             arguments.append(nodes.Argument(nodes.Number(ARGUMENTS[parameter.name]), parameter.name))
         elif parameter.kind == "text" and parameter.default is None:
@@ -120,15 +129,17 @@ class Case:
     def compile(self, model: nn.Module, strategy: str | None = None) -> Any:
         """A step of the program on a model, with calibration data where the plan asks for it."""
         text = self.program if strategy is None else self.program.replace("with ", f"strategy = {strategy}  with ")
+        measured = None
         if next(model.parameters()).dtype is torch.bfloat16:  # where updates in place are refused
             text = text.replace("update = literal", "")
-        program = surgery.parse(text)
-        calibration = None
-        if any(site.facts.needs_calibration for site in surgery.plan(program, model).sites):
-            calibration = [models.like(model, self.batch(seed)) for seed in (20, 21)]
-        return surgery.compile(
-            program, model=model, example_inputs=models.like(model, self.inputs()), calibration=calibration
-        )
+            measured = self.step.plan.measured  # fewer digits may give a block another number
+        program, calibration = surgery.parse(text), None
+        draft = surgery.plan(program, model, numbers="draft")
+        if draft.measured or any(site.facts.needs_calibration for site in draft.sites):
+            rows = FEW // 2 if draft.measured else 4
+            calibration = [models.like(model, self.batch(seed, rows)) for seed in (20, 21)]
+        inputs = models.like(model, self.inputs())
+        return surgery.api._compile(program, model, inputs, None, calibration, measured=measured, allow_code=False)
 
     def batch(self, seed: int = 1, rows: int = 4) -> dict[str, Tensor]:
         """A batch with labels."""
@@ -233,7 +244,7 @@ def build(method: str, kind: str, folder: Path) -> Case:
         step = f"optimizer = sgd(lr = {RATE}, momentum = 0.9)  batch = 4  steps = 6  seed = 3  compile = off"
         program = "\n".join([*rule_texts, f"step {{ {step}  loss = {loss} }}"])
         try:
-            surgery.plan(surgery.parse(program), model)
+            surgery.plan(surgery.parse(program), model, numbers="draft")
         except surgery.SurgError as error:
             assert {found.code for found in error.diagnostics} <= REFUSALS, error
             refused = error

@@ -19,6 +19,10 @@ def rslora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W + p["alpha"] / p["rank"] ** 0.5 * t["B"] @ t["A"]
 
 
+def gelora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
+    return W + p["scale"] * t["B"] @ t["A"]
+
+
 def delta_lora(W: Tensor, t: Tensors, p: Parameters) -> Tensor:
     return W + p["alpha"] / p["rank"] * t["B"] @ t["A"]  # W moves after steps, not in the equation
 
