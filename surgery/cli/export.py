@@ -18,12 +18,17 @@ from surgery.cli.common import (
     as_json,
     chosen,
     load_run,
+    note,
     reporting,
     show,
 )
 
 EXAMPLE = "Example: surgery export runs/demo --to peft -o adapter; then PeftModel.from_pretrained(model, 'adapter')"
 NEEDS_ARGUMENTS = True
+QUANTIZED = {  # the models of transformers whose weights are those of a run
+    "nf4": 'BitsAndBytesConfig(load_in_4bit = True, bnb_4bit_quant_type = "nf4")',
+    "int8": "BitsAndBytesConfig(load_in_8bit = True)",
+}
 
 
 class To(StrEnum):
@@ -61,6 +66,8 @@ def run(
         run = chosen(run, best)
         step = load_run(run, "cpu", allow_code)
         made = export(step, step.folder, folder, getattr(torch, dtype))
+        if (base := step.plan.quantized) is not None:
+            note(f"the run was trained over weights in {base.kind}: load the adapter onto {QUANTIZED[base.kind]}")
     sites, rank = step.plan.totals.sites, made.config["r"]
     kind = "DoRA" if made.config["use_dora"] else "LoRA"
     if format is Format.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -20,12 +22,15 @@ from surgery.compiler.kernels.quantized_linear import dequantized, load_bitsandb
 from surgery.compiler.library import library
 from surgery.runtime import modules
 from surgery.runtime.quantize import QuantizedLinear, dense_model, quantized_copy
+from surgery.runtime.step import TrainingStep
 from tests.command_line import cli, succeed
 from tests.off_start import off_start
+from tests.tokenizer import byte_level
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
 KINDS = ("nf4", "int8")
+BITS = {"nf4": 4, "int8": 8}
 ALL = "model.layers.*.{self_attn,mlp}.*_proj"
 RANK, ALPHA, RATE = 4, 8, 1e-2
 # Blocks of 64 numbers end with no row of 48 columns, and with each of 64.
@@ -311,9 +316,10 @@ def test_a_compiled_step_takes_the_same_steps() -> None:
         assert ours == pytest.approx(theirs, rel=1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora(rank = 4, dropout = 0.1)", "delta_lora(rank = 4, start = 1)"])
-def test_a_resumed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
-    step = surgery.compile(spec(method=method), model=llama(torch.float32))
+def test_a_resumed_run_goes_on_to_the_bit(method: str, kind: str, tmp_path: Path) -> None:
+    step = surgery.compile(spec(kind, method), model=llama(torch.float32))
     for _ in range(3):
         step(batch())
     step.save(tmp_path / "run")
@@ -353,18 +359,22 @@ def test_merged_applied_and_generated_are_the_run(kind: str, run: Path) -> None:
     assert torch.equal(greedy[0], greedy[1])
 
 
-def test_peft_loads_the_adapter_onto_the_library_s_own_quantized_model(run: Path) -> None:
-    succeed("export", str(run / "nf4"), "--to", "peft", "-o", str(run / "adapter"))
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_the_adapter_onto_the_library_s_own_quantized_model(kind: str, run: Path) -> None:
+    succeed("export", str(run / kind), "--to", "peft", "-o", str(run / f"{kind}_adapter"))
+    config = {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[kind]
     base = AutoModelForCausalLM.from_pretrained(
         run / "tiny", quantization_config=config, dtype=torch.float32, device_map="cpu"
     )
-    # In evaluation the library runs a product of bfloat16 on some CPUs, whatever the compute dtype.
-    theirs = PeftModel.from_pretrained(base, run / "adapter").train()
-    step = surgery.load(run / "nf4", device="cpu")
+    # In evaluation the library rounds: of nf4 some CPUs run a product of bfloat16, of int8 activations have 8 bits too.
+    theirs = PeftModel.from_pretrained(base, run / f"{kind}_adapter").train()
+    step = surgery.load(run / kind, device="cpu")
     with torch.no_grad():
-        logits = theirs(input_ids=batch()["input_ids"]).logits
-        torch.testing.assert_close(step.forward(input_ids=batch()["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4)
+        found, expected = (model(input_ids=batch()["input_ids"]).logits for model in (step.forward, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_library_is_said_at_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -381,17 +391,63 @@ def test_a_missing_library_is_said_at_the_setting(monkeypatch: pytest.MonkeyPatc
     assert found.span is not None and found.span.source.text[found.span.start : found.span.end] == "quantize = nf4"
 
 
-def test_the_command_line_merges_and_says_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.json").write_text(LlamaConfig(**SIZES).to_json_string())  # type: ignore[arg-type]
-    text = spec().source.text.replace('"given"', 'config "tiny.json"')
-    step = surgery.compile(surgery.parse(text, folder=tmp_path), device="cpu")
-    off_start(step, 0.05, 1)
-    step.save(tmp_path / "run")
-    code, _, said = cli(capsys, "merge", str(tmp_path / "run"), "-o", str(tmp_path / "merged"))
-    assert code == 0 and "21 weights that the run keeps in nf4" in said
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_the_command_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned, trained, interrupted, resumed, generated from, merged and exported: one model all the way."""
+    tokenizer = byte_level()
+    llama(torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    rows = [{"text": f"{number} and {number + 1} make {2 * number + 1}"} for number in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = 'data "rows.jsonl" { text = text  max_length = 32 }'
+    text = spec(kind, step="save = every(2)  log = every(1)", more=data).source.text
+    (tmp_path / "a.surg").write_text(text.replace('"given"', '"tiny"'))
+
+    def said(*arguments: str) -> str:
+        code, out, err = cli(capsys, *arguments)
+        assert code == 0, err
+        return out + err
+
+    spec_path, run, broken = (str(tmp_path / name) for name in ("a.surg", "run", "broken"))
+    assert f"numbers, in {kind}: " in said("plan", spec_path)
+    said("train", spec_path, "-o", run, "--device", "cpu")
+    taken, original = 0, TrainingStep.__call__
+
+    def interrupted(self: TrainingStep, *arguments: Any, **named: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 6:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", interrupted)
+        assert cli(capsys, "train", spec_path, "-o", broken, "--device", "cpu")[0] != 0
+    said("train", spec_path, "-o", broken, "--resume", "--device", "cpu")
+    for file in ("adapters.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(Path(run) / file), load_file(Path(broken) / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    merged_note = said("merge", run, "-o", str(tmp_path / "merged"))
+    assert f"21 weights that the run keeps in {kind}" in merged_note
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    step = surgery.load(run, device="cpu")
     logits = step.forward(input_ids=batch()["input_ids"]).logits
     torch.testing.assert_close(merged(input_ids=batch()["input_ids"]).logits.detach(), logits, rtol=1e-5, atol=1e-5)
+
+    prompt = tokenizer("3 and 4", return_tensors="pt")
+    answer = merged.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    told = said("generate", run, "--prompt", "3 and 4", "--max-new-tokens", "6", "--device", "cpu")
+    text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert text and text in told
+
+    note = said("export", run, "--to", "peft", "-o", str(tmp_path / "adapter"))
+    assert f"over weights in {kind}: load the adapter onto BitsAndBytesConfig(load_in_{BITS[kind]}bit" in note
+    base = dense_model(quantized_copy(AutoModelForCausalLM.from_pretrained(tmp_path / "tiny"), step.plan))
+    peft_logits = PeftModel.from_pretrained(base, tmp_path / "adapter")(input_ids=batch()["input_ids"]).logits
+    torch.testing.assert_close(peft_logits.detach(), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_plan_says_what_the_base_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
