@@ -96,8 +96,11 @@ def factors(program: Program, plan: Plan, diagnostics: Diagnostics) -> tuple[Fac
             refused[site.rule] = None
     where = setting(program, "optimizer", plan.step.number)
     notes = [Note("the optimizer", where)] if where is not None else []
+    if rests and (node := program.moving[plan.step.number].node) is not None:
+        notes.append(Note("the block", node.span))
     for rule in refused:
-        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; `{program.rules[rule].method.name}` has none"
+        none = "has none that moves in this block" if rests else "has none"
+        message = f"`{kind.name}` needs {NEEDS[kind.needs]}; `{program.rules[rule].method.name}` {none}"
         fits = f"these fit all rules: {', '.join(fitting(moving, products))}"
         diagnostics.error("SURG039", message, program.rules[rule].method_span, notes=notes, help=fits)
     if not moving:

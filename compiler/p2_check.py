@@ -66,7 +66,8 @@ def run(tree: nodes.Tree, folder: Path | None = None) -> Program:
     source = tree.span.source if tree.span else Source("<program>", show(tree))
     return Program.of(
         source=source, tree=tree, folder=folder, model=model, rules=tuple(rules), trained=tuple(trained),
-        frozen=tuple(frozen), steps=steps, moving=moving, data=data, methods=methods, warnings=tuple(diagnostics.warnings),
+        frozen=tuple(frozen), steps=steps, moving=moving, data=data, methods=methods,
+        warnings=tuple(diagnostics.warnings),
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra import instance
@@ -95,20 +94,18 @@ def check_resting(program: Program, block: Plan, diagnostics: Diagnostics) -> No
     """What events write, or read the gradient of, moves in every `step` block: they run in all of them."""
     node = program.moving[block.step.number].node
     for rule in dict.fromkeys(site.rule for site in block.sites):
-        found = {name: what for site in block.sites if site.rule == rule for name, what in _resting(block, site)}
-        for name, what in found.items():
-            message = f"an event of `{program.rules[rule].method.name}` {what} `{name}`, which this block freezes"
+        found = sorted(set[str]().union(*(_resting(block, site) for site in block.sites if site.rule == rule)))
+        if found:
+            name, where = program.rules[rule].method.name, program.rules[rule].method_span
+            message = f"events of `{name}` write or read the gradients of {listed(found)}, which a block freezes"
             notes = [] if node is None else [Note("the block", node.span)]
-            where = program.rules[rule].method_span
-            diagnostics.error("SURG032", message, where, notes=notes, help="let it move there")
+            diagnostics.error("SURG032", message, where, notes=notes, help="let them move in every block")
 
 
-def _resting(block: Plan, site: Site) -> Iterator[tuple[str, str]]:
-    """Trained tensors of a site's method that rest in a block, which events need to move, and why."""
+def _resting(block: Plan, site: Site) -> set[str]:
+    """Trained tensors of a site's method that rest in a block, and that its events write or read the gradients of."""
     formula = instance.instance(block, site.formula)
     rests = {tensor.name for tensor in site.tensors if tensor.role == "frozen"} & formula.trained
     changes = [change for event in formula.events if event.phase != AT_START for change in event.changes]
-    for change in changes if rests else ():
-        if change.target in rests:
-            yield change.target, "writes"
-        yield from ((name, "reads the gradient of") for name in sorted(rests & gradients_read(change.value)))
+    needed = [{change.target} | gradients_read(change.value) for change in changes if rests]
+    return rests & set[str]().union(*needed)

@@ -180,7 +180,10 @@ def _check(values: dict[str, Any], spans: Mapping[str, Span | None], block: Span
         found.error("SURG004", "`steps` and `epochs` exclude each other", spans["epochs"], help="keep one of them")
     if values.get("micro_batch", 1) > values.get("batch", StepPlan().batch):
         where = spans.get("micro_batch", spans.get("batch", block))
-        found.error("SURG004", "a micro-batch is a part of the batch, this one is larger", where)
+        known = "that of the block before" if "micro_batch" not in spans else "this one"
+        help_text = f"write `micro_batch = {values.get('batch', StepPlan().batch)}` or less"
+        message = f"a micro-batch is a part of the batch, {known} is larger"
+        found.error("SURG004", message, where, help=help_text)
     if "optimizer" in values:
         _check_optimizer(values, spans, block, found)
     if "evaluate" not in values:

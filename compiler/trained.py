@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from surgery.compiler import nodes
-from surgery.compiler.diagnostics import Diagnostics, Note, did_you_mean
+from surgery.compiler.diagnostics import Diagnostics, Note, nearest
 from surgery.compiler.plan import Site, StepPlan, WholeParameter
 from surgery.compiler.program import Moving, Program, TrainRule
 from surgery.compiler.select import Selection, listed, matched, select_parameters, within
@@ -172,14 +172,16 @@ class _Blocks:
         sites = [site.path for site in self.sites if any(path.startswith(f"{site.path}.") for path in known)]
         message = f"nothing that `{pattern.text}` names is trained here"
         notes = [Note(f"these are: {listed(known)}")] if known else []
-        near = did_you_mean(pattern.text, [*known, *sites])
-        self.diagnostics.error("SURG020", message, pattern.span, notes=notes, help=near)
+        near = nearest(pattern.text, [*known, *sites])
+        help_text = f"did you mean `{near}`?" if near else None
+        self.diagnostics.error("SURG020", message, pattern.span, notes=notes, help=help_text)
 
     def _check(self, said: Moving, moves: Mapping[str, str], keys: set[str]) -> None:
         lines: list[nodes.Train | nodes.Freeze] = [*(rule.node for rule in said.trained), *said.frozen]
         block = None if said.node is None else said.node.span
         if not moves:
-            self.diagnostics.error("SURG020", "this block moves nothing", lines[-1].span if lines else block)
+            where, help_text = lines[-1].span if lines else block, "let it train something, or leave it out"
+            self.diagnostics.error("SURG020", "this block moves nothing", where, help=help_text)
         for path, key in self.own.items():
             if key in keys and path not in moves:
                 message = f"`{key}` is one tensor of several weights, and this block moves it at some of them"
