@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr-defined]
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,7 @@ KEPT = " kept"  # behind a spec's name: the matrices that its methods form are n
 
 @dataclass(frozen=True)
 class Found:
-    """Of one step: shapes that are whole weights when the backward begins, the bytes at the peak, weights moved here."""
+    """Of one step: the shapes of what is a whole weight when the backward begins, and the bytes at the peak."""
 
     between: list[tuple[int, ...]]
     peak: int
@@ -55,13 +55,13 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         storage = here.untyped_storage()
         if storage._cdata not in self._known or self._known[storage._cdata][0].expired():
-            self._known[storage._cdata] = StorageWeakRef(storage), tuple(here.shape)
+            self._known[storage._cdata] = StorageWeakRef(storage), tuple(here.shape)  # type: ignore[no-untyped-call]
 
     def alive(self) -> list[tuple[tuple[int, ...], int]]:
         """Shapes and bytes."""
         found = []
         for key, (reference, shape) in list(self._known.items()):
-            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # type: ignore[attr-defined]
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 del self._known[key]
             elif storage.nbytes():
@@ -70,7 +70,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def held(folder: Path, specs: Mapping[str, str], weights: set[tuple[int, int]]) -> dict[str, list[Found]]:
-    """What the second step of each spec holds on each of two processes; `weights` are shapes `[out, in]` to look for."""
+    """What the second step of each spec holds on each of two processes; `weights` are the shapes `[out, in]` sought."""
     multiprocessing.set_forkserver_preload([__name__])
     arguments = (str(folder), dict(specs), sorted(weights))
     start_processes(_work, args=arguments, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
@@ -82,9 +82,9 @@ def _work(number: int, folder: str, specs: dict[str, str], weights: list[tuple[i
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
-    own, found = module_step.built_again, {}
+    own, found = vars(module_step)["built_again"], {}
     for name, text in specs.items():
-        module_step.built_again = (lambda plan: ()) if name.endswith(KEPT) else own
+        vars(module_step)["built_again"] = (lambda plan: ()) if name.endswith(KEPT) else own
         found[name] = asdict(_step(text, Path(folder), {*weights, *((b, a) for a, b in weights)}))
     (Path(folder) / f"held.{number}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
