@@ -80,19 +80,19 @@ def run(
     quantized = quantized_plan(program, skeleton, found.whole, diagnostics)
     diagnostics.raise_errors()
     plan = resolver.plan(found, quantized)
-    known = []
+    products = []
     for block in plan.blocks:
         plan_checks.check_half(program, block, diagnostics)
-        known.append(factors.factors(program, block, diagnostics))
+        products.append(factors.factors(program, block, diagnostics))
         plan_checks.check_events(program, block, diagnostics)
         plan_checks.check_resting(program, block, diagnostics)
         active.check_optimizer(program, block, diagnostics)
     plan_checks.check_frozen(program, skeleton, plan, diagnostics)
     resting = active.active(program, plan, diagnostics)
     diagnostics.raise_errors()
-    later = tuple(LaterPlan(step=step, factors=own) for step, own in zip(found.steps, known, strict=True))[1:]
+    later = tuple(LaterPlan(step=step, factors=own) for step, own in zip(found.steps, products, strict=True))[1:]
     more = {
-        "recomputed": blocks.recomputed(plan, skeleton), "factors": known[0], "later": later, "active": resting,
+        "recomputed": blocks.recomputed(plan, skeleton), "factors": products[0], "later": later, "active": resting,
         "measured": numbers.plans,
     }  # fmt: skip
     return plan.model_copy(update=more)

@@ -7,8 +7,8 @@ import inspect
 from surgery.compiler import nodes
 from surgery.compiler.algebra import instance
 from surgery.compiler.algebra.event import gradients_read, reads_gradient
+from surgery.compiler.algebra.formula import AT_START
 from surgery.compiler.diagnostics import Diagnostics, Note
-from surgery.compiler.events import AT_START
 from surgery.compiler.plan import Plan, Site
 from surgery.compiler.program import Program
 from surgery.compiler.select import listed, select_parameters

@@ -169,8 +169,8 @@ def read_steps(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> tuple[S
         _check(values, spans, item.span, diagnostics)
         save = values.get("save", {})
         intervals = {name: values[name]["every"] for name in ("evaluate", "log") if name in values}
-        kept = {"save": save.get("every"), "keep": save.get("keep"), "number": number}
-        blocks.append(StepPlan(**{**values, **intervals, **kept}))
+        settings = values | intervals | {"save": save.get("every"), "keep": save.get("keep"), "number": number}
+        blocks.append(StepPlan(**settings))
     return tuple(blocks)
 
 

@@ -110,7 +110,7 @@ def reference(model: nn.Module, tensors: dict[str, Tensor], number: int) -> list
             for tensor in w.values():
                 tensor.grad = None
             given_batch = batch(step)
-            F.cross_entropy(forward(given_batch["x"]), given_batch["labels"]).backward()
+            F.cross_entropy(forward(given_batch["x"]), given_batch["labels"]).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_([tensor for group in own for tensor in group["params"]], 0.5)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(t)
