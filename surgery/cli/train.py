@@ -69,6 +69,7 @@ def _train(
 ) -> None:  # fmt: skip
     """Run and say how it ended."""
     from surgery.cli.plan_table import measured_lines
+    from surgery.runtime import distributed
     from surgery.runtime.best import BEST
     from surgery.runtime.data import lengths_of
     from surgery.runtime.distributed_checks import check_model
@@ -80,6 +81,10 @@ def _train(
     terminal = sys.stderr.isatty()
     for line in measured_lines(step.plan):
         note(line)
+    several = distributed.processes() > 1
+    if several:
+        how = "the model is spread over them by rows" if step.scope == Scope.module else "each has the whole model"
+        note(f"{distributed.processes()} processes: {how}")
     _note_prediction(step)
     outcome = train(step, data, folder, resume=resume, log=None if terminal else note)
     if step.device.type == "cuda":
@@ -95,6 +100,8 @@ def _train(
     if outcome.interrupted:
         note(f"interrupted and saved after {outcome.done} of {outcome.steps} steps; continue with:")
         note(f"  surgery train {folder} --resume")
+        if several:
+            note("  by the launcher, with as many processes or another number of them")
     if format is Format.json:
         answer({"run": str(folder), "steps": outcome.done, "of": outcome.steps, "loss": outcome.loss,
                 "evaluation": scores, "seconds": outcome.seconds, "interrupted": outcome.interrupted,

@@ -11,6 +11,7 @@ from surgery.compiler.plan import Plan, StepPlan
 from surgery.compiler.span import Source, Span
 from surgery.optimizers import OPTIMIZERS
 from surgery.runtime.distributed import processes
+from surgery.runtime.modules import reads_across
 
 
 def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostics:
@@ -30,6 +31,8 @@ def check_spread(plan: Plan, scope: str, count: int | None = None) -> Diagnostic
         message = "a quantized model is trained in graph scope"
         help = "leave `--scope module` out: a quantized model is small enough for each process"
         found.error("SURG072", message, _setting(plan, nodes.Model, "quantize"), help=help)
+    if scope == "module":
+        found.found += reads_across(plan).found
     if scope == "module" and several:
         for event in programs(plan):
             _check_event(plan, event, found)

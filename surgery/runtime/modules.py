@@ -96,7 +96,7 @@ def apply_program(program: Program, model: nn.Module) -> nn.Module:
     """Adapt a model in place; see `surgery.apply`."""
     _refuse_adapted(model)
     plan = pipeline.resolve(program, model)
-    _reads_across(plan).raise_errors()
+    reads_across(plan).raise_errors()
     if plan.later:
         message = "a trainer has one optimizer and one schedule, so it would run the first `step` block alone"
         second = program.moving[1].node
@@ -133,7 +133,7 @@ def apply_run(directory: Path, model: nn.Module, device: torch.device | None = N
     plan = pipeline.resolve(parse(state.spec, state.folder, state.plan.file), model, saved=state.plan)
     if plan.model.fingerprint != state.plan.model.fingerprint:
         raise fail("SURG054", f"`{directory}` is a run of another model than the one given")
-    _reads_across(plan).raise_errors()
+    reads_across(plan).raise_errors()
     saved = {name: value for name, value in state.state["weights"].items() if isinstance(value, Tensor)}
     wanted = {tensor.key for site in plan.sites for tensor in site.tensors}
     missing = sorted(wanted - saved.keys())
@@ -155,7 +155,7 @@ def apply_run(directory: Path, model: nn.Module, device: torch.device | None = N
 def adapt(plan: Plan, model: nn.Module, sources: Sources) -> dict[str, str]:
     """Adapt the modules of a plan in place, for one who runs the events; where its tensors are in the model, by key."""
     _refuse_adapted(model)
-    _reads_across(plan).raise_errors()
+    reads_across(plan).raise_errors()
     _attach(plan, model, initialise(plan, tensors(model), sources))
     return _full_names(plan)
 
@@ -194,13 +194,13 @@ def _owners(plan: Plan, model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(_owner(site)) for site in plan.sites if site.formula in formulas]
 
 
-def _reads_across(plan: Plan) -> Diagnostics:
+def reads_across(plan: Plan) -> Diagnostics:
     """What is wrong with a plan that reads other blocks, trained or not."""
     diagnostics = Diagnostics()
     across = next((site for site in plan.sites if site.earlier or site.earlier_inputs), None)
     if across is not None:
         message = f"`{across.path}` reads another block, and a module in place knows its own weights alone"
-        help_text = "use surgery.compile or `surgery train`, which see the whole graph"
+        help_text = "use surgery.compile, or `surgery train` in graph scope: they see the whole graph"
         diagnostics.error("SURG060", message, plan.span(across.place), help=help_text)
     return diagnostics
 

@@ -94,6 +94,10 @@ def test_earlier_blocks_are_unknown_in_module_scope() -> None:
     with pytest.raises(SurgError) as refused:
         module_step(surgery.parse(text, CONFIGS), "cpu")
     assert [found.code for found in refused.value.diagnostics] == ["SURG060"]
+    line = "adapt model.layers.*.self_attn.q_proj { with reslora(rank = 2) }"
+    assert not check_spread(planned(line), "graph", 2).errors
+    (found, *_) = check_spread(planned(line), "module", 2).errors  # before data are read, and by `surgery plan`
+    assert found.code == "SURG060" and found.span is not None and found.span.text == line
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
