@@ -106,9 +106,9 @@ def _report_nothing(
         parent_parts = parse_pattern(nodes.Pattern(parent, span=pattern.span))
         parents = [path for path in paths if matches(parent_parts, path)]
         if parents:
-            rest = pattern.text[len(parent) + 1 :].split(".")[0]
+            rest, inside = pattern.text[len(parent) + 1 :].split(".")[0], set(parents)
             children = sorted(
-                {path[len(parents[0]) + 1 :].split(".")[0] for path in paths if path.startswith(f"{parents[0]}.")}
+                {child for path in paths for owner, _, child in [path.rpartition(".")] if owner in inside}
             )
             notes = [Note(f"`{parent}` matches {len(parents)}; inside are {listed(children)}")] if children else ()
             help_text = f"did you mean `{near}`?" if (near := nearest(rest, children)) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from surgery.analysis.adapted import OverBase, is_adapted, open_adapted
 from surgery.analysis.checkpoint import Checkpoint, open_checkpoint
 from surgery.analysis.checkpoints import Checkpoints
-from surgery.analysis.products import Product, is_meant, products_of
+from surgery.analysis.products import Product, check_pattern, is_meant, products_of
 from surgery.analysis.weights import Group, Pairs, Sides
 from surgery.compiler.diagnostics import fail
 
@@ -31,9 +31,7 @@ def pair(
     grouped = _once(products)
     for option, patterns in (("--only", only), ("--except", leave)):
         for pattern in patterns:
-            if not any(is_meant(pattern, name, option) for name in sides.names):
-                help = "patterns are of the names of weights, or of their modules"
-                raise fail("SURG020", f"`{option} {pattern}` matches no weight of the two models", help=help)
+            check_pattern(pattern, sides.names, option)
     pairs = Pairs()
     sides.fill(pairs, [name for name in sides.names if name not in grouped and _is_wanted(name, only, leave)])
     for product in products:

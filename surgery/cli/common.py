@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from surgery.compiler.diagnostics import Diagnostic, SurgError, fail, render
+from surgery.compiler.diagnostics import Diagnostic, SurgError, fail, nearest, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,24 @@ if TYPE_CHECKING:
 WIDE = 320  # columns of a table that goes to a file or a pipe, where nothing has to be wrapped
 
 
+def one_of(words: type[StrEnum]) -> dict[str, Any]:
+    """What an option that takes one of some words gives to typer: a reader that names the nearest one."""
+    known = [word.value for word in words]
+
+    def read(text: str) -> StrEnum:
+        _check_word(text, known)
+        return words(text)
+
+    return {"parser": read, "metavar": f"<{'|'.join(known)}>"}
+
+
+def _check_word(text: str, known: Iterable[str]) -> None:
+    if text not in known:
+        match = nearest(text, known)
+        help_text = f"; did you mean `{match}`?" if match else ""
+        raise typer.BadParameter(f"`{text}` is none of {', '.join(known)}{help_text}")
+
+
 class Format(StrEnum):
     """How a verb answers."""
 
@@ -36,7 +54,7 @@ class Format(StrEnum):
 
 
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="text for people; json: one object on standard output", show_default=True)
+    Format, typer.Option("--format", help="text for people; json: one object on standard output", **one_of(Format))
 ]
 CodeOption = Annotated[
     bool, typer.Option("--allow-code", help='allow `model python "pkg.module:factory"`, which runs that code')
@@ -66,6 +84,15 @@ BestOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
 
 
+def known_task(task: str | None) -> str | None:
+    """The callback of `--task`: a task that has a class of models."""
+    if task is not None:
+        from surgery.runtime.models import CLASSES
+
+        _check_word(task, CLASSES)
+    return task
+
+
 class Scope(StrEnum):
     """What a method is applied to."""
 
@@ -76,7 +103,8 @@ class Scope(StrEnum):
 ScopeOption = Annotated[
     Scope | None,
     typer.Option("--scope", help="graph: the captured model, whole on each process; module: its modules in place, "
-                 "frozen weights spread over processes; left out: graph, or that of the run", show_default=False),
+                 "frozen weights spread over processes; left out: graph, or that of the run", show_default=False,
+                 **one_of(Scope)),
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from surgery.cli.common import (
     chosen,
     load_run,
     note,
+    one_of,
     reporting,
     show,
 )
@@ -48,9 +49,11 @@ class Dtype(StrEnum):
 
 def run(
     run: RunArgument,
-    to: Annotated[To, typer.Option("--to", help="the library that loads it", show_default=False)],
+    to: Annotated[To, typer.Option("--to", help="the library that loads it", show_default=False, **one_of(To))],
     folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write")],
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="of the factors, rounded once from float64")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="of the factors, rounded once from float64", **one_of(Dtype))
+    ] = Dtype.float32,
     best: BestOption = False,
     format: FormatOption = Format.text,
     allow_code: CodeOption = False,

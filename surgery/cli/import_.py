@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import Format, FormatOption, answer, check_output, quiet, reporting, write_text
+from surgery.cli.common import Format, FormatOption, answer, check_output, known_task, quiet, reporting, write_text
 
 EXAMPLE = (
     "Example: surgery import adapter/adapter_config.json -o lora.surg --run runs/lora; then surgery merge runs/lora"
@@ -34,7 +34,8 @@ def run(
         typer.Option("--model", metavar="NAME", help="a folder or hub id instead of its own", show_default=False),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="of the model, where the adapter does not say it", show_default=False)
+        str | None, typer.Option("--task", help="of the model, where the adapter does not say it", show_default=False,
+                     callback=known_task),
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:  # fmt: skip
@@ -42,11 +43,8 @@ def run(
     with reporting(format):
         from surgery.compiler.source import read
         from surgery.peft.importing import import_adapter, save_run
-        from surgery.runtime.models import CLASSES
         from surgery.runtime.run_folder import is_run
 
-        if task is not None and task not in CLASSES:
-            raise typer.BadParameter(f"one of {', '.join(CLASSES)}", param_hint="--task")
         if spec.exists():
             raise typer.BadParameter(f"`{spec}` exists already; name a new file", param_hint="-o")
         if run is not None:

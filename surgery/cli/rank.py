@@ -17,6 +17,8 @@ from surgery.cli.common import (
     as_json,
     errors,
     json_text,
+    known_task,
+    one_of,
     output,
     quiet,
     reporting,
@@ -49,7 +51,7 @@ def run(
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0.0, help="what may be missing, as a share of the change")
     ] = 0.05,
-    norm: Annotated[Norm, typer.Option("--norm", help="in which that is measured")] = Norm.spectral,
+    norm: Annotated[Norm, typer.Option("--norm", help="in which that is measured", **one_of(Norm))] = Norm.spectral,
     absolute: Annotated[bool, typer.Option("--absolute", help="the tolerance is a number, not a share")] = False,
     rank: Annotated[
         int | None,
@@ -77,7 +79,9 @@ def run(
         typer.Option("--adapters", metavar="DIR", show_default=False,
                      help="write the constructed adapters, as an adapter of peft"),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="of the adapters, rounded once from float64")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="of the adapters, rounded once from float64", **one_of(Dtype))
+    ] = Dtype.float32,
     plot: Annotated[
         list[Path] | None,
         typer.Option("--plot", metavar="FILE", show_default=False, callback=lambda files: _endings(files or []),
@@ -87,7 +91,8 @@ def run(
         Path | None, typer.Option("--json", metavar="FILE", show_default=False, help="write all figures as JSON")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", show_default=False, help="of the base, where its config does not say it")
+        str | None, typer.Option("--task", show_default=False, help="of the base, where its config does not say it",
+                     callback=known_task),
     ] = None,
     device: DeviceOption = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="a row for every weight")] = False,
@@ -111,10 +116,7 @@ def run(
         from surgery.analysis.plot import draw
         from surgery.analysis.rows import Wanted
         from surgery.runtime.extras import needed
-        from surgery.runtime.models import CLASSES
 
-        if task is not None and task not in CLASSES:
-            raise typer.BadParameter(f"one of {', '.join(CLASSES)}", param_hint="--task")
         if adapters is not None and adapters.exists() and not adapters.is_dir():
             raise typer.BadParameter(f"`{adapters}` is a file; name a folder", param_hint="--adapters")
         for file in (*(plot or ()), *([to_json] if to_json else ())):

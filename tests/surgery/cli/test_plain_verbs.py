@@ -36,6 +36,30 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert cli(capsys, *arguments)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "known", "near"),
+    [
+        ("train a.surg --scope modul", "graph, module", "module"),
+        ("plan a.surg --scope x", "graph, module", None),
+        ("check a.surg --format jsn", "text, json", "json"),
+        ("export run -o a --to pefft", "peft", "peft"),
+        ("export run -o a --to peft --dtype bfloat", "float32, float64, bfloat16, float16", "bfloat16"),
+        ("rank a b --norm spektral", "spectral, frobenius", "spectral"),
+        ("rank a b --task causal", "causal_lm, masked_lm", "causal_lm"),
+        ("import a -o b.surg --task masked", "causal_lm, masked_lm", "masked_lm"),
+    ],
+)
+def test_a_word_that_an_option_does_not_know(
+    capsys: pytest.CaptureFixture[str], arguments: str, known: str, near: str | None
+) -> None:
+    code, _, err = cli(capsys, *arguments.split())
+    said = " ".join(err.replace("│", " ").split())
+    option, word = arguments.split()[-2:]
+    assert code == 2 and f"{option}" in said and f"`{word}` is none of {known}" in said
+    assert ("did you mean" in said) == (near is not None) and (near is None or f"did you mean `{near}`?" in said)
+    assert "Value error" not in said
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str], device: str) -> None:
     code, _, err = cli(capsys, "train", "a.surg", "--device", device)

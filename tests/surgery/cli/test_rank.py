@@ -212,8 +212,15 @@ def test_models_of_two_architectures(
     assert found["code"] == "SURG074" and "9 weights are in blocks that the other has not" in found["message"]
     assert "it is in the target alone" in found["notes"][0]
     assert refused(capsys, base, other)["code"] == "SURG074"
-    found = refused(capsys, base, base, "--only", "**.q_prj")
-    assert found["code"] == "SURG020" and "--only **.q_prj" in found["message"]
+    for option, pattern, near in (
+        ("--only", "**.q_prj", "q_proj"), ("--except", "model.layers.*.mpl.up_proj", "mlp"),
+        ("--only", "lm_hed", "lm_head"), ("--only", "model.layers", "model.layers.**"),
+    ):  # fmt: skip
+        found = refused(capsys, base, base, option, pattern)
+        assert found["code"] == "SURG020" and f"`{pattern}`" in found["message"]
+        assert found["help"] == f"did you mean `{near}`?" and found["file"] == option
+    found = refused(capsys, base, base, "--only", "**.{q_proj,q_prj}")
+    assert found["code"] == "SURG021" and found["help"] == "did you mean `q_proj`?"
     assert refused(capsys, base, base, "--only", "lm_head", "--except", "lm_head")["code"] == "SURG074"
 
 
