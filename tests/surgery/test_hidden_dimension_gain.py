@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -174,7 +175,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
 def bert() -> Any:
     torch.manual_seed(0)
     config = BertConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=60,
-                        max_position_embeddings=32, num_labels=3, initializer_range=0.3)  # fmt: skip
+                        max_position_embeddings=32, initializer_range=0.3)  # fmt: skip
     return BertForSequenceClassification(config)
 
 
@@ -194,7 +195,7 @@ def tokens(rows: int = 260, size: int = 70) -> list[dict[str, Tensor]]:
         ids = torch.randint(3, 60, (count, 12), generator=generator)
         lengths = torch.randint(3, 13, (count,), generator=generator)
         mask = (torch.arange(12) < lengths[:, None]).long()
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids % 3 if start < 0 else ids[:, 0] % 3})
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0] % 2})
     return found
 
 
@@ -291,8 +292,9 @@ def test_a_saved_run_needs_no_data(tmp_path: Path) -> None:
     assert plan.measured == step.plan.measured
 
 
-def test_a_rank_of_each_block_is_exported(tmp_path: Path) -> None:
-    """peft has one `r` and a pattern for what differs from it; alpha / r is the same in all blocks."""
+@pytest.mark.parametrize("own_ranks", [False, True])
+def test_a_rank_of_each_block_is_exported(own_ranks: bool, tmp_path: Path) -> None:
+    """To peft, padded to the largest one, or each as it is; alpha / rank is the same in all blocks."""
     model, rows = bert().double(), tokens()
     text = "adapt **.self.{query,value} { with gelora(scale = 2) }\nstep { optimizer = sgd(lr = 0.1)  steps = 2 }"
     known = surgery.plan(surgery.parse(text), model, numbers="draft").measured
@@ -306,9 +308,11 @@ def test_a_rank_of_each_block_is_exported(tmp_path: Path) -> None:
     batch = {**inputs, "labels": rows[0]["labels"][:6]}
     step(batch)
     step(batch)
-    export(step, tmp_path, tmp_path / "adapter", torch.float64)
+    export(step, tmp_path, tmp_path / "adapter", torch.float64, own_ranks=own_ranks)
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["r"] == 5 or saved["rank_pattern"]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    held = [tensors[f"base_model.model.{site.path}.lora_A.weight"].shape[0] for site in plan.sites]
+    assert held == ([1, 1, 3, 3, 5, 5] if own_ranks else [5] * 6) and bool(saved["rank_pattern"]) == own_ranks
     adapted: Any = peft.PeftModel.from_pretrained(bert().double(), tmp_path / "adapter").eval()
     expected = step.forward(**inputs).logits
     with torch.no_grad():
@@ -333,7 +337,7 @@ def test_without_data_it_says_what_it_needs() -> None:
     program = surgery.parse(RULE + STEP)
     for ask in (surgery.plan, surgery.compile, surgery.apply):
         with pytest.raises(surgery.SurgError) as raised:
-            ask(program, Known())  # type: ignore[operator]
+            ask(program, Known())
         (found,) = raised.value.diagnostics
         assert found.code == "SURG036" and found.span is not None and found.span.text == "hidden_dimension_gain()"
         assert "calibrate = 1000" in (found.help or "")
@@ -449,9 +453,14 @@ data "many.jsonl" { text = "{text}"  label = kind  calibrate = 240  holdout = 0.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with 300 rows, all different."""
+    """A project with 300 rows, all different, and a first block that mixes them."""
     folder = tmp_path_factory.mktemp("project")
     save_project(folder)
+    model = BertForSequenceClassification.from_pretrained(folder / "tiny")
+    with torch.no_grad():
+        for parameter in model.bert.encoder.layer[0].parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder / "tiny")
     words, generator = ["red", "green", "blue", "one", "two", "three"], torch.Generator().manual_seed(0)
     rows = []
     for number in range(300):
@@ -479,6 +488,7 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, _ = plan.measured[0].blocks["bert.encoder.layer.0"]
     assert f"bert.encoder.layer.0: hidden states of dimension {before:.1f}" in printed
     assert f"{plan.totals.trainable:,} numbers trained" in printed
+    assert list(ranks(plan).values()) == [2, 2, 1, 1] and plan.totals.trainable == (2 + 2 + 1 + 1) * (16 + 16)
     assert surgery.plan(surgery.parse(folder / "spec.surg")).measured == plan.measured  # in Python it reads them itself
     assert run("train", spec, "-o", out, "--device", "cpu") == 0
     assert "hidden_dimension_gain(), measured on" in capsys.readouterr().err
