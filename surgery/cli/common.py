@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -190,7 +191,8 @@ def stop(diagnostics: Iterable[Diagnostic], format: Format) -> NoReturn:
 def reporting(format: Format) -> Iterator[None]:
     """Everything that is the input's fault ends as diagnostics and exit status 1, never as a traceback."""
     try:
-        yield
+        with _warnings_as_they_are():
+            yield
     except SurgError as error:
         stop(error.diagnostics, format)
     except BrokenPipeError:
@@ -200,6 +202,21 @@ def reporting(format: Format) -> Iterator[None]:
     except OSError as error:
         where = f"`{error.filename}`: " if error.filename else ""
         stop([Diagnostic("SURG011", f"{where}{error.strerror or error}")], format)
+
+
+@contextmanager
+def _warnings_as_they_are() -> Iterator[None]:
+    """Inside, a diagnostic that is given as a Python warning is shown without the line of code that gave it."""
+    known = warnings.formatwarning
+
+    def shown(message: Any, *place: Any, **more: Any) -> str:
+        return f"{message}\n" if str(message).startswith("warning[SURG") else known(message, *place, **more)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = known
 
 
 @contextmanager
@@ -289,4 +306,7 @@ def calibration_of(plan: Plan, folder: Path, data: Data | None = None) -> list[d
     if plan.data is None or not (plan.measured or any(site.facts.needs_calibration for site in plan.sites)):
         return None
     check_rows(plan, plan.data.calibrate)
-    return calibration_batches(plan, data_of(plan, folder) if data is None else data)
+    batches = calibration_batches(plan, data_of(plan, folder) if data is None else data)
+    for one in plan.measured:
+        note(f"{one.call}: the model runs over {sum(len(batch['labels']) for batch in batches):,} rows first")
+    return batches

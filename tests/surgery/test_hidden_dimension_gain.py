@@ -483,7 +483,8 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", spec) == 0
     assert run("plan", spec, "-v", "-o", str(folder / "plan.json")) == 0
     plan = Plan.model_validate_json((folder / "plan.json").read_text())
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "hidden_dimension_gain(): the model runs over 240 rows first" in said
     assert f"hidden_dimension_gain(), measured on {plan.measured[0].rows} rows" in printed
     before, _ = plan.measured[0].blocks["bert.encoder.layer.0"]
     assert f"bert.encoder.layer.0: hidden states of dimension {before:.1f}" in printed
