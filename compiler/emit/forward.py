@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.head import Head, head_of, head_source
-from surgery.compiler.emit.loops import Call, Function, Loops, earlier_name
+from surgery.compiler.emit.loops import Call, Function, Loops, documentation, earlier_name
 from surgery.compiler.emit.naming import Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
 from surgery.compiler.emit.recompute import recomputed_functions
-from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, drop_dead_nodes, is_constant, tensors
+from surgery.compiler.emit.tidy import tidy
+from surgery.compiler.graph import EARLIER, HANDED_ON, TRAINING, Graph, is_constant, tensors
 
 HELPER = '''\
 def blocks(weights: Weights, path: str, indices: range) -> list[Weights]:
@@ -65,56 +66,6 @@ def forward_source(
             return writer.source()
         # Inside the entries of such a list there may be a list of equal blocks: outline that one instead.
         inline = inline | lonely
-
-
-def tidy(module: fx.GraphModule, autocast: bool = False) -> fx.Graph:
-    """Let equal sizes and constants be read from one place and take out what does nothing; works in place."""
-    graph, named = module.graph, tensors(module)
-    seen: dict[str, fx.Node] = {}
-    constants: list[fx.Node] = []
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and is_constant(str(node.target)):
-            equal = next((other for other in constants if _same(named, node, other)), None)
-            if equal is not None:
-                node.replace_all_uses_with(equal)
-                graph.erase_node(node)
-            else:
-                constants.append(node)
-        value = node.meta.get("val")
-        twin: Any = None
-        if node.op != "call_function":
-            continue
-        if node.target is torch.ops.aten.sym_size.int and isinstance(value, torch.SymInt):
-            twin = seen.setdefault(str(value.node.expr), node)
-        elif _adds_nothing(node) or (not autocast and _casts_nothing(node)):
-            twin = node.args[0]
-        if isinstance(twin, fx.Node) and twin is not node:
-            node.replace_all_uses_with(twin)
-            graph.erase_node(node)
-    drop_dead_nodes(graph)
-    return graph
-
-
-def _same(named: dict[str, Tensor], node: fx.Node, other: fx.Node) -> bool:
-    left, right = named[str(node.target)], named[str(other.target)]
-    if left.is_meta or right.is_meta or left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left, right)
-
-
-def _casts_nothing(node: fx.Node) -> bool:
-    """`x.to(x.dtype)`, which gives back x itself."""
-    if node.target is not torch.ops.aten.to.dtype or len(node.args) != 2 or node.kwargs:
-        return False
-    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.dtype == node.args[1]
-
-
-def _adds_nothing(node: fx.Node) -> bool:
-    """`positions + 0`, as transformers writes it for an empty cache; exact, since the numbers are whole."""
-    value = node.meta.get("val")
-    whole = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and node.target is torch.ops.aten.add.Tensor
-    return whole and len(node.args) == 2 and type(node.args[1]) is int and node.args[1] == 0
 
 
 class _Writer:
@@ -378,26 +329,6 @@ def _kind(node: fx.Node) -> str:
     if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
         return "int"
     return "float" if isinstance(value, (float, torch.SymFloat)) else "Tensor"
-
-
-def documentation(blocks: Sequence[Block]) -> str:
-    """Which blocks a function runs, in words that do not grow with their number."""
-    parts = []
-    for stack in dict.fromkeys(block.stack for block in blocks):
-        parts.append(f"{stack}.{spans([block.index for block in blocks if block.stack == stack])}")
-    return f"One block: {' and '.join(parts)}."
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """`0..15`, `0, 2, ..., 24` or the numbers themselves."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
-    if steps == {1}:
-        return f"{numbers[0]}..{numbers[-1]}"
-    if len(steps) == 1 and len(numbers) > 3:
-        return f"({numbers[0]}, {numbers[1]}, ..., {numbers[-1]})"
-    return "(" + ", ".join(map(str, numbers)) + ")"
 
 
 def _of_earlier_blocks(block: Block) -> dict[str, tuple[int, str]]:

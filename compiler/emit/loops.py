@@ -54,6 +54,26 @@ class Call:
         return f"checkpoint({self.function.name}, {given}, {options})"
 
 
+def documentation(blocks: Sequence[Block]) -> str:
+    """Which blocks a function runs, in words that do not grow with their number."""
+    parts = []
+    for stack in dict.fromkeys(block.stack for block in blocks):
+        parts.append(f"{stack}.{spans([block.index for block in blocks if block.stack == stack])}")
+    return f"One block: {' and '.join(parts)}."
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`0..15`, `0, 2, ..., 24` or the numbers themselves."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    steps = {after - before for before, after in zip(numbers, numbers[1:], strict=False)}
+    if steps == {1}:
+        return f"{numbers[0]}..{numbers[-1]}"
+    if len(steps) == 1 and len(numbers) > 3:
+        return f"({numbers[0]}, {numbers[1]}, ..., {numbers[-1]})"
+    return "(" + ", ".join(map(str, numbers)) + ")"
+
+
 Origin = tuple[bool, int]  # of a carried value: whether the block before made it, and its place there
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.compiler import p5_capture
-from surgery.compiler.emit.forward import forward_source, spans
+from surgery.compiler.emit.forward import forward_source
+from surgery.compiler.emit.loops import spans
 from surgery.compiler.emit.outline import Block, is_ordered, outline
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.kernels.added_linear import added_linear
