@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import start_processes
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from surgery.cli import main
 from surgery.runtime.step import TrainingStep
@@ -43,7 +50,7 @@ data "rows.jsonl" {{ {DATA}  {data}  eval = "held_out.jsonl" }}
 
 
 def save_folder(folder: Path, dtype: torch.dtype = torch.float64) -> None:
-    """Write `llama`, whose head is tied and whose sizes are odd, `gpt2` with its transposed weights, and rows."""
+    """Write `llama`, whose head is tied and sizes are odd, `gpt2` with transposed weights, `mixtral`, and rows."""
     tokenizer = byte_level()
     torch.manual_seed(0)
     llama = LlamaConfig(
@@ -54,7 +61,13 @@ def save_folder(folder: Path, dtype: torch.dtype = torch.float64) -> None:
         n_embd=12, n_layer=2, n_head=3, n_positions=64, vocab_size=len(tokenizer), resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0,
     )  # fmt: skip
-    made: dict[str, Any] = {"llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2)}
+    mixtral = MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), num_local_experts=3, max_position_embeddings=64,
+    )  # fmt: skip
+    made: dict[str, Any] = {
+        "llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2), "mixtral": MixtralForCausalLM(mixtral),
+    }  # fmt: skip
     for name, model in made.items():
         model.to(dtype).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -21,6 +21,7 @@ from surgery.compiler.algebra.lower import Adaptation
 from surgery.compiler.algebra.recorder import Recorder
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.graph import TRAINING
+from surgery.compiler.kernels.over_processes import is_spread
 from surgery.compiler.plan import Plan, Site
 
 Lowered = tuple[fx.GraphModule, tuple[str, ...]]  # a computation without state, and the names of what it reads
@@ -38,9 +39,10 @@ def computed_parameter(
 
     def value(self: nn.Module) -> Any:
         computation, places = self.__dict__["_surgery_computed"][name]
-        operands = [
-            self._parameters[name] if key == "W" else attrgetter(places[key][1])(places[key][0]) for key in inputs
-        ]
+        stored = self._parameters[name]
+        if stored is not None and is_spread(stored):  # FSDP2 looks for what it has put there; in a forward it is whole
+            return stored
+        operands = [stored if key == "W" else attrgetter(places[key][1])(places[key][0]) for key in inputs]
         return computation(*operands)
 
     owner.__dict__.setdefault("_surgery_computed", {})[name] = (function, dict(read))

@@ -17,6 +17,7 @@ from tests.processes import LITERAL, run_together, save_folder, spec
 
 # Sums of float64 in another order.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
+FLOAT32: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 MLP = (19, 12)  # the shape of a W, of which the processes hold 10 and 9 rows
 
 SPECS = {
@@ -83,16 +84,16 @@ def rows(run: Path, *names: str) -> list[list[float]]:
     return [[row[name] for row in found if name in row] for name in names]
 
 
-def check_same(run: Path, other: Path) -> None:
+def check_same(run: Path, other: Path, tolerance: dict[str, Any] = TOLERANCE) -> None:
     """Losses, gradient norms, tokens, evaluations, the state, and who wrote it."""
     names = ("loss", "gradient_norm", "tokens", "eval_loss")
     for found, expected in zip(rows(run, *names), rows(other, *names), strict=True):
         assert len(found) in (6, 2)
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **TOLERANCE)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **tolerance)
     for file in ("adapters.safetensors", "optimizer.safetensors"):
         ours, theirs = load_file(run / file), load_file(other / file)
         ours, theirs = ({k: v for k, v in state.items() if "random" not in k} for state in (ours, theirs))
-        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+        torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("name", GRAPH)
@@ -103,7 +104,7 @@ def test_two_processes_take_the_steps_of_one(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULE)
 def test_two_processes_hold_one_model(folder: Path, name: str) -> None:
-    check_same(folder / "module" / name, folder / "one" / name)
+    check_same(folder / "module" / name, folder / "one" / name, FLOAT32 if name == "experts" else TOLERANCE)
 
 
 def test_module_scope_takes_the_steps_of_graph_scope(folder: Path) -> None:

@@ -6,11 +6,13 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from surgery.cli.common import Format, reporting
 from surgery.cli.plan import schema_text
 from tests.command_line import cli
 
@@ -149,3 +151,12 @@ def test_the_published_schema_is_the_present_one(capsys: pytest.CaptureFixture[s
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = cli(capsys, "--version")
     assert code == 0 and out.strip()
+
+
+def test_a_warning_that_is_a_diagnostic_is_shown_as_one() -> None:
+    """Not behind a line of this project's code; others say where they come from."""
+    before = warnings.formatwarning
+    with reporting(Format.text):
+        assert warnings.formatwarning("warning[SURG073]: x", UserWarning, "code.py", 3) == "warning[SURG073]: x\n"
+        assert warnings.formatwarning("x", UserWarning, "code.py", 3).startswith("code.py:3: UserWarning: x")
+    assert warnings.formatwarning is before
