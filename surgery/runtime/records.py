@@ -26,7 +26,10 @@ class Steppable(Evaluable, Protocol):
     """What is read of a training step."""
 
     step: int  # optimizer steps done
-    lengths: tuple[int, ...]  # optimizer steps of each `step` block
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Optimizer steps of each `step` block."""
 
     @property
     def steps(self) -> int: ...  # noqa: D102
