@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.plan_table import folded_path
+from surgery.cli.folded import folded_path
 
 if TYPE_CHECKING:
     from surgery.analysis.compare import Comparison

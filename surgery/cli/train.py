@@ -68,7 +68,7 @@ def _train(
     spec: Path, folder: Path, resume: bool, scope: Scope | None, device: str | None, format: Format, allow_code: bool
 ) -> None:  # fmt: skip
     """Run and say how it ended."""
-    from surgery.cli.plan_table import measured_lines
+    from surgery.cli.plan_text import measured_lines
     from surgery.runtime import distributed
     from surgery.runtime.best import BEST
     from surgery.runtime.data import lengths_of

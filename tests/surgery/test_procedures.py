@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import surgery
-from surgery.cli.plan_table import lists
+from surgery.cli.plan_text import lists
 from surgery.compiler.kernels.across_sites import keep_top, quantile
 from surgery.compiler.kernels.active import chosen
 from surgery.compiler.kernels.noise import bernoulli, gaussian

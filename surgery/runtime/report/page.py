@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from surgery.cli.plan_table import cells, fold, lines, lists, totals_text
+from surgery.cli.plan_text import cells, fold, lines, lists, totals_text
 from surgery.compiler.plan import Plan, Site
 from surgery.runtime.report.changes import Change
 from surgery.runtime.report.gather import Report

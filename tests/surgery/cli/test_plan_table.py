@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from surgery.cli.plan_table import fold, folded_path, print_plan, short_method
+from surgery.cli.folded import folded_path
+from surgery.cli.plan_table import print_plan
+from surgery.cli.plan_text import fold, short_method
 from surgery.compiler.plan import (
     Candidate,
     Facts,
