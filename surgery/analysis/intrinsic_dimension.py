@@ -2,7 +2,8 @@
 
 Around a point, on a manifold of d dimensions, as many points lie within a distance as its d-th power is large. So the
 ratio mu = r2 / r1 of the distances to the second and to the first neighbour has the distribution F(mu) = 1 - mu^-d,
-however dense the points lie (doi:10.1038/s41598-017-11873-y). The estimate is off by about d / sqrt(N) for N points.
+however dense the points lie (doi:10.1038/s41598-017-11873-y). Drawing N points moves the estimate by about d / sqrt(N).
+More points are nearer to each other, so where the data have another dimension at another scale, N is that choice.
 """
 
 from __future__ import annotations

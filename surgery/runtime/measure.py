@@ -26,7 +26,7 @@ from surgery.compiler.skeleton import Skeleton
 from surgery.runtime import batches as batches_of
 from surgery.runtime import distributed
 
-LEAST, FEW, ENOUGH = 200, 800, 1000  # points: a dimension d of N is off by about d / sqrt(N), 7 %, 3.5 % and 3 %
+LEAST, FEW, ADVISED = 200, 800, 1000  # points: drawing N of them alone moves d by d / sqrt(N), 7 %, 3.5 % and 3 %
 Batches = Sequence[Mapping[str, Tensor]]
 Place = tuple[str, int]  # a list of n blocks, and a place in it: i is before block i, n behind the last one
 Points = dict[tuple[Place, str], list[Tensor]]  # by place and pooling, `[rows, width]` of each batch
@@ -72,7 +72,7 @@ def check_rows(draft: Plan, rows: int) -> None:
 
 def _advice() -> str:
     return (
-        f"{LEAST} are the least, {ENOUGH} are enough: write `calibrate = {ENOUGH}` in the data block, "
+        f"{LEAST} are the least, {ADVISED} or more are advised: write `calibrate = {ADVISED}` in the data block, "
         "or give more `calibration` batches"
     )
 
@@ -93,7 +93,7 @@ def measure(draft: Plan, model: nn.Module, batches: Batches) -> tuple[MeasuredPl
     ratios = {key: _ratios(draft, key, parts, device) for key, parts in points.items()}
     fewest = min((len(found) for found in ratios.values()), default=rows)
     if fewest < FEW:
-        message = f"a dimension is measured on {fewest} points, and may be off by {fewest**-0.5:.0%}"
+        message = f"a dimension is measured on {fewest} points, whose draw alone moves it by {fewest**-0.5:.0%}"
         span = draft.span(draft.measured[0].place)
         warnings.warn(render(Diagnostic("SURG036", message, span, help=_advice(), severity="warning")), stacklevel=2)
     found = []
