@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import Builder, Value, number
+from surgery.compiler.algebra.build import Builder, Value
+from surgery.compiler.algebra.expression import number
 from surgery.compiler.algebra.names import names_in
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, Note, SurgError, did_you_mean, nearest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import Builder, Value, number
-from surgery.compiler.algebra.expression import Expression
+from surgery.compiler.algebra.build import Builder, Value
+from surgery.compiler.algebra.expression import Expression, number
 from surgery.compiler.algebra.measured import Gain
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.diagnostics import Diagnostics, SurgError, did_you_mean, fail

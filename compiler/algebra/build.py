@@ -10,22 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.comprehension import comprehension
+from surgery.compiler.algebra.calls import read_call
 from surgery.compiler.algebra.condition import COMPARE, Condition
-from surgery.compiler.algebra.expression import GRADIENT, Expression, Range, negated, transposed
-from surgery.compiler.algebra.facts import tensors_read
-from surgery.compiler.algebra.in_time import IN_TIME, NOISE, Occasion, noise
-from surgery.compiler.algebra.measured import Gain, read_gain
-from surgery.compiler.algebra.names import COORDINATES, MEASURED, STARTS
-from surgery.compiler.algebra.previous import previous
+from surgery.compiler.algebra.expression import Expression, negated, number, transposed
+from surgery.compiler.algebra.in_time import NOISE, Occasion, noise
+from surgery.compiler.algebra.measured import Gain
+from surgery.compiler.algebra.names import COORDINATES, STARTS
 from surgery.compiler.algebra.quantity import LARGEST, ArithmeticProblem, Quantity
-from surgery.compiler.algebra.schedule import SCHEDULES, scheduled
 from surgery.compiler.algebra.shapes import broadcast_shape, check_extent, product_shape, spelt
-from surgery.compiler.algebra.sources import SOURCES, source
-from surgery.compiler.algebra.structures import STRUCTURES, ShapeProblem, Structure
-from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
+from surgery.compiler.algebra.slices import sliced
+from surgery.compiler.diagnostics import SurgError, did_you_mean, fail
 from surgery.compiler.printer import show
-from surgery.compiler.span import Span
 
 if TYPE_CHECKING:
     from surgery.compiler.algebra.formula import TensorFormula
@@ -35,12 +30,6 @@ Value = Expression | str | bool
 MAXIMUM_PARTS = 5_000  # of an expression with the names in it written out: they may double it line by line
 MAXIMUM_DEPTH = 100  # so that every later pass may recurse
 MAXIMUM_TERMS = 1_024  # of a sum over a range, and of ranges within ranges
-NUMBERS_ONLY = frozenset({"min", "max"})
-
-
-def number(quantity: Quantity, span: Span | None = None) -> Expression:
-    """A number as an expression."""
-    return Expression("number", value=quantity, span=span)
 
 
 @dataclass(frozen=True)
@@ -147,10 +136,10 @@ class Builder:
                 return transposed(inner)
             case nodes.Subscript(nodes.Call(function, _) as call, _) if function in NOISE:
                 return noise(self, call, node)
-            case nodes.Subscript(operand, indices):
-                return self._slice(node, self.expression(operand), indices)
-            case nodes.Call(function, arguments):
-                return self._call(node, function, arguments)
+            case nodes.Subscript(operand, _):
+                return sliced(self, node, self.expression(operand))
+            case nodes.Call():
+                return read_call(self, node)
             case nodes.Comprehension():
                 raise fail("SURG004", "`for` belongs into sum, hstack or vstack", node.span)
             case _:
@@ -171,10 +160,11 @@ class Builder:
             advice = "it is known at a site, in a tensor or an equation"
             raise fail("SURG033", f"`{name}` is not known here", node.span, help=advice)
         if name in STARTS:
-            raise self._start_inside(name, node)
+            raise self.start_inside(name, node)
         raise fail("SURG002", f"nothing is called `{name}` here", node.span, help=did_you_mean(name, self.names))
 
-    def _start_inside(self, name: str, node: nodes.Expr) -> SurgError:
+    def start_inside(self, name: str, node: nodes.Expr) -> SurgError:
+        """What is wrong with a start that stands where a tensor should."""
         advice = f"give it a tensor of its own, `T = frozen {show(node)}[...]`, and write `T` here"
         return fail("SURG004", f"`{name}` starts a tensor, it is no part of an expression", node.span, help=advice)
 
@@ -199,181 +189,6 @@ class Builder:
             return left  # an empty sum
         return Expression(names[sign], (left, right), shape)
 
-    def _slice(
-        self, node: nodes.Subscript, operand: Expression, indices: tuple[nodes.Expr | nodes.Slice, ...]
-    ) -> Expression:
-        shape: list[Quantity] = []
-        taken: list[Range | Quantity | None] = []
-        axis = 0
-        for index in indices:
-            if isinstance(index, nodes.Name) and index.name == "None":
-                taken.append(None)
-                shape.append(Quantity.of(1))
-                continue
-            if axis == len(operand.shape):
-                raise fail("SURG005", f"too many indices for {spelt(operand.shape)}", index.span or node.span)
-            length = operand.shape[axis]
-            axis += 1
-            if isinstance(index, nodes.Slice):
-                start = self._position(index.start, length) if index.start else Quantity.of(0)
-                stop = self._position(index.stop, length) if index.stop else length
-                bounds = (start.whole, stop.whole, length.whole)
-                if None not in bounds and not 0 <= bounds[0] <= bounds[1] <= bounds[2]:  # type: ignore[operator]
-                    raise fail("SURG026", f"{start}:{stop} is outside of 0:{length}", index.span or node.span)
-                taken.append(Range(start, stop))
-                shape.append(stop - start)
-            else:
-                entry = self._position(index, length)
-                if entry.whole is not None and length.whole is not None and not 0 <= entry.whole < length.whole:
-                    last = length - Quantity.of(1)
-                    raise fail("SURG026", f"index {entry} is outside of 0..{last}", index.span or node.span)
-                taken.append(entry)
-        taken += [Range(Quantity.of(0), length) for length in operand.shape[axis:]]
-        return Expression("slice", (operand,), (*shape, *operand.shape[axis:]), index=tuple(taken))
-
-    def _position(self, node: nodes.Expr, length: Quantity) -> Quantity:
-        """A position along an axis of that length; one that counts from the end has no meaning here."""
-        position = self.size(node)
-        if position.constant is not None and position.constant < 0:
-            message = f"a position counts from 0, `{show(node)}` is below it"
-            raise fail("SURG026", message, node.span, help=f"from the end count as `{length} - 1`")
-        return position
-
-    def _call(self, node: nodes.Call, function: str, arguments: tuple[nodes.Argument, ...]) -> Expression:
-        if function == "prev":
-            if self.occasion is None:
-                raise fail("SURG004", "`prev` is known only in events", node.span)
-            self._check_count(node, 1)
-            inner = self.expression(arguments[0].value)
-            if _has_previous(inner):
-                raise fail("SURG008", "`prev` of `prev` is not built yet", node.span)
-            if any(GRADIENT in name for name in tensors_read(inner)):
-                raise fail("SURG004", "`prev` of a gradient: that of the step before is gone", node.span)
-            return Expression("previous", (inner,), inner.shape)
-        if function == "dropout":
-            return self._dropout(node)
-        if function == "previous":
-            return previous(self, node)
-        if function == "where" and (truth := self._truth(arguments[:1])) is not None:
-            return self._chosen(node, truth)
-        if function in NOISE:
-            message = f"`{function}` is drawn in a shape: `{show(node)}[out, in]`"
-            raise fail("SURG004", message, node.span)
-        if function in MEASURED:
-            return self._measured(node)
-        if function in IN_TIME and (function != "grad" or self.occasion is not None):
-            return self._in_time(node)
-        if function in SCHEDULES:
-            return self._scheduled(node)
-        if function in SOURCES:
-            return source(node, self)
-        known = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys()
-        if function not in known:
-            if function in STARTS:
-                raise self._start_inside(function, node)
-            help_text = did_you_mean(function, sorted(known))
-            raise fail("SURG002", f"there is no function `{function}`", node.span, help=help_text)
-        if arguments and isinstance(arguments[0].value, nodes.Comprehension):
-            return comprehension(self, node, arguments[0].value)
-        structure = STRUCTURES.get(function)
-        values = self._arguments(node, structure)
-        quantities = [value.value for value in values if value.value is not None and not value.shape]
-        if function in Quantity.FUNCTIONS and len(quantities) == len(values) and values:
-            if function not in NUMBERS_ONLY:
-                self._check_count(node, 1)
-            return number(Quantity.function(function, *quantities), node.span)
-        if structure is None:
-            raise fail("SURG004", f"`{function}` takes numbers", node.span)
-        self._check_count(node, structure.arity, len(structure.optional))
-        try:
-            shape = structure.shape(*values)
-        except ShapeProblem as problem:
-            given = ", ".join(spelt(value.shape) for value in values)
-            notes = [Note(f"given: {given}")]
-            raise fail("SURG005", f"{problem}", node.span, notes=notes, help=problem.help) from problem
-        return Expression(function, tuple(values), shape)
-
-    def _in_time(self, node: nodes.Call) -> Expression:
-        """A call that remembers something, or looks at all sites."""
-        if self.occasion is None:
-            raise fail("SURG004", f"`{node.function}` is known only in events", node.span)
-        read, count = IN_TIME[node.function]
-        self._check_count(node, count)
-        return read(self, node)
-
-    def _measured(self, node: nodes.Call) -> Expression:
-        """A number that the data tell, of the block of a site."""
-        if self.measured is None:
-            message = f"`{node.function}` is known only where a rule gives the parameters of its method"
-            help_text = f"give it to one: `with lora(rank = {show(node)})`"
-            raise fail("SURG004", message, node.span, help=help_text)
-        return number(self.measured(read_gain(node)), node.span)
-
-    def _scheduled(self, node: nodes.Call) -> Expression:
-        """A number that follows the clock."""
-        if "step" not in self.names:
-            message = f"`{node.function}` reads the step, which is known only in equations, events and penalties"
-            raise fail("SURG004", message, node.span)
-        self._check_count(node, SCHEDULES[node.function][1])
-        numbers = (self.number(argument.value) for argument in node.arguments)
-        return number(scheduled(node.function, *numbers), node.span)
-
-    def _arguments(self, node: nodes.Call, structure: Structure | None) -> list[Expression]:
-        """The arguments of a call in their order; those named are the optional ones of a structure."""
-        values: list[Expression] = []
-        for position, argument in enumerate(node.arguments):
-            if argument.name is not None:
-                optional = structure.optional if structure else ()
-                if argument.name not in optional:
-                    known = did_you_mean(argument.name, optional) or f"`{node.function}` takes no names"
-                    message = f"`{node.function}` has no argument `{argument.name}`"
-                    raise fail("SURG002", message, argument.span or node.span, help=known)
-                if structure is None or position != structure.arity + optional.index(argument.name):
-                    message = f"`{argument.name}` comes behind the other arguments of `{node.function}`, once"
-                    raise fail("SURG004", message, argument.span or node.span)
-            if structure and position in structure.sizes:
-                length = self.size(argument.value)
-                if length.whole is not None and length.whole < 1:
-                    message = f"a size must be at least 1, `{show(argument.value)}` is {length}"
-                    raise fail("SURG004", message, argument.value.span or node.span)
-                values.append(number(length, argument.value.span))
-            else:
-                values.append(self.expression(argument.value))
-        return values
-
-    def _truth(self, arguments: tuple[nodes.Argument, ...]) -> bool | None:
-        """Whether the argument is true, where that is known now: a bool parameter of the method."""
-        for argument in arguments:
-            named = isinstance(argument.value, nodes.Name) and isinstance(self.names.get(argument.value.name), bool)
-            if named or isinstance(argument.value, nodes.Boolean):
-                return self.value(argument.value) is True
-        return None
-
-    def _chosen(self, node: nodes.Call, truth: bool) -> Expression:
-        """`where(truth, a, b)`: one of two expressions of one shape."""
-        self._check_count(node, 3)
-        yes, no = (self.expression(argument.value) for argument in node.arguments[1:])
-        if len(yes.shape) != len(no.shape) or any(a.differs_from(b) for a, b in zip(yes.shape, no.shape, strict=True)):
-            message = f"`where` chooses between {spelt(yes.shape)} and {spelt(no.shape)}, which differ"
-            raise fail("SURG005", message, node.span)
-        return yes if truth else no
-
-    def _dropout(self, node: nodes.Call) -> Expression:
-        if "x" not in self.names:
-            raise fail("SURG004", "`dropout` belongs on activations: `input = dropout(x, p)`", node.span)
-        self._check_count(node, 2)
-        rows, share = self.expression(node.arguments[0].value), self.number(node.arguments[1].value)
-        if share.constant is not None and not 0 <= share.constant < 1:
-            message = f"dropout must be at least 0 and below 1, this is {share.constant}"
-            raise fail("SURG004", message, node.arguments[1].value.span)
-        return rows if share.constant == 0 else Expression("dropout", (rows, number(share)), rows.shape)
-
-    def _check_count(self, node: nodes.Call, arity: int, optional: int = 0) -> None:
-        given = len(node.arguments)
-        if not arity <= given <= arity + optional:
-            takes = f"{arity} or {arity + optional} arguments" if optional else f"{arity} argument{'s' * (arity != 1)}"
-            raise fail("SURG004", f"`{node.function}` takes {takes}, {given} given", node.span)
-
     def condition(self, node: nodes.Expr) -> Condition:
         """A condition: comparisons joined by and, or, not."""
         match node:
@@ -393,10 +208,6 @@ class Builder:
                 return Condition(operator, (_text(sides[0]), _text(sides[1])))
             case _:
                 raise fail("SURG004", "a condition is needed here, such as `in == out`", node.span)
-
-
-def _has_previous(node: Expression) -> bool:
-    return node.operation == "previous" or any(_has_previous(part) for part in node.arguments)
 
 
 def _text(value: Value) -> str | bool:

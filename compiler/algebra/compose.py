@@ -8,8 +8,8 @@ from typing import Any
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.arguments import bind_arguments
-from surgery.compiler.algebra.build import Builder, Value, number
-from surgery.compiler.algebra.expression import MARK, Expression, negated, rewriting
+from surgery.compiler.algebra.build import Builder, Value
+from surgery.compiler.algebra.expression import MARK, Expression, negated, number, rewriting
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import EventFormula, MethodFormula, TensorFormula, Term, rows
 from surgery.compiler.algebra.measured import Gain

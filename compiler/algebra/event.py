@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.compiler import nodes
-from surgery.compiler.algebra.build import Value, number
+from surgery.compiler.algebra.build import Value
 from surgery.compiler.algebra.condition import ALWAYS, Condition
-from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression, negated, rewriting
+from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression, negated, number, rewriting
 from surgery.compiler.algebra.formula import AT_START, ChangeFormula, EventFormula, Start
 from surgery.compiler.algebra.in_time import Occasion
 from surgery.compiler.algebra.quantity import Quantity

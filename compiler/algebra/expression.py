@@ -61,6 +61,11 @@ class Range:
     stop: Quantity
 
 
+def number(quantity: Quantity, span: Span | None = None) -> Expression:
+    """A number as an expression."""
+    return Expression("number", value=quantity, span=span)
+
+
 def transposed(matrix: Expression) -> Expression:
     """The matrix with its last two axes exchanged."""
     return Expression("transpose", (matrix,), (*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-2]))

@@ -10,10 +10,10 @@ import torch
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.algebra.affine import BIAS, Affine, NotAffine, effective
 from surgery.compiler.algebra.base import dense, logical, stacked
-from surgery.compiler.algebra.build import Value, number
+from surgery.compiler.algebra.build import Value
 from surgery.compiler.algebra.compose import compose, formula_of
 from surgery.compiler.algebra.evaluate import Evaluator, wider
-from surgery.compiler.algebra.expression import MARK, Expression, Shape
+from surgery.compiler.algebra.expression import MARK, Expression, Shape, number
 from surgery.compiler.algebra.formula import MethodFormula
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.telescope import from_start, telescoped

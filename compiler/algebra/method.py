@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from surgery.compiler import nodes
 from surgery.compiler.algebra.at_rest import TRAINING
-from surgery.compiler.algebra.build import Builder, Value, number
+from surgery.compiler.algebra.build import Builder, Value
 from surgery.compiler.algebra.event import CLOCK, KEPT, read_event
-from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression
+from surgery.compiler.algebra.expression import GRADIENT, MARK, Expression, number
 from surgery.compiler.algebra.facts import gradients_reach
 from surgery.compiler.algebra.formula import (
     TOKENS,
