@@ -37,7 +37,8 @@ from surgery.compiler.emit.template import (
     step_source,
 )  # fmt: skip
 from surgery.compiler.emit.template import IMPORTS as IMPORTS_OF_STEPS
-from surgery.compiler.events import EventProgram, programs
+from surgery.compiler.event_program import EventProgram
+from surgery.compiler.events import programs
 from surgery.compiler.graph import Graph, tensors
 from surgery.compiler.plan import Plan
 from surgery.runtime import losses

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from surgery.compiler.emit.events import IMPORTS as IMPORTS_OF_EVENTS
 from surgery.compiler.emit.events import event_source
 from surgery.compiler.emit.imports import IMPORTS as IMPORTS_OF_GRAPHS
-from surgery.compiler.events import EventProgram
+from surgery.compiler.event_program import EventProgram
 
 IMPORTS = {"math.": "import math", "F.": "import torch.nn.functional as F"}  # by what is written where they are needed
 IMPORTS |= {f"{name}(": line for name, line in (IMPORTS_OF_GRAPHS | IMPORTS_OF_EVENTS).items()}

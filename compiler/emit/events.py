@@ -13,7 +13,7 @@ from surgery.compiler.algebra.quantity import CLOCK
 from surgery.compiler.emit.body import WIDTH, Body, wrapped
 from surgery.compiler.emit.naming import Names, snake
 from surgery.compiler.emit.tables import names_list
-from surgery.compiler.events import GRAD, KEPT, EventProgram
+from surgery.compiler.event_program import GRAD, KEPT, EventProgram
 
 PHASES = ("start", "before forward", "penalty", "after backward", "after step")
 IMPORTS = {

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.compiler.diagnostics import fail
 from surgery.compiler.emit.clock import clock_source
-from surgery.compiler.events import GRAD, KEPT, START, EventProgram
+from surgery.compiler.event_program import GRAD, KEPT, START, EventProgram
 from surgery.runtime.executed import executed
 
 CLOCK = "surgery_clock"  # its name on the root

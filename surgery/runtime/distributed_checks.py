@@ -6,7 +6,8 @@ from torch import nn
 
 from surgery.compiler import nodes, p1_parse
 from surgery.compiler.diagnostics import Diagnostics
-from surgery.compiler.events import EventProgram, programs
+from surgery.compiler.event_program import EventProgram
+from surgery.compiler.events import programs
 from surgery.compiler.plan import Plan, StepPlan
 from surgery.compiler.span import Source, Span
 from surgery.optimizers import OPTIMIZERS

@@ -19,7 +19,8 @@ from surgery.compiler import p9_emit, pipeline
 from surgery.compiler.built_again import built_again
 from surgery.compiler.diagnostics import Diagnostic, fail, render
 from surgery.compiler.emit.whole_model import whole_model
-from surgery.compiler.events import KEPT, START, EventProgram, programs
+from surgery.compiler.event_program import KEPT, START, EventProgram
+from surgery.compiler.events import programs
 from surgery.compiler.examples import example_inputs
 from surgery.compiler.graph import Graph, build_module
 from surgery.compiler.pass_log import logged

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.compiler.events import KEPT, START, EventProgram
+from surgery.compiler.event_program import KEPT, START, EventProgram
 from surgery.compiler.graph import Graph
 from surgery.compiler.plan import Plan
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from surgery.compiler import p9_emit
 from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.emit.blocks import of_block
-from surgery.compiler.events import START, EventProgram
+from surgery.compiler.event_program import START, EventProgram
 from surgery.compiler.events import programs as events_of
 from surgery.compiler.graph import Graph, build_module, called_modules, copy_module, non_persistent, tensors
 from surgery.compiler.pass_log import logged

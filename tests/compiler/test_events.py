@@ -10,7 +10,8 @@ from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery.compiler.events import EventProgram, Move, programs
+from surgery.compiler.event_program import EventProgram, Move
+from surgery.compiler.events import programs
 from surgery.compiler.kernels.moved_weights import add_products
 from surgery.compiler.plan import Plan
 

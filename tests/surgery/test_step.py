@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import surgery
 from surgery.compiler import p5_capture
 from surgery.compiler.diagnostics import SurgError
-from surgery.compiler.events import EventProgram
+from surgery.compiler.event_program import EventProgram
 from surgery.compiler.pipeline import adapt
 from surgery.runtime.initialise import initialise
 from surgery.runtime.step import TrainingStep
