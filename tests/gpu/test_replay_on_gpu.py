@@ -145,6 +145,17 @@ def test_the_setting_replays() -> None:
     assert losses(step, "encoder") == losses(step_of("encoder", "on"), "encoder") and len(replay.recorded) == 2
 
 
+def test_each_step_block_records_its_own_gradients() -> None:
+    plain, other = (
+        step_of("encoder", way, more="} step { freeze **.A  steps = 5 } step { steps = 5")
+        for way in ("on", "reduce_overhead")
+    )
+    plain.lengths = other.lengths = (4, 5, 5)
+    assert losses(other, "encoder", [16] * 14) == losses(plain, "encoder", [16] * 14)
+    assert other.block == 2 and len(other._namespace["gradients"].recorded) == 1
+    assert all(torch.equal(tensor, other.weights[name]) for name, tensor in plain.weights.items())
+
+
 def test_a_resumed_run_goes_on_to_the_bit() -> None:
     whole = step_of("encoder", "reduce_overhead")
     losses(whole, "encoder")

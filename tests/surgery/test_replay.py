@@ -137,6 +137,26 @@ def test_losses_and_weights_are_the_same_to_the_bit(played: Any, more: str) -> N
     assert not other._namespace["gradients"].refused
 
 
+def test_each_step_block_records_its_own_gradients(played: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recording made in one block would give to tensors that rest in the next."""
+    players = []
+
+    def replay(gradients: Any, _: torch.device) -> Any:
+        made = SimpleNamespace(_namespace={"gradients": gradients})
+        players.append(played(made))
+        return made._namespace["gradients"]
+
+    monkeypatch.setattr("surgery.runtime.step.replayed", replay)
+    plain, other = (step_of(more="} step { freeze **.A  steps = 5 } step { steps = 5") for _ in range(2))
+    setting = other.plan.step.model_copy(update={"compile": "reduce_overhead"})
+    other.plan = other.plan.model_copy(update={"step": setting})
+    other._begin(0)
+    plain.lengths = other.lengths = (4, 5, 5)
+    assert losses(other, [3] * 14) == losses(plain, [3] * 14)
+    assert all(torch.equal(tensor, other.weights[name]) for name, tensor in plain.weights.items())
+    assert [(player.runs, player.replays) for player in players] == [(2, 2), (2, 3), (2, 3)]
+
+
 def test_at_most_so_many_are_kept_and_the_least_recently_used_goes(played: Any) -> None:
     step = step_of()
     player = played(step, most=2)

@@ -209,6 +209,16 @@ def test_the_clock_of_methods_does_not_know_blocks(method: str) -> None:
     assert several.block == 2
 
 
+def test_a_weight_rests_with_the_factors_that_move_it() -> None:
+    step = compiled(
+        "step { steps = 3  loss = cross_entropy } step { steps = 2  freeze first } step { steps = 2  train last }",
+        f"{METHODS['literal']}\ntrain last",
+    )
+    assert {"first.weight", "second.weight"} < moved(step, 3)
+    assert moved(step, 2) == {"second.A", "second.B", "second.weight", "last.weight", "last.bias"}
+    assert moved(step, 2) == {"last.weight", "last.bias"}
+
+
 def test_a_penalty_of_what_rests_is_reported() -> None:
     rules = "method small() { b = train constant(0.5)[out];  output = y + b;  penalty = sum(b ** 2) }"
     step = compiled("step { train last  steps = 2  loss = cross_entropy } step { steps = 1 }",
@@ -243,6 +253,18 @@ def test_an_optimizer_takes_what_its_block_moves() -> None:
         set(step.state_dict()["weights"]),
         {"last.weight", "last.bias"},
     ]
+
+
+def test_blocks_share_the_functions_that_are_alike() -> None:
+    blocks = "step { steps = 2  clip = 1  loss = cross_entropy } step { steps = 1  optimizer = adamw(lr = 0.1) }"
+    source = compiled(f"{blocks} step {{ steps = 3  micro_batch = 2 }}").source
+    assert "(make_optimizer, schedule, train_step)," in source
+    assert "(make_optimizer_in_block_2, schedule, train_step)," in source
+    assert "(make_optimizer_in_block_2, schedule, train_step_in_block_3)," in source
+    functions = [line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def ")]
+    assert [name for name in functions if name.startswith(("gradients", "train"))] == [
+        "gradients", "train_step", "gradients_in_block_3", "train_step_in_block_3",
+    ]  # fmt: skip
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
