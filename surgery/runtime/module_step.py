@@ -27,6 +27,7 @@ from surgery.compiler.pass_log import logged
 from surgery.compiler.plan import Plan
 from surgery.compiler.program import Program
 from surgery.runtime import distributed
+from surgery.runtime.attach import Adapted
 from surgery.runtime.calibrate import missing
 from surgery.runtime.clock import stored
 from surgery.runtime.distributed_checks import check_spread
@@ -34,7 +35,7 @@ from surgery.runtime.initialise import Sources
 from surgery.runtime.mapped import mapped_model
 from surgery.runtime.measure import Batches, measurements
 from surgery.runtime.models import load_model
-from surgery.runtime.modules import Adapted, adapt
+from surgery.runtime.modules import adapt
 from surgery.runtime.owners import AdaptedOwner
 from surgery.runtime.ownership import written_names
 from surgery.runtime.run_folder import RunState

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import surgery
 from surgery.optimizers import OPTIMIZERS
-from surgery.runtime.modules import Adapted
+from surgery.runtime.attach import Adapted
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 

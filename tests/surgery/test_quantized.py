@@ -283,7 +283,7 @@ def test_apply_changes_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     layers = dict(model.named_modules())
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
-        patch.setattr(modules, "_attach", broken)
+        patch.setattr(modules, "attach", broken)
         surgery.apply(spec(), model)
     assert dict(model.named_modules()) == layers
     surgery.apply(spec(sites="model.layers.*.self_attn.q_proj"), model)
