@@ -31,17 +31,25 @@ def trained(
     """The parameters that the program trains as they are, and what moves in each of its `step` blocks.
 
     `claimed` are the adapted parameters by their identities. SURG023 where a parameter is both, SURG020 where a line
-    names nothing that moves or a block moves nothing, SURG004 where it moves a shared tensor at some of its sites.
+    names nothing that moves, a block moves nothing, or no block what a rule trains; SURG004 where a block moves a
+    shared tensor at some of its sites.
     """
     whole = _Whole(program, skeleton, claimed, diagnostics)
-    for rule in program.trained:
-        whole.add(rule)
+    by_rule = [(rule.node.pattern.span, set(whole.add(rule))) for rule in program.trained]
     if not any(said.trained or said.frozen for said in program.moving):
         return Trained(tuple(sites), tuple(whole.found.values()), program.steps)
+    before = len(diagnostics.errors)
     reader = _Blocks(sites, whole, dict(whole.names), skeleton, diagnostics)
     moved = [reader.moved(said) for said in program.moving]
     everything = dict.fromkeys([*reader.own.values(), *(entry.name for entry in whole.found.values())])
     run = [key for key in everything if any(key in keys for keys, _ in moved)]
+    for number, rule in enumerate(program.rules):
+        tensors = (tensor for site in sites if site.rule == number for tensor in site.tensors)
+        by_rule.append((rule.node.pattern.span, {tensor.key for tensor in tensors if tensor.role == "train"}))
+    for span, keys in by_rule if len(diagnostics.errors) == before else ():
+        if keys and not keys & set(run):
+            help_text = "a block with `train` moves what it names alone: name it there too, or leave the rule out"
+            diagnostics.error("SURG020", "no `step` block moves what this rule trains", span, help=help_text)
     steps = [
         step.model_copy(update={"frozen": tuple(key for key in run if key not in keys), "rates": rates})
         for step, (keys, rates) in zip(program.steps, moved, strict=True)
