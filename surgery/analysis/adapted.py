@@ -23,7 +23,8 @@ from surgery.peft.importing import import_adapter
 from surgery.peft.names import CONFIG
 from surgery.peft.read import broken
 from surgery.runtime.mapped import mapped_model
-from surgery.runtime.models import base_name, load_model
+from surgery.runtime.model_files import base_name
+from surgery.runtime.models import load_model
 from surgery.runtime.report.changes import Reached, delta_of, reached
 from surgery.runtime.run_folder import is_run, load_state
 

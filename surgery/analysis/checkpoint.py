@@ -19,7 +19,8 @@ from surgery.compiler.plan import ModelPlan
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Layout
 from surgery.runtime.checkpoint import INDEX, SINGLE
-from surgery.runtime.models import CLASSES, find_file, load_skeleton
+from surgery.runtime.model_files import find_file
+from surgery.runtime.models import CLASSES, load_skeleton
 
 HERE = Path()  # paths on the command line count from here
 LABELLED = ("sequence_classification", "token_classification", "image_classification")

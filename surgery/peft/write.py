@@ -24,7 +24,7 @@ from surgery.peft.names import CONFIG, HEADS, PREFIX, TASKS, TENSORS, exactly, i
 from surgery.peft.targets import HELP, ReadFactors, Refused, Target, magnitude, targets_of
 from surgery.runtime.export import Exportable, factors_of, padded
 from surgery.runtime.folders import whole_folder
-from surgery.runtime.models import base_name
+from surgery.runtime.model_files import base_name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.compiler.diagnostics import SurgError, did_you_mean, fail
 from surgery.compiler.plan import ModelPlan
 from surgery.compiler.span import Span
-from surgery.runtime.models import find_file
+from surgery.runtime.model_files import find_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from surgery.compiler.plan import ModelPlan
 from surgery.runtime.checkpoint import INDEX, SINGLE
-from surgery.runtime.models import find_file, load_skeleton
+from surgery.runtime.model_files import find_file
+from surgery.runtime.models import load_skeleton
 
 
 def mapped_model(model: ModelPlan, folder: Path) -> nn.Module | None:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.compiler.diagnostics import Note, SurgError, did_you_mean, fail
+from surgery.compiler.diagnostics import did_you_mean, fail
 from surgery.compiler.plan import ModelPlan
+from surgery.runtime.model_files import access, place_of, reading
 
 CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -45,7 +42,7 @@ def load_skeleton(model: ModelPlan, folder: Path, *, allow_code: bool = False, m
     if model.source == "python":
         with torch.device("meta"):
             return _from_python(model, allow_code)
-    with _reading(model), torch.device("meta") if meta else nullcontext():
+    with reading(model), torch.device("meta") if meta else nullcontext():
         return _from_config(model, _config(model, folder))
 
 
@@ -68,7 +65,7 @@ def load_model(
         if model.source == "python":
             loaded = _from_python(model, allow_code)
         elif model.source == "config":
-            with _reading(model):
+            with reading(model):
                 loaded = _from_config(model, _config(model, folder))
         else:
             loaded = _from_checkpoint(model, folder)
@@ -92,10 +89,10 @@ def load_tokenizer(model: ModelPlan, folder: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    with _reading(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(_place(source, folder), **_access(source, folder))
+    with reading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place_of(source, folder), **access(source, folder))
     if model.tokenizer is not None and model.source != "python":
-        with _reading(model):
+        with reading(model):
             size = getattr(_config(model, folder).get_text_config(), "vocab_size", None)
         if size is not None and len(tokenizer) > size:
             message = (
@@ -123,16 +120,16 @@ def _from_config(model: ModelPlan, config: Any) -> nn.Module:
 
 
 def _from_checkpoint(model: ModelPlan, folder: Path) -> nn.Module:
-    with _reading(model):
+    with reading(model):
         config = _config(model, folder)
         loaded, report = _class(model, config).from_pretrained(
-            _place(model, folder),
+            place_of(model, folder),
             config=config,
             dtype=_dtype(model) or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for another number of labels is drawn anew; anything else is refused
             **_attention(model),
-            **_access(model, folder),
+            **access(model, folder),
         )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
     lacking = sorted(key for key in {*report["missing_keys"], *mismatched} if not _is_head(key, loaded, model.task))
@@ -173,7 +170,7 @@ def _config(model: ModelPlan, folder: Path) -> Any:
     labels = {} if model.labels is None else {"num_labels": model.labels}
     if model.source == "config":
         return _config_file(model, folder, labels)
-    return AutoConfig.from_pretrained(_place(model, folder), **labels, **_access(model, folder))
+    return AutoConfig.from_pretrained(place_of(model, folder), **labels, **access(model, folder))
 
 
 def _config_file(model: ModelPlan, folder: Path, labels: dict[str, int]) -> Any:
@@ -217,108 +214,3 @@ def _dtype(model: ModelPlan) -> torch.dtype | None:
 
 def _attention(model: ModelPlan) -> dict[str, str]:
     return {} if model.attention is None else {"attn_implementation": model.attention}
-
-
-def _place(model: ModelPlan, folder: Path) -> str:
-    """Where the files are: a folder if there is one, else the hub id. SURG030 for a path that does not exist."""
-    name = model.name
-    if name.startswith("package:"):
-        return str(_package_folder(name))
-    path = folder / Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise fail("SURG030", f'there is no model folder "{name}" ({path})')
-    return name
-
-
-def base_name(model: ModelPlan, folder: Path) -> str | None:
-    """How others than surgery find the model: its hub id or its folder's whole path; None for one without weights."""
-    if model.source != "hub":
-        return None
-    place = _place(model, folder)
-    return os.path.abspath(place) if Path(place).is_dir() else place
-
-
-def find_file(model: ModelPlan, folder: Path, name: str) -> Path | None:
-    """A file of the model's checkpoint, fetched where it is on the hub; None if there is none. Raises SURG030."""
-    from transformers.utils.hub import cached_file
-
-    with _reading(model):
-        place, access = _place(model, folder), _access(model, folder)
-        found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, **access)
-    return None if found is None else Path(found)
-
-
-def _package_folder(name: str) -> Path:
-    package, _, inside = name.removeprefix("package:").partition("/")
-    # Only the top-level name is looked up: for a dotted one Python would import the parents.
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise fail("SURG030", f'the package `{package}` of the model "{name}" is not installed')
-    for location in found.submodule_search_locations:
-        if (path := Path(location) / inside).is_dir():
-            return path
-    raise fail("SURG030", f"the package `{package}` has no folder `{inside}`")
-
-
-def _access(model: ModelPlan, folder: Path) -> dict[str, Any]:
-    """How the files are fetched: the revision, and from the cache alone where the hub's name does not resolve."""
-    if Path(_place(model, folder)).is_dir():
-        return {}
-    options: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
-    return options | ({} if hub_is_known() else {"local_files_only": True})
-
-
-def hub_is_known() -> bool:
-    """Whether the hub's name resolves; behind a proxy nobody can tell, and it is tried."""
-    # The hub's client retries for half a minute before it says that there is no network.
-    if urllib.request.getproxies():
-        return True
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _reading(model: ModelPlan, what: str = "model") -> Iterator[None]:
-    """Turn what transformers and the hub raise into SURG030 in plain words, and keep their chatter off the terminal."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars: Callable[[], None] = logging.enable_progress_bar if logging.is_progress_bar_enabled() else lambda: None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except SurgError:
-        raise
-    except Exception as error:  # the hub's client, the tokenizers and the configs each have errors of their own
-        raise _unreadable(model, what, error) from error
-    finally:
-        logging.set_verbosity(level)
-        bars()
-
-
-def _unreadable(model: ModelPlan, kind: str, error: Exception) -> SurgError:
-    text = " ".join(str(error).split())
-    what, hint = f"it cannot be read: {type(error).__name__}", None
-    if "gated repo" in text or "401" in text or "403" in text:
-        what, hint = "access to it is restricted", "accept its licence on the hub and log in with `hf auth login`"
-    elif "couldn't connect" in text or "local_files_only" in text or "offline" in text.lower():
-        what = f"the hub cannot be reached, and the {kind} is not in the local cache"
-        hint = "check the connection, or name a local folder"
-    elif "is not a local folder and is not a valid model identifier" in text or "Repo id must" in text:
-        what, hint = (
-            f"there is no such {kind} on the hub and no such folder",
-            "check the spelling; a path starts with ./",
-        )
-    elif "trust_remote_code" in text:
-        what = "it needs code from the hub, which surgery does not run"
-    elif "no file named" in text or "does not appear to have a file" in text:
-        what, hint = "its files are incomplete", "the folder must hold config.json and the weights as safetensors"
-    note = Note(text[:400])
-    return fail("SURG030", f'the {kind} "{model.name}" cannot be loaded: {what}', notes=[note], help=hint)

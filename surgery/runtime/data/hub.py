@@ -11,7 +11,7 @@ from surgery.compiler.diagnostics import SurgError
 from surgery.compiler.plan import Place
 from surgery.runtime.data.files import Row, Rows
 from surgery.runtime.extras import needed
-from surgery.runtime.models import hub_is_known
+from surgery.runtime.model_files import hub_is_known
 from surgery.runtime.places import span_of
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
