@@ -157,6 +157,12 @@ def unmatched(parts: tuple[Part, ...], paths: list[str]) -> list[str]:
     return missing
 
 
+def ancestry(path: str) -> list[str]:
+    """A path, and those of all modules around it, the longest first."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
 def parent_patterns(text: str) -> Iterator[str]:
     """The pattern without its last components, longest first: to say how far it does match."""
     depth = 0

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from surgery.compiler import nodes
 from surgery.compiler.diagnostics import Diagnostics, Note, nearest
+from surgery.compiler.pattern import ancestry
 from surgery.compiler.plan import Site, StepPlan, WholeParameter
 from surgery.compiler.program import Moving, Program, TrainRule
 from surgery.compiler.select import Selection, listed, matched, select_parameters, within
@@ -142,7 +143,7 @@ class _Blocks:
                 rates = dict.fromkeys(named.values(), (rule.lr, rule.weight_decay)) | rates
         for item in said.frozen:
             paths = matched(item.pattern, self.aliases, self.diagnostics)
-            named = self._named(paths, [*self.own, *self.planned, *moves])
+            named = self._named(paths, [*self.own, *self.whole.names])
             if paths and not named.keys() & moves.keys():
                 self._nothing(item.pattern, moves)
             moves = {path: key for path, key in moves.items() if path not in named}
@@ -157,6 +158,7 @@ class _Blocks:
         if not paths:
             return {}
         if named := self._named(paths, [*self.own, *self.planned]):
+            self._check_alike(rule.node.pattern, paths)
             return named
         if not any(path in self.skeleton.modules or path in self.skeleton.parameters for path in paths):
             self._nothing(rule.node.pattern, [*self.own, *self.planned])  # tensors of methods, frozen ones or states
@@ -171,9 +173,20 @@ class _Blocks:
 
     def _named(self, paths: Sequence[str], among: Iterable[str]) -> dict[str, str]:
         """Of the paths among those or below, the tensors of sites by path, and whole parameters by planned name."""
-        found = within(paths, dict.fromkeys(among))
-        whole = {name: name for path in found if path not in self.own for name in [self.planned.get(path, path)]}
+        found, planned = within(paths, dict.fromkeys(among)), self.whole.names
+        whole = {planned[path]: planned[path] for path in found if path not in self.own}
         return {path: self.own[path] for path in found if path in self.own} | whole
+
+    def _check_alike(self, pattern: nodes.Pattern, paths: Sequence[str]) -> None:
+        """What a line names beside what the rules train would rest, though it is named."""
+        known = set(paths)
+        moving = {above for path in (*self.own, *self.planned) for above in ancestry(path)}
+        holding = {above for path in self.skeleton.parameters for above in ancestry(path)} - moving
+        resting = [path for path in paths if path in holding and known.isdisjoint(ancestry(path)[1:])]
+        if resting:
+            message = f"`{pattern.text}` names both what the rules train and what they do not"
+            notes, help_text = [Note(f"they train nothing of {listed(resting)}")], "to train these as they are, write another line"
+            self.diagnostics.error("SURG020", message, pattern.span, notes=notes, help=help_text)
 
     def _nothing(self, pattern: nodes.Pattern, moving: Iterable[str]) -> None:
         known = list(moving)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from surgery.compiler import nodes
 from surgery.compiler.diagnostics import Diagnostics, did_you_mean, fail
-from surgery.compiler.pattern import matches, parse_pattern
+from surgery.compiler.pattern import ancestry, matches, parse_pattern
 from surgery.compiler.select import matched
 from surgery.compiler.span import Source, Span
 
@@ -52,7 +52,7 @@ def is_meant(pattern: str, name: str, option: str) -> bool:
 def check_pattern(pattern: str, names: Iterable[str], option: str) -> None:
     """Raise SURG020 for a pattern that means no weight, SURG021 for one of its parts; the nearest name is said."""
     names, node, found = list(names), _pattern(pattern, option), Diagnostics()
-    paths = {path: path for name in names for path in reversed(_above(name))}
+    paths = {path: path for name in names for path in reversed(ancestry(name))}
     matched(node, paths, found)
     found.raise_errors()
     if not any(is_meant(pattern, name, option) for name in names):
@@ -62,12 +62,6 @@ def check_pattern(pattern: str, names: Iterable[str], option: str) -> None:
 
 def _pattern(text: str, option: str) -> nodes.Pattern:
     return nodes.Pattern(text, span=Span(Source(option, text), 0, len(text)))
-
-
-def _above(name: str) -> list[str]:
-    """A name, and those of all modules around it."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def products_of(text: str, base: Iterable[str], target: Iterable[str]) -> list[Product]:

@@ -76,7 +76,8 @@ def train(
     streams = streams_of(step.plan, data.train, step.lengths, distributed.number(), distributed.processes())
     ends = set(accumulate(step.lengths))
     extra: dict[str, Any] = {
-        "steps": step.steps, "labels": list(data.names), "data": data.fingerprint(), "scope": step.scope,
+        "steps": step.steps, "lengths": list(step.lengths), "labels": list(data.names), "data": data.fingerprint(),
+        "scope": step.scope,
     }  # fmt: skip
     _check_alike(extra["data"])
     before = _resumed(run, extra) if resume and run is not None else {}
@@ -197,11 +198,13 @@ def _check_alike(data: str) -> None:
 def _resumed(run: Path, extra: dict[str, Any]) -> dict[str, Any]:
     """What the run folder keeps beside its state, if it was begun with the same data."""
     before = load_state(run, mapped=True).extra
-    kinds = {"data": "rows", "labels": "labels", "steps": "number of steps", "scope": "scope"}
+    kinds = {
+        "data": "other rows", "labels": "other labels", "steps": "another number of steps",
+        "lengths": "blocks of other lengths", "scope": "another scope",
+    }  # fmt: skip
     for name, what in kinds.items():
         if name in before and before[name] != extra[name]:
-            other = "another" if name in ("steps", "scope") else "other"
-            message = f"`{run}` was begun with {other} {what} than it is resumed with"
+            message = f"`{run}` was begun with {what} than it is resumed with"
             raise fail("SURG054", message, help="resume with the data of the run, or train into a new folder")
     return before
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -163,6 +164,17 @@ def test_parameters_are_trained_in_one_block_alone() -> None:
     assert moved(step, 2) == {"last.bias"}
     assert moved(step, 2) == {"first.A", "first.B"}
     assert moved(step, 1) == {"last.weight", "last.bias"}
+
+
+def test_a_tied_parameter_is_frozen_by_any_of_its_names() -> None:
+    """Also one that a block alone trains, and beside others."""
+    torch.manual_seed(0)
+    model = Network().double()
+    model.extra = nn.Linear(6, 6, bias=False)  # the forward knows it as `second`
+    model.extra.weight = model.second.weight
+    block = "step { train {second,last}  freeze {extra,last.bias}  steps = 2  loss = cross_entropy }"
+    step = compiled(f"{block} step {{ steps = 1 }}", "adapt first { with lora(rank = 2) }", model)
+    assert moved(step, 2) == {"second.bias", "last.weight"}
 
 
 def test_what_no_block_moves_is_frozen() -> None:
@@ -379,6 +391,16 @@ def check_run(run: Path, expected: Path) -> None:
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert loop.losses(run) == loop.losses(expected)
     assert load_state(run).extra == load_state(expected).extra
+
+
+def test_a_run_is_not_resumed_with_blocks_of_other_lengths(unbroken: Path, tmp_path: Path) -> None:
+    """As many steps in all, but others in each block."""
+    shutil.copytree(unbroken / "saves" / "step-000004", tmp_path / "run")
+    step = words()
+    step.load_state_dict(load_state(tmp_path / "run").state)
+    step.lengths = (3, 4, 2)
+    with pytest.raises(surgery.SurgError, match="begun with blocks of other lengths"):
+        train(step, loop.data(), tmp_path / "run", resume=True, progress=False)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that share what is imported")
