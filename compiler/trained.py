@@ -185,7 +185,8 @@ class _Blocks:
         resting = [path for path in paths if path in holding and known.isdisjoint(ancestry(path)[1:])]
         if resting:
             message = f"`{pattern.text}` names both what the rules train and what they do not"
-            notes, help_text = [Note(f"they train nothing of {listed(resting)}")], "to train these as they are, write another line"
+            notes = [Note(f"they train nothing of {listed(resting)}")]
+            help_text = "to train these as they are, write another line"
             self.diagnostics.error("SURG020", message, pattern.span, notes=notes, help=help_text)
 
     def _nothing(self, pattern: nodes.Pattern, moving: Iterable[str]) -> None:

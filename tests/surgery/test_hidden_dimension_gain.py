@@ -241,11 +241,14 @@ def test_rows_that_occur_again_count_once() -> None:
 
 def test_the_model_stays_as_it_is() -> None:
     model = bert().train()
-    before = {name: (value.clone(), value.requires_grad) for name, value in model.state_dict().items()}
+    model.classifier.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learning = [parameter.requires_grad for parameter in model.parameters()]
     modes, config = [module.training for module in model.modules()], model.config.to_dict()
     random = torch.get_rng_state()
     surgery.plan(surgery.parse("adapt **.self.query { with gelora() }"), model, calibration=tokens())
-    assert all(torch.equal(value, before[name][0]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning
     assert [module.training for module in model.modules()] == modes and model.config.to_dict() == config
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)

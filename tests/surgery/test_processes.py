@@ -27,12 +27,14 @@ SPECS = {
     "dora": spec("dora(rank = 2)", step="batch = 4  micro_batch = 2"),
     "masked": spec("sqft(rank = 2)", step="batch = 4  recompute = blocks"),
     "transposed": spec(LITERAL, "transformer.h.*.mlp.c_fc", "gpt2"),
+    # torch multiplies rows of experts in no wider dtype
+    "experts": spec("lora(rank = 2)", "model.layers.*.mlp.experts.{gate_up,down}_proj", "mixtral", "float32"),
     # three steps of each block: the save after the third is that between them
     "blocks": spec("lora(rank = 2)", more="train model.norm").replace("steps = 6", "freeze **.A  steps = 3")
     + "step { batch = 3  optimizer = sgd(lr = 0.1, momentum = 0.9)  steps = 3 }",
 }
 GRAPH = ("literal", "packed", "blocks")
-MODULE = ("literal", "dora", "masked", "transposed", "blocks")
+MODULE = ("literal", "dora", "masked", "transposed", "experts", "blocks")
 
 
 @pytest.fixture(scope="module")
