@@ -108,17 +108,24 @@ def _report_nothing(
         parents = [path for path in paths if matches(parent_parts, path)]
         if parents:
             rest, inside = pattern.text[len(parent) + 1 :].split(".")[0], set(parents)
-            children = sorted(
-                {child for path in paths for owner, _, child in [path.rpartition(".")] if owner in inside}
-            )
+            below = [path for path in paths if path.rpartition(".")[0] in inside]
+            if parent.endswith("**"):  # inside is everything: offered are the modules that have a weight
+                known = set(paths)
+                below = [path for path in below if f"{path}.weight" in known] or below
+            children = sorted({path.rpartition(".")[2] for path in below})
             notes = [Note(f"`{parent}` matches {len(parents)}; inside are {listed(children)}")] if children else ()
             help_text = f"did you mean `{near}`?" if (near := nearest(rest, children)) else None
             diagnostics.error(
                 "SURG020", f"nothing in the model matches `{pattern.text}`", pattern.span, notes=notes, help=help_text
             )
             return
+    deeper = nodes.Pattern(f"**.{pattern.text}", span=pattern.span)
+    deeper_parts = parse_pattern(deeper)
+    top = sorted({path.split(".")[0] for path in paths})
     help_text = did_you_mean(pattern.text, paths)
-    if near := nearest(pattern.text.split(".")[0], top := sorted({path.split(".")[0] for path in paths})):
+    if any(matches(deeper_parts, path) for path in paths):
+        help_text = f"paths are written from the top: `{deeper.text}` matches at any depth"
+    elif near := nearest(pattern.text.split(".")[0], top):
         help_text = f"did you mean `{near}`?"
     notes = [Note(f"at the top are {listed(top)}")]
     diagnostics.error(

@@ -190,15 +190,19 @@ TRAIN: dict[str, Reader] = {"lr": at_least(0, above=True), "weight_decay": at_le
 
 
 def read_settings(
-    settings: Iterable[nodes.Line], readers: Mapping[str, Reader], block: str, diagnostics: Diagnostics
-) -> dict[str, Any]:
-    """The settings of a block by name; unknown, repeated and unfit ones are collected."""
+    settings: Iterable[nodes.Line], readers: Mapping[str, Reader], block: str, diagnostics: Diagnostics,
+    inside: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The settings of a block by name; unknown, repeated and unfit ones are collected.
+
+    `inside` says how names are written that are no settings, but arguments of one.
+    """
     values: dict[str, Any] = {}
     for setting in settings:
         if not isinstance(setting, nodes.Setting):
             continue
         if setting.name not in readers:
-            known = did_you_mean(setting.name, readers)
+            known = (inside or {}).get(setting.name) or did_you_mean(setting.name, readers)
             diagnostics.error("SURG002", f"`{block}` has no setting `{setting.name}`", setting.span, help=known)
         elif setting.name in values:
             diagnostics.error("SURG009", f"`{setting.name}` is set twice", setting.span)

@@ -9,6 +9,7 @@ from surgery.compiler.diagnostics import nearest
 from surgery.compiler.stopped import BRACKETS, ITEMS, Stopped, quoted
 
 PHASES = ("after", "before", "at", "every")
+_EVENTS = "an event is written `after step { ... }`, `after backward { ... }` or `every 100 steps { ... }`"
 FUNCTION_WORDS = ("def", "function", "fn", "func", "class", "lambda")
 
 _WRITTEN = {
@@ -50,6 +51,8 @@ def _comment(place: Stopped) -> str | None:
 
 def _pattern(place: Stopped) -> str | None:
     if not {"COLON", "_WHERE"} & place.accepted or place.found not in ("[", "{", ".", ","):
+        return None
+    if place.item == "method":
         return None
     if place.found == "," and "VBAR" in place.accepted:
         return f"classes are joined by `|`: `: {place.before()} | ...`"
@@ -130,6 +133,8 @@ def _equal_sign(place: Stopped) -> str | None:
         return f"write `{name} = {value[1] if value else '...'}`"
     if place.found in ("+=", "*=", "-=", "/="):
         return f"only events change a value: `after step {{ {name} {place.found} ... }}`"
+    if place.found == "{" and place.item == "method":
+        return _EVENTS
     if place.found in BRACKETS or not place.found or place.found in ("@", "*", "/", "+", "-", "[", "."):
         return _no_operator(place)
     value = re.match(r"[\w.+\"-]+(\([^()\n]*\))?", place.rest)
@@ -190,7 +195,7 @@ def _role(place: Stopped) -> str | None:
 
 def _event(place: Stopped) -> str | None:
     if place.before() in PHASES and "_REQUIRES" not in place.accepted:
-        return "an event is written `after step { ... }`, `after backward { ... }` or `every 100 steps { ... }`"
+        return _EVENTS
     return None
 
 

@@ -50,6 +50,10 @@ def _optimizer(node: nodes.Expr) -> OptimizerPlan:
     kind = OPTIMIZERS[given.function]
     if kind.around:
         return _around(kind, given)
+    inner = given.arguments[0].value if given.arguments else None
+    if isinstance(inner, nodes.Call) and inner.function in OPTIMIZERS:
+        message = f"`{given.function}` is around no other optimizer"
+        raise fail("SURG004", message, inner.span, help=f"it takes {', '.join(kind.arguments)}")
     values = arguments(given, kind.arguments)
     if values.get("nesterov") and not values.get("momentum"):
         raise fail("SURG004", "nesterov needs a momentum", node.span)
@@ -147,6 +151,16 @@ STEP: dict[str, Reader] = {
 }
 
 
+# Arguments of a setting that are often taken for settings.
+INSIDE = {
+    **dict.fromkeys(
+        ("lr", "weight_decay", "betas", "eps", "momentum"),
+        "it is an argument of the optimizer: `optimizer = adamw(lr = 1e-3, weight_decay = 0.01)`",
+    ),
+    **dict.fromkeys(
+        ("warmup", "minimum"), "it is an argument of the schedule: `schedule = linear(warmup = 0.1, minimum = 0.01)`"
+    ),
+}
 # Settings of the whole run: one graph, one set of tensors, one loss, one folder.
 WHOLE_RUN = ("precision", "adapter_dtype", "seed", "compile", "loss", "recompute", "best", "stop", "report")
 OWN = ("steps", "epochs")  # what a later block does not take from the one before it
@@ -157,7 +171,7 @@ def read_steps(items: Sequence[nodes.Step], diagnostics: Diagnostics) -> tuple[S
     blocks: list[StepPlan] = []
     values: dict[str, Any] = {}
     for number, item in enumerate(items or [nodes.Step()]):
-        read = read_settings(item.settings, STEP, "step", diagnostics)
+        read = read_settings(item.settings, STEP, "step", diagnostics, INSIDE)
         spans = {line.name: line.span for line in item.settings if isinstance(line, nodes.Setting)}
         for name in WHOLE_RUN if number else ():
             if name in read:

@@ -10,7 +10,7 @@ from surgery.compiler.algebra.expression import GRADIENT, Expression, number
 from surgery.compiler.algebra.facts import tensors_read
 from surgery.compiler.algebra.in_time import IN_TIME, NOISE
 from surgery.compiler.algebra.measured import read_gain
-from surgery.compiler.algebra.names import MEASURED, STARTS
+from surgery.compiler.algebra.names import FUNCTIONS_IN_TIME, MEASURED, STARTS
 from surgery.compiler.algebra.previous import previous
 from surgery.compiler.algebra.quantity import Quantity
 from surgery.compiler.algebra.schedule import SCHEDULES, scheduled
@@ -60,7 +60,7 @@ def read_call(builder: Builder, node: nodes.Call) -> Expression:
     if function not in known:
         if function in STARTS:
             raise builder.start_inside(function, node)
-        help_text = did_you_mean(function, sorted(known))
+        help_text = did_you_mean(function, sorted(known | MEASURED | FUNCTIONS_IN_TIME))
         raise fail("SURG002", f"there is no function `{function}`", node.span, help=help_text)
     if arguments and isinstance(arguments[0].value, nodes.Comprehension):
         return comprehension(builder, node, arguments[0].value)

@@ -50,7 +50,7 @@ def _broadcast(node: nodes.Binary, left: Expression, right: Expression, a: Shape
     axes = []
     for p, q in zip((one,) * (length - len(a)) + a, (one,) * (length - len(b)) + b, strict=True):
         if p != one and q != one and p.differs_from(q):
-            raise _differ(node, left, right, f"{p} does not match {q}")
+            raise _differ(node, left, right, f"{p} does not match {q}", _column(node, left, right))
         axes.append(q if p == one else p)
     return tuple(axes)
 
@@ -66,6 +66,15 @@ def _turned(node: nodes.Binary, left: Expression, right: Expression) -> str | No
     else:
         return None
     return f"`{show(turned.operand if isinstance(turned, nodes.Transpose) else nodes.Transpose(turned))}` fits here"
+
+
+def _column(node: nodes.Binary, left: Expression, right: Expression) -> str | None:
+    """Advice where a vector lies along the rows of a matrix: it is meant as a column."""
+    for matrix, vector, written in ((left, right, node.right), (right, left, node.left)):
+        if len(matrix.shape) == 2 and len(vector.shape) == 1 and not matrix.shape[0].differs_from(vector.shape[0]):
+            said = show(written) if isinstance(written, nodes.Name | nodes.Call) else f"({show(written)})"
+            return f"a vector goes along the columns; as a column it is `{said}[:, None]`"
+    return None
 
 
 def _differ(node: nodes.Binary, left: Expression, right: Expression, why: str, advice: str | None = None) -> SurgError:
