@@ -107,8 +107,11 @@ def _train(
                 "evaluation": scores, "seconds": outcome.seconds, "interrupted": outcome.interrupted,
                 "stopped": outcome.stopped, "best": best and best.record()})  # fmt: skip
     elif not outcome.interrupted:
-        loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-        typer.echo(f"{folder}: {outcome.done} steps in {outcome.seconds:.0f} s{loss}{evaluation}")
+        if outcome.loss is None:
+            typer.echo(f"{folder}: nothing is left to do, its {outcome.done} steps are done")
+        else:
+            said = f"{outcome.done} steps in {outcome.seconds:.0f} s, loss {outcome.loss:.4f}{evaluation}"
+            typer.echo(f"{folder}: {said}")
     if outcome.interrupted:
         raise typer.Exit(130)
 

@@ -124,7 +124,7 @@ def load_state(directory: str | Path, *, mapped: bool = False) -> RunState:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise _broken(directory, "there is no such folder")
+        raise _broken(directory, "it is a file" if directory.is_file() else "there is no such folder")
     names = _pending(directory)
     try:
         plan = Plan.model_validate_json(_read(directory, PLAN, names))

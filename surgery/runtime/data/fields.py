@@ -62,8 +62,14 @@ class Entry:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise self.fail("SURG051", f"one label is a regression, and `{label}` is not a number")
+            raise self.fail("SURG051", f"one label is a regression, and `{brief(label)}` is not a number")
         return value
+
+
+def brief(label: str) -> str:
+    """A label for a message: a column that was not meant for labels can hold whole pages."""
+    line = " ".join(label.split())
+    return line if len(line) <= 40 else f"{line[:37]}..."
 
 
 def _spelt(value: Any) -> str:

@@ -60,9 +60,8 @@ class DataFile(Rows):
         except IsADirectoryError as error:
             raise self.fail("SURG050", "this is a folder, not a file") from error
         except FileNotFoundError as error:
-            raise self.fail(
-                "SURG050", "there is no such file", help=f"looked for {self.path}; paths are relative to the spec"
-            ) from error
+            relative = "; paths are relative to the spec" if self.folder != Path.cwd() else ""
+            raise self.fail("SURG050", "there is no such file", help=f"looked for {self.path}{relative}") from error
         except (OSError, EOFError, zlib.error) as error:
             raise self.fail("SURG050", f"cannot be read: {error}", number + 1 if number else None) from error
 

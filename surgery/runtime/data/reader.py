@@ -15,7 +15,7 @@ from surgery.compiler.diagnostics import Diagnostic, SurgError, did_you_mean, fa
 from surgery.compiler.plan import DataPlan, Plan
 from surgery.runtime.data.chat import ChatForm
 from surgery.runtime.data.examples import Examples
-from surgery.runtime.data.fields import Entry
+from surgery.runtime.data.fields import Entry, brief
 from surgery.runtime.data.files import SUFFIXES, DataFile, Rows
 from surgery.runtime.data.forms import CompletionForm, Form, TextForm, Tokens
 from surgery.runtime.data.hub import DataSet
@@ -224,7 +224,7 @@ class Reader:
         found = {str(label) for part in parts for label in part.labels}
         if known:
             if unknown := found - set(known):
-                raise file.fail("SURG052", f"label `{min(unknown)}` is none that the run was trained with",
+                raise file.fail("SURG052", f"label `{brief(min(unknown))}` is none that the run was trained with",
                                 help=did_you_mean(min(unknown), known))  # fmt: skip
             return tuple(known)
         # Whole numbers sort as numbers, so that labels which are numbered already keep their order.
@@ -233,7 +233,7 @@ class Reader:
         expected = self.plan.model.labels
         some = not all(part.whole for part in parts)  # which may lack a few of them
         if expected is not None and (len(names) > expected if some else len(names) != expected):
-            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            shown = ", ".join(brief(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
             help = f"write labels = {len(names)} in the model's task, or choose another label column"
             message = f"column `{self.data.label}` has {len(names)} labels, the model {expected}: {shown}"
             raise file.fail("SURG052", message, help=help)

@@ -101,6 +101,8 @@ def test_a_run_without_a_best_state_has_none(folder: Path, capsys: pytest.Captur
         assert code == 1 and "SURG054" in err and "keeps no best state" in err and "best = loss" in err
     code, _, err = cli(capsys, "eval", str(folder / "none"), "--best")
     assert code == 1 and "there is no such folder" in err
+    code, _, err = cli(capsys, "eval", str(text))
+    assert code == 1 and "SURG054" in err and "it is a file" in err
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_loaded(

@@ -223,7 +223,8 @@ def test_a_run_of_another_spec_is_not_resumed(folder: Path, whole: Path, capsys:
     assert code == 1 and "SURG054" in err and "another spec" in err
     same = folder / "commented.surg"
     same.write_text("# a comment more\n" + SPEC)
-    assert cli(capsys, "train", str(same), "-o", str(whole), "--resume", "--device", "cpu")[0] == 0
+    code, out, _ = cli(capsys, "train", str(same), "-o", str(whole), "--resume", "--device", "cpu")
+    assert code == 0 and out == f"{whole}: nothing is left to do, its {len(losses(whole))} steps are done\n"
 
 
 @pytest.mark.parametrize(

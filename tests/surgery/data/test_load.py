@@ -174,6 +174,7 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(tmp_path: Path) -> N
         ([], 2, "no usable rows: there are none at all"),
         ([{"text": "", "label": "a"}], 2, "1 of 1 have no text or no label"),
         (ROWS, 3, "column `label` has 2 labels, the model 3: a, b"),
+        ([{"text": "a", "label": "some \n" + "word " * 99}], 2, "2: some word word word word word word wo..."),
     ],
 )
 def test_no_usable_rows(tmp_path: Path, rows: list[Any], labels: int, words: str) -> None:
