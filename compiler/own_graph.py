@@ -13,7 +13,7 @@ from surgery.compiler.plan import Plan
 def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """The adapted graph of one's own capture, with tensors at their start; the graph given is not changed.
 
-    Raises SURG041 for a weight of the plan that the graph does not use, TypeError for what is no graph.
+    Raises SURG041 for a weight of the plan that the graph does not use, TypeError for what is no graph or no plan.
     """
     from surgery.runtime.correct import correct_graph
     from surgery.runtime.initialise import initialise
@@ -21,6 +21,9 @@ def rewrite(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     if not isinstance(graph_module, fx.GraphModule):
         hint = "torch.export.export(model, inputs).module() gives one"
         raise TypeError(f"an fx.GraphModule is needed here, not a {type(graph_module).__name__}; {hint}")
+    if not isinstance(plan, Plan):
+        hint = "surgery.plan(program, model) makes one"
+        raise TypeError(f"a surgery.Plan is needed here, not a {type(plan).__name__}; {hint}")
     present = tensors(graph_module)
     for site in plan.sites:
         if site.parameter and site.parameter not in present:

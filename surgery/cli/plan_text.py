@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from surgery.cli.folded import folded_path, without_numbers
 from surgery.compiler.algebra.instance import instance
 from surgery.compiler.algebra.measured import gain
+from surgery.compiler.algebra.names import FORMS
 from surgery.compiler.algebra.telescope import why_not
 from surgery.compiler.plan import EventPlan, Facts, Plan, QuantizedPlan, Site, StepPlan
 from surgery.optimizers import OPTIMIZERS
@@ -123,8 +124,11 @@ def _equations(plan: Plan) -> list[str]:
         shapes.append(f"{formula.outputs} x {formula.inputs}")
     found = []
     for equation, shapes in sizes.items():
-        spelt = equation.replace(": ", ":\n  ", 1) if "; " in equation else equation  # several steps: a line for each
-        found.append(f"{spelt}  [{', '.join(dict.fromkeys(shapes))}]".replace("; ", "\n  "))
+        # Several steps: a line for each. The sizes are W's, and so stand behind what is said of W.
+        steps = (equation.replace(": ", ":; ", 1) if "; " in equation else equation).split("; ")
+        change = next(step for step in steps if re.search(rf"(^|: )({'|'.join(FORMS)}) = ", step))
+        sized = (f"{step}  [{', '.join(dict.fromkeys(shapes))}]" if step is change else step for step in steps)
+        found.append("\n  ".join(sized))
     return found
 
 

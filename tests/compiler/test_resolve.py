@@ -130,6 +130,8 @@ def test_what_is_no_program_or_no_module_is_said_so() -> None:
     plan = surgery.plan(program, nn.ModuleDict({"a": model}))
     with pytest.raises(TypeError, match=r"torch\.export"):
         compiler.rewrite(model, plan)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"surgery\.plan"):
+        compiler.rewrite(torch.fx.symbolic_trace(model), program)  # type: ignore[arg-type]
     with pytest.raises(surgery.SurgError, match="SURG041"):
         compiler.rewrite(torch.fx.symbolic_trace(nn.Sequential(model)), plan)
 

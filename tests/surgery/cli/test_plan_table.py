@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import nn
 
+import surgery
 from surgery.cli.folded import folded_path
 from surgery.cli.plan_table import print_plan
-from surgery.cli.plan_text import fold, short_method
+from surgery.cli.plan_text import fold, lists, short_method
 from surgery.compiler.plan import (
     Candidate,
     Facts,
@@ -110,6 +112,13 @@ def test_a_plan_without_sites_prints() -> None:
 
 def test_a_composition_is_named_by_its_parts() -> None:
     assert short_method("mask(W) * lora(rank = 8, alpha = 16) + bitfit()") == "mask(W) * lora + bitfit"
+
+
+def test_the_sizes_stand_behind_what_is_said_of_the_weight() -> None:
+    program = surgery.parse("adapt ** : Linear { with adalora(rank = 2, target = 1) }")
+    (said,) = lists(surgery.plan(program, nn.Sequential(nn.Linear(6, 4))))["equations"]
+    name, change, penalty = said.split("\n")
+    assert name == "adalora:" and change.endswith("@ Q  [4 x 6]") and penalty.endswith(") / 2")
 
 
 @pytest.mark.parametrize("verbose", [False, True])
