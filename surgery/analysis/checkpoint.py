@@ -19,7 +19,7 @@ from surgery.compiler.plan import ModelPlan
 from surgery.compiler.skeleton import Skeleton
 from surgery.compiler.weights import Layout
 from surgery.runtime.checkpoint import INDEX, SINGLE
-from surgery.runtime.model_files import find_file
+from surgery.runtime.model_files import find_file, place_of
 from surgery.runtime.models import CLASSES, load_skeleton
 
 HERE = Path()  # paths on the command line count from here
@@ -169,7 +169,9 @@ def _files(model: ModelPlan) -> set[Path]:
     index = find_file(model, HERE, INDEX)
     if index is None:
         help = "save it as safetensors (`save_pretrained`), or name the folder or the file that holds it"
-        raise unreadable(model.name, f"there is no {SINGLE} in it", help)
+        here = Path(place_of(model, HERE)).is_dir()
+        reason = f"there is no {SINGLE} in it" if here else f"no folder here, and no model of the hub with a {SINGLE}"
+        raise unreadable(model.name, reason, help)
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -20,12 +20,15 @@ def run(spec: SpecArgument, format: FormatOption = Format.text, allow_code: Code
     """
     with reporting(format):
         import surgery
+        from surgery.runtime.measure import check_rows
 
         program = surgery.parse(spec)
         warnings = list(program.warnings)
         if program.model is not None:
             try:
-                surgery.plan(program, allow_code=allow_code, numbers="draft")
+                plan = surgery.plan(program, allow_code=allow_code, numbers="draft")
+                if plan.data is not None:
+                    check_rows(plan, plan.data.calibrate)
             except SurgError as error:
                 warnings += _unreachable(program.model.source, program.model.name, error)
     if format is Format.json:

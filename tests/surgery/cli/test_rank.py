@@ -229,6 +229,8 @@ def test_files_that_cannot_be_read(
 ) -> None:
     base = saved(llama(), tmp_path / "base")
     assert refused(capsys, base, tmp_path / "nowhere")["code"] == "SURG030"
+    found = refused(capsys, base, "nowhere")
+    assert found["code"] == "SURG030" and "no folder here" in found["message"]
     (tmp_path / "empty").mkdir()
     found = refused(capsys, base, tmp_path / "empty")
     assert found["code"] == "SURG030" and "no model.safetensors" in found["message"]
