@@ -11,7 +11,7 @@ from torch import fx
 from surgery.compiler.algebra.expression import BEFORE
 from surgery.compiler.algebra.quantity import CLOCK
 from surgery.compiler.emit.body import WIDTH, Body, wrapped
-from surgery.compiler.emit.naming import Names, snake
+from surgery.compiler.emit.naming import OF_A_STEP, Names, snake
 from surgery.compiler.emit.tables import names_list
 from surgery.compiler.event_program import GRAD, KEPT, EventProgram
 
@@ -90,9 +90,7 @@ class _Call:
 
 def event_source(programs: Sequence[EventProgram]) -> EventSource:
     """Python for the events; programs that differ in their sites alone (their sizes, for example) are one."""
-    taken = {"site", "keep", "penalty", "parts", "gradient", "gradients", "train_step", "weights", "key", *IMPORTS}
-    taken |= {"first", "count"}
-    source, names = EventSource(), Names(frozenset(taken))
+    source, names = EventSource(), Names(OF_A_STEP | {"site", "parts", "key", "first", "count"})
     functions: dict[str, str] = {}
     tables: dict[tuple[str, ...], str] = {}
     merged: dict[tuple[object, ...], _Call] = {}

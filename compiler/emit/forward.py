@@ -13,7 +13,7 @@ from surgery.compiler.emit.again import Again
 from surgery.compiler.emit.body import Body, wrapped
 from surgery.compiler.emit.head import Head, head_of, head_source
 from surgery.compiler.emit.loops import Call, Function, Loops, documentation, earlier_name
-from surgery.compiler.emit.naming import Names, describe, snake
+from surgery.compiler.emit.naming import OF_A_STEP, Names, describe, snake
 from surgery.compiler.emit.outline import Block, Item, outline
 from surgery.compiler.emit.recompute import recomputed_functions
 from surgery.compiler.emit.tidy import tidy
@@ -233,7 +233,7 @@ class _Writer:
             }
             prefix = f"{stack.split('.')[0]}_" if len(same) > 1 else ""
             alike.setdefault(snake(prefix + snake(function.class_name)), []).append(function)
-        names = Names(frozenset(self.names.used))
+        names = Names(OF_A_STEP | self.names.used)
         for stem, functions in alike.items():
             for function in functions:
                 first = function.blocks[0]

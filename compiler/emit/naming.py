@@ -30,6 +30,14 @@ RESERVED = frozenset(
     }
     | {"step", "steps", "optimizer", "loss", "events", "under", "index", "gradients", "train_step", *IMPORTS}
 )
+_OF_A_STEP = """
+    add_products binary_loss chunked_loss class_outputs compile_forward compiled cosine_up cross_entropy_count
+    cross_entropy_loss cubic_budget forget gradient head head_weights hidden_states keep keep_top keeping_less
+    label_outputs late_budget learn like_the_others main make_optimizer mse_count mse_loss next_token_count
+    next_token_loss next_token_targets number_outputs output_count output_loss over_processes penalty put_back quantile
+    redraw rest rounds_of_others schedule step_over_processes token_outputs without_padding
+"""
+OF_A_STEP = RESERVED | set(_OF_A_STEP.split())  # what step.py defines or imports beside functions of the model's blocks
 _WORDS = {
     "add": "total", "sub": "difference", "rsub": "difference", "mul": "product", "div": "quotient", "pow": "power",
     "rsqrt": "inverse_root", "matmul": "product", "bmm": "product", "mm": "product", "scaled_dot_product_attention":

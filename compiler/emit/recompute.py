@@ -6,12 +6,12 @@ from torch import fx
 
 from surgery.compiler.algebra.recompute import Checkpointed, Recomputed
 from surgery.compiler.emit.body import Body, wrapped
-from surgery.compiler.emit.naming import Names, snake
+from surgery.compiler.emit.naming import OF_A_STEP, Names, snake
 
 
 def recomputed_functions(module: fx.GraphModule) -> dict[str, str]:
     """Functions by name, one for sites that compute alike; the node of a call gets its name in `meta["function"]`."""
-    names, found = Names(), dict[str, str]()
+    names, found = Names(OF_A_STEP), dict[str, str]()
     for node in module.graph.nodes:
         owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(owner, Recomputed):
