@@ -126,6 +126,8 @@ def _equal_sign(place: Stopped) -> str | None:
     if not place.accepted & {"EQUAL"} or not re.match(r"[A-Za-z_]", place.before()):
         return None
     name = place.before()
+    if name == "return":
+        return "what a method computes has a name: `delta = ...`, `weight = ...` or `output = ...`"
     if place.found == "==":
         return f"one `=` gives a value: `{name} = ...`; `==` compares"
     if place.found == ":":

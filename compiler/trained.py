@@ -49,7 +49,9 @@ def trained(
         by_rule.append((rule.node.pattern.span, {tensor.key for tensor in tensors if tensor.role == "train"}))
     for span, keys in by_rule if len(diagnostics.errors) == before else ():
         if keys and not keys & set(run):
-            help_text = "a block with `train` moves what it names alone: name it there too, or leave the rule out"
+            help_text = "leave it out of a `freeze`, or leave the rule out"
+            if any(said.trained for said in program.moving):
+                help_text = "a block with `train` moves what it names alone: name it there too, or leave the rule out"
             diagnostics.error("SURG020", "no `step` block moves what this rule trains", span, help=help_text)
     steps = [
         step.model_copy(update={"frozen": tuple(key for key in run if key not in keys), "rates": rates})

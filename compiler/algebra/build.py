@@ -165,7 +165,7 @@ class Builder:
 
     def start_inside(self, name: str, node: nodes.Expr) -> SurgError:
         """What is wrong with a start that stands where a tensor should."""
-        advice = f"give it a tensor of its own, `T = frozen {show(node)}[...]`, and write `T` here"
+        advice = f"give it a tensor of its own, `T = train {show(node)}[...]` or `frozen`, and write `T` here"
         return fail("SURG004", f"`{name}` starts a tensor, it is no part of an expression", node.span, help=advice)
 
     def _binary(self, node: nodes.Binary) -> Expression:

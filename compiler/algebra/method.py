@@ -142,7 +142,10 @@ class _Reader:
     def claim(self, name: str, span: Span | None) -> None:
         if name in RESERVED or name in SPECIAL or name == "bias":
             what = "is the result of a method" if name in SPECIAL else "is a reserved name"
-            raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help="choose another name")
+            advice = "choose another name"
+            if name == "W":
+                advice = "`weight = ...` says what stands in its place, `delta = ...` what is added to it"
+            raise fail("SURG003", f"`{name}` {what} and cannot be bound here", span, help=advice)
         if name in self.tensors or name in self.derived or any(p.name == name for p in self.method.parameters):
             first = self.tensors[name].span if name in self.tensors else self.derived.get(name)
             notes = [Note("the first one", first)] if first else []
