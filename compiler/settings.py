@@ -128,11 +128,6 @@ def pair(node: nodes.Expr) -> tuple[float, float]:
     return first, second
 
 
-def later(node: nodes.Expr) -> Any:
-    """A setting of the language that is not built yet."""
-    raise fail("SURG008", f"`{show(node)}`: this setting is not built yet", node.span)
-
-
 def call(node: nodes.Expr) -> nodes.Call:
     """`name(arguments)`, or a bare name as a call without arguments."""
     if isinstance(node, nodes.Name):

@@ -18,7 +18,7 @@ from surgery.compiler.algebra.sources import SOURCES
 from surgery.compiler.algebra.structures import STRUCTURES
 from surgery.compiler.data_settings import DATA, TEMPLATES
 from surgery.compiler.p2_check import RULE_SETTINGS
-from surgery.compiler.settings import MODEL, TASKS, TRAIN, later
+from surgery.compiler.settings import MODEL, TASKS, TRAIN
 from surgery.compiler.step_settings import SCORES, STEP
 from surgery.optimizers import OPTIMIZERS
 
@@ -29,12 +29,7 @@ MODEL_LINE = f'model config "{ROOT}/specs/configs/tiny_llama.json" {{ task = cau
 
 RULE = "adapt model.layers.*.self_attn.q_proj { with mine() }"
 
-SETTINGS = {
-    name
-    for readers in (MODEL, STEP, DATA, TRAIN, RULE_SETTINGS)
-    for name, reader in readers.items()
-    if reader is not later
-}
+SETTINGS = {name for readers in (MODEL, STEP, DATA, TRAIN, RULE_SETTINGS) for name in readers}
 FUNCTIONS = {name for name, kind in STRUCTURES.items() if not kind.internal} | Quantity.FUNCTIONS.keys() | SOURCES
 SPECIAL = {"dropout", "previous", "prev", "where", *IN_TIME, *SCHEDULES, *NOISE, *MEASURED}
 CALLED = {
