@@ -85,7 +85,8 @@ def _spread(memory: MemoryPlan, plan: Plan, model: nn.Module, processes: int) ->
     always, *sizes = [_bytes(one for one in piece if one not in whole) for piece in pieces_of(model, whole)]
     forward = always + max((before + 2 * size for before, size in pairwise([always, *sizes])), default=always)
     backward = always + max((size + max(size, before) for before, size in pairwise([0, *sizes])), default=always)
-    accumulates = plan.step.micro_batch is not None and plan.step.micro_batch < plan.step.batch
+    # those of several micro-batches are there, if not in every block
+    accumulates = any(step.micro_batch is not None and step.micro_batch < step.batch for step in plan.step_blocks)
     gradients = memory.trained if accumulates else 0
     early = memory.weights - spared + forward + memory.trained + gradients + memory.optimizer + memory.kept
     late = memory.peak - spared + backward

@@ -29,13 +29,11 @@ def is_column(expression: Expression) -> bool:
 # --- the value at the start -------------------------------------------------------------------------------------------
 
 
-def at_start(formula: MethodFormula) -> Expression:
-    """The equation with every tensor replaced by its start, simplified by algebra that holds for any W."""
-    return _begun(formula)[1]
-
-
 def _begun(formula: MethodFormula) -> tuple[Expression | None, Expression]:
-    """W after the events at the start (None: as it was), and the equation over it and the starts of the tensors."""
+    """W after the events at the start (None: as it was), and the equation over it and the starts of the tensors.
+
+    It is simplified by algebra that holds for any W.
+    """
     starts = {tensor.name: tensor for tensor in formula.tensors}
 
     def replaced(node: Expression, base: Expression | None) -> Expression:

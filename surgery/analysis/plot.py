@@ -13,7 +13,6 @@ from surgery.analysis.norms import Norm
 from surgery.analysis.rows import Row
 from surgery.runtime.extras import needed
 
-ENDINGS = (".png", ".svg")
 COLUMNS = 4  # panels beside each other
 FLOOR = 1e-8  # of the largest singular value: below are zeros, which have no place on a logarithmic axis
 
