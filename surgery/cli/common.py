@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from surgery.compiler.diagnostics import Diagnostic, SurgError, fail, nearest, render
+from surgery.cli.words import one_of
+from surgery.compiler.diagnostics import Diagnostic, SurgError, fail, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,24 +28,6 @@ if TYPE_CHECKING:
     from surgery.runtime.step import TrainingStep
 
 WIDE = 320  # columns of a table that goes to a file or a pipe, where nothing has to be wrapped
-
-
-def one_of(words: type[StrEnum]) -> dict[str, Any]:
-    """What an option that takes one of some words gives to typer: a reader that names the nearest one."""
-    known = [word.value for word in words]
-
-    def read(text: str) -> StrEnum:
-        _check_word(text, known)
-        return words(text)
-
-    return {"parser": read, "metavar": f"<{'|'.join(known)}>"}
-
-
-def _check_word(text: str, known: Iterable[str]) -> None:
-    if text not in known:
-        match = nearest(text, known)
-        help_text = f"; did you mean `{match}`?" if match else ""
-        raise typer.BadParameter(f"`{text}` is none of {', '.join(known)}{help_text}")
 
 
 class Format(StrEnum):
@@ -83,15 +66,6 @@ BestOption = Annotated[
     bool, typer.Option("--best", help="the state of the run's best evaluation (`best = ...` in its spec), not the last")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder of `surgery train`", show_default=False)]
-
-
-def known_task(task: str | None) -> str | None:
-    """The callback of `--task`: a task that has a class of models."""
-    if task is not None:
-        from surgery.runtime.models import CLASSES
-
-        _check_word(task, CLASSES)
-    return task
 
 
 class Scope(StrEnum):

@@ -19,10 +19,10 @@ from surgery.cli.common import (
     chosen,
     load_run,
     note,
-    one_of,
     reporting,
     show,
 )
+from surgery.cli.words import one_of
 
 EXAMPLE = "Example: surgery export runs/demo --to peft -o adapter; then PeftModel.from_pretrained(model, 'adapter')"
 NEEDS_ARGUMENTS = True

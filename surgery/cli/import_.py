@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from surgery.cli.common import Format, FormatOption, answer, check_output, known_task, quiet, reporting, write_text
+from surgery.cli.common import Format, FormatOption, answer, check_output, quiet, reporting, write_text
+from surgery.cli.words import known_task
 
 EXAMPLE = (
     "Example: surgery import adapter/adapter_config.json -o lora.surg --run runs/lora; then surgery merge runs/lora"

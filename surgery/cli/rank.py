@@ -17,8 +17,6 @@ from surgery.cli.common import (
     as_json,
     errors,
     json_text,
-    known_task,
-    one_of,
     output,
     quiet,
     reporting,
@@ -26,6 +24,7 @@ from surgery.cli.common import (
     write_text,
 )
 from surgery.cli.export import Dtype
+from surgery.cli.words import known_task, one_of
 from surgery.compiler.diagnostics import fail
 
 if TYPE_CHECKING:
