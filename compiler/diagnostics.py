@@ -113,8 +113,9 @@ def fail(
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name that is most like `name`, or the first that begins with it; None if none is alike."""
     known = list(names)
+    same = [other for other in known if other.lower() == name.lower()]  # `LoRA` for `lora`
     begun = [other for other in known if len(name) > 3 and other.startswith(name)]
-    matches = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    matches = same or begun or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

@@ -163,7 +163,8 @@ def _rule(
     for kind, found in clauses.items():
         for extra in found[1:]:
             diagnostics.error("SURG009", f"`{kind.__name__.lower()}` is said twice", extra.span)
-    settings = read_settings(item.clauses, RULE_SETTINGS, "adapt", diagnostics)
+    inside = {"expect": "it is written without `=`: `expect 12`"}
+    settings = read_settings(item.clauses, RULE_SETTINGS, "adapt", diagnostics, inside)
     if not clauses[nodes.With]:
         diagnostics.error("SURG004", "the rule does not say what to do", item.span, help="add `with lora(rank = 8)`")
         return None

@@ -126,6 +126,8 @@ def _equal_sign(place: Stopped) -> str | None:
     if not place.accepted & {"EQUAL"} or not re.match(r"[A-Za-z_]", place.before()):
         return None
     name = place.before()
+    if name in ("where", "except") and place.item == "adapt":
+        return f"`{name}` stands behind the pattern, in front of the `{{`: `adapt **.query where in >= 256 {{ ... }}`"
     if name == "return":
         return "what a method computes has a name: `delta = ...`, `weight = ...` or `output = ...`"
     if place.found == "==":

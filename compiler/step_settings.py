@@ -236,16 +236,21 @@ def check_step(
     tree: nodes.Tree, model: ModelPlan | None, data: DataPlan | None, step: StepPlan, diagnostics: Diagnostics
 ) -> None:
     """What the step block says against the model's task and the data: a best state is chosen by what is evaluated."""
-    if step.best is None:
-        return
     settings = [line for item in tree.items if isinstance(item, nodes.Step) for line in item.settings]
     spans = {line.name: line.span for line in settings if isinstance(line, nodes.Setting)}
+    held_out = data is None or data.holdout or data.eval or data.eval_split
+    if step.best is None:
+        if "evaluate" in spans and not held_out:
+            message = "nothing is evaluated: no rows are held out"
+            help_text = "write holdout = 0.1 or eval = FILE in the data block, or leave `evaluate` out"
+            diagnostics.warn("SURG004", message, spans["evaluate"], help=help_text)
+        return
     where = spans.get("best", spans.get("stop"))
     if step.best not in (known := scores_of(model)):
         assert model is not None
         message = f"an evaluation of a model with the task {model.task} says no {step.best}"
         diagnostics.error("SURG031", message, where, help=f"there are: {', '.join(known)}")
-    if data is not None and not (data.holdout or data.eval or data.eval_split):
+    if not held_out:
         help_text = "write holdout = 0.1 or eval = FILE in the data block"
         message = "the best state is that of an evaluation, and no rows are held out for one"
         diagnostics.error("SURG004", message, where, help=help_text)

@@ -299,3 +299,11 @@ def test_a_misspelt_name_gets_the_nearest() -> None:
         parsed("adapt a { with loraa }")
     with pytest.raises(surgery.SurgError, match="did you mean `alpha`"):
         parsed("adapt a { with lora(alpa = 2) }")
+
+
+def test_an_evaluation_of_no_rows_is_said() -> None:
+    rules = 'model "a/b" {{ task = causal_lm }} adapt ** {{ with lora() }}'
+    spec = rules + ' step {{ evaluate = 2 }} data "r.jsonl" {{ {} }}'
+    (found,) = surgery.parse(spec.format("text = a")).warnings
+    assert found.code == "SURG004" and found.span is not None and found.span.text == "evaluate = 2"
+    assert not surgery.parse(spec.format("text = a  holdout = 0.1")).warnings
