@@ -37,7 +37,8 @@ def trained(
     """
     whole = _Whole(program, skeleton, claimed, diagnostics)
     by_rule = [(rule.node.pattern.span, set(whole.add(rule))) for rule in program.trained]
-    if not any(said.trained or said.frozen for said in program.moving):
+    if diagnostics.errors or not any(said.trained or said.frozen for said in program.moving):
+        # sites that could not be made would be missing from what blocks name
         return Trained(tuple(sites), tuple(whole.found.values()), program.steps)
     before = len(diagnostics.errors)
     reader = _Blocks(sites, whole, dict(whole.names), skeleton, diagnostics)

@@ -171,7 +171,10 @@ def _start(
     if not resume and state.step > 0:
         raise typer.BadParameter(f"`{spec}` is a run with {state.step} steps done; continue it with --resume")
     if not spec.is_dir():
-        again = surgery.plan(surgery.parse(spec), allow_code=allow_code, numbers=state.plan.measured)
+        program = surgery.parse(spec)
+        again = surgery.plan(program, allow_code=allow_code, numbers="draft")
+        if again.measured and _asked(again) == _asked(state.plan):  # else it is another plan anyway
+            again = surgery.plan(program, allow_code=allow_code, numbers=state.plan.measured)
         _check_same(again, state.plan, folder)
     check_installed(state.plan, state.folder)
     data = data_of(state.plan, state.folder, state.extra.get("labels", ()))
@@ -202,6 +205,11 @@ def _note_prediction(step: TrainingStep) -> None:
 def _edited(folder: Path) -> SurgError:
     message = f"`{folder}/step.py` is not what its spec compiles to: it was edited, or another version wrote it"
     return fail("SURG054", message, help="compile the spec anew; python step.py --data FILE runs the file as it is")
+
+
+def _asked(plan: Plan) -> list[tuple[str, set[str]]]:
+    """The numbers of the data that a plan takes, and of which blocks."""
+    return [(one.call, set(one.blocks)) for one in plan.measured]
 
 
 def _check_same(plan: Plan, before: Plan, folder: Path) -> None:

@@ -508,7 +508,7 @@ def test_the_verbs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval", out, "--device", "cpu") == 0
 
 
-def test_a_run_is_resumed_with_its_own_numbers(folder: Path) -> None:
+def test_a_run_is_resumed_with_its_own_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By its folder, and by the spec, whose rows may be others by then."""
     spec, whole, cut = str(folder / "spec.surg"), str(folder / "whole"), str(folder / "cut")
     assert run("compile", spec, "-o", whole, "--device", "cpu") == 0
@@ -517,6 +517,10 @@ def test_a_run_is_resumed_with_its_own_numbers(folder: Path) -> None:
     assert run("train", spec, "-o", cut, "--resume", "--device", "cpu") == 0
     one, other = (surgery.load(path).weights for path in (whole, cut))
     assert all(torch.equal(other[name], value) for name, value in one.items())
+    for number, edited in enumerate(('rank = hidden_dimension_gain(estimator = "likelihood"), scale = 2', "rank = 2")):
+        (folder / f"edited_{number}.surg").write_text(SPEC.replace("scale = 2", edited))
+        assert run("train", str(folder / f"edited_{number}.surg"), "-o", cut, "--resume", "--device", "cpu") == 1
+        assert "is a run of another spec" in capsys.readouterr().err
 
 
 def test_module_scope_measures_too(folder: Path) -> None:
