@@ -294,8 +294,9 @@ class _Reader:
     def require(self, node: nodes.Require) -> None:
         if self.skips(node.condition) or self.builder().condition(node.condition).value is not False:
             return
-        out, inside = self.names["W"].shape  # type: ignore[union-attr]
-        message = f"`{self.method.name}` requires {show(node.condition)}, but here in = {inside} and out = {out}"
+        values = {name: getattr(self.names.get(name), "value", None) for name in sorted(names_in(node.condition))}
+        here = " and ".join(f"{name} = {value}" for name, value in values.items() if value is not None)
+        message = f"`{self.method.name}` requires {show(node.condition)}, but here {here}"
         raise fail("SURG028", message, node.condition.span)
 
     def event(self, node: nodes.Event) -> None:
