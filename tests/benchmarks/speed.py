@@ -240,6 +240,8 @@ def main() -> None:
     for name, run in parts(bench, chosen):
         if name in chosen.parts.split(","):
             run()
+        if chosen.json:  # what is measured stays, should a later part be cut off
+            write(chosen.json, about, list(bench.rows.values()), bench.ratios)
     if chosen.device != "cpu" and "encoder" in chosen.parts.split(","):
         torch.set_num_threads(2)
         encoder(bench, "cpu")
