@@ -99,8 +99,9 @@ def test_documents_without_a_wait_or_a_dense_mask() -> None:
 def test_documents_inside_a_compiled_block(dynamic: bool) -> None:
     torch.manual_seed(0)
     size, width = 64, 256
-    weights = {
-        name: (torch.randn(outputs, inputs, device="cuda") * 0.05).bfloat16()
+    # parameters, as a step has them, whose sizes are fixed where those of the rows vary
+    weights: dict[str, Tensor] = {
+        name: nn.Parameter((torch.randn(outputs, inputs, device="cuda") * 0.05).bfloat16(), requires_grad=False)
         for name, outputs, inputs in (("q", 512, width), ("k", 128, width), ("v", 128, width), ("o", width, 512))
     }
 

@@ -19,7 +19,17 @@ pytestmark = [
 ]
 
 STEPS = 4
-SMALL = {"rank": 4, "block": 8, "outer": 8, "bottleneck": 8, "frequencies": 50, "groups": 4, "factor": 4, "start": 1}
+SMALL = {
+    "rank": 4,
+    "block": 8,
+    "outer": 8,
+    "bottleneck": 8,
+    "frequencies": 50,
+    "groups": 4,
+    "factor": 4,
+    "start": 1,
+    "target": 2,
+}
 # The first that a method admits: square and not, square alone, norms, the heads of an attention.
 PATTERNS = (
     "model.layers.*.{self_attn,mlp}.*_proj",

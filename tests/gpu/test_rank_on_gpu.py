@@ -57,11 +57,11 @@ def test_the_time_of_a_layer_of_an_8b_model(tmp_path: Path, capsys: pytest.Captu
     generator = torch.Generator().manual_seed(0)
     base = {"q": torch.randn(4096, 4096, generator=generator), "up": torch.randn(14336, 4096, generator=generator)}
     save_file(base, tmp_path / "base.safetensors")
-    change = {
-        name: torch.randn(len(weight), 16, generator=generator) @ torch.randn(16, 4096, generator=generator)
-        for name, weight in base.items()
-    }
-    save_file({name: weight + change[name] for name, weight in base.items()}, tmp_path / "target.safetensors")
+    target = {}
+    for name, weight in base.items():  # of rank 16 but for the rounding of the sum: a float32 product is not
+        left, right = (torch.randn(*shape, generator=generator).double() for shape in ((len(weight), 16), (16, 4096)))
+        target[name] = (weight + left @ right).float()
+    save_file(target, tmp_path / "target.safetensors")
     begin = time.perf_counter()
     files = [str(tmp_path / f"{name}.safetensors") for name in ("base", "target")]
     code, out, err = cli(capsys, "rank", *files, "--device", "cuda", "--format", "json")
