@@ -98,8 +98,8 @@ def test_documents_without_a_wait_or_a_dense_mask() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_documents_inside_a_compiled_block(dynamic: bool) -> None:
     torch.manual_seed(0)
-    size, width = 64, 256
-    # parameters, as a step has them, whose sizes are fixed where those of the rows vary
+    width = 256
+    # As in a step: parameters, and the size of a head as a number, are fixed where the rows vary.
     weights: dict[str, Tensor] = {
         name: nn.Parameter((torch.randn(outputs, inputs, device="cuda") * 0.05).bfloat16(), requires_grad=False)
         for name, outputs, inputs in (("q", 512, width), ("k", 128, width), ("v", 128, width), ("o", width, 512))
@@ -107,9 +107,7 @@ def test_documents_inside_a_compiled_block(dynamic: bool) -> None:
 
     def block(w: dict[str, Tensor], x: Tensor, starts: Tensor) -> Tensor:
         rows, length, _ = x.shape
-        query, key, value = (
-            functional.linear(x, w[name]).view(rows, length, -1, size).transpose(1, 2) for name in "qkv"
-        )
+        query, key, value = (functional.linear(x, w[name]).view(rows, length, -1, 64).transpose(1, 2) for name in "qkv")
         attended = packed_attention(query, key, value, starts, 0.125)
         return x + functional.linear(attended.transpose(1, 2).reshape(rows, length, -1), w["o"])
 
